@@ -1,0 +1,45 @@
+"""Tuning of a ring attention call. Nothing here changes what is computed, only how fast and in how much memory."""
+
+import dataclasses
+
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu", "pallas_triton")
+DIRECTIONS = ("forward", "both")
+DKV_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class RingConfig:
+    """Tuning only; the defaults are good.
+
+    Attributes:
+      implementation: the block kernel: None (the best one for the platform), "xla", "pallas_tpu", "pallas_gpu" or
+        "pallas_triton". A named one that the platform lacks raises.
+      direction: "forward" (every block travels the same way round) or "both" (half of K/V each way; not yet there).
+      block_q, block_kv: tile sizes in tokens; None chooses. A kernel may pad a shard up to a multiple of them.
+      unroll: hops per iteration of the compiled loop. None chooses: 1 on CPU, where compile time counts, else 2,
+        which spares the copies of K and V that a rolled loop makes. At least the number of hops: no loop.
+      dkv_dtype: dtype in which dK and dV are summed and travel. "float32" loses nothing (float64 inputs stay in
+        float64); the 16-bit ones halve the bytes on the wire in backward and cost precision with every hop.
+    """
+
+    implementation: str | None = None
+    direction: str = "forward"
+    block_q: int | None = None
+    block_kv: int | None = None
+    unroll: int | None = None
+    dkv_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _one_of("implementation", self.implementation, (None, *IMPLEMENTATIONS))
+        _one_of("direction", self.direction, DIRECTIONS)
+        _one_of("dkv_dtype", self.dkv_dtype, DKV_DTYPES)
+        for name in ("block_q", "block_kv", "unroll"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"RingConfig: {name} must be a positive integer or None. Got {value!r}.")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"RingConfig: {name} must be one of {choices}. Got {value!r}.")

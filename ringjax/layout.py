@@ -1,0 +1,298 @@
+"""Layouts: which token of the sequence lies where on the ring. Index maths only, no devices.
+
+A layout cuts a sequence of ``C * L`` tokens into equal chunks and deals them to ``C`` ranks. *Ring order* is the
+order of the tokens when the shards of rank 0, 1, ..., C-1 are laid end to end.
+
+    contiguous   rank i holds chunk i of C                      best for sliding windows
+    zigzag       rank i holds chunks i and 2C-1-i of 2C          equal causal work on every rank and hop
+    striped      token j lies on rank (j // stripe) mod C        equal causal work, any mask that is local in time
+
+A sequence whose length is no multiple of the layout's unit is padded at its end; its ring order is the ring order of
+the padded sequence with the padding left out.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Layout:
+    """How a sequence is dealt to the ranks of a ring. Subclasses are frozen dataclasses, so they hash and compare."""
+
+    def unit(self, num_shards: int) -> int:
+        """The number that the sequence length must be a multiple of."""
+        raise NotImplementedError
+
+    def shard_unit(self) -> int:
+        """The number that the length of one shard must be a multiple of."""
+        return self.unit(1)
+
+    def chunk_length(self, shard_length: int) -> int:
+        """The number of consecutive tokens in one chunk."""
+        raise NotImplementedError
+
+    def owner(self, chunk: Any, num_shards: int) -> Any:
+        """The rank that holds a chunk (chunks are counted along the sequence)."""
+        raise NotImplementedError
+
+    def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
+        """Global position of the token at ``index`` of the shard of ``rank``; integers, numpy or JAX arrays."""
+        raise NotImplementedError
+
+    def needed_offsets(
+        self, num_shards: int, query_length: int, key_length: int, left: int | None, right: int | None
+    ) -> set[int]:
+        """Offsets t such that some rank r has a query that may attend a key of rank (r + t) mod C.
+
+        ``query_length`` and ``key_length`` are lengths of a shard. A query at p sees keys in [p - left, p + right];
+        None means no bound.
+        """
+        q_chunk, k_chunk = self.chunk_length(query_length), self.chunk_length(key_length)
+        num_q = num_shards * query_length // q_chunk
+        num_k = num_shards * key_length // k_chunk
+        found: set[int] = set()
+        for chunk in range(num_q):
+            first, last = _visible_chunks(chunk, q_chunk, k_chunk, num_k, left, right)
+            owners = self.owner(np.arange(first, last + 1), num_shards)
+            found.update(((owners - self.owner(chunk, num_shards)) % num_shards).tolist())
+            if len(found) == num_shards:
+                break
+        return found
+
+
+def _visible_chunks(
+    chunk: int, q_chunk: int, k_chunk: int, num_k: int, left: int | None, right: int | None
+) -> tuple[int, int]:
+    """First and last chunk of keys that some query of this chunk may attend (last < first: none)."""
+    first = 0 if left is None else max(0, chunk * q_chunk - left) // k_chunk
+    last = num_k - 1 if right is None else ((chunk + 1) * q_chunk - 1 + right) // k_chunk
+    return first, min(last, num_k - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contiguous(Layout):
+    """Rank i holds tokens [i L, (i + 1) L)."""
+
+    def unit(self, num_shards: int) -> int:
+        return num_shards
+
+    def chunk_length(self, shard_length: int) -> int:
+        return shard_length
+
+    def owner(self, chunk: Any, num_shards: int) -> Any:
+        return chunk
+
+    def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
+        return rank * shard_length + index
+
+
+@dataclasses.dataclass(frozen=True)
+class Zigzag(Layout):
+    """Rank i holds chunks i and 2C-1-i of 2C: an early and a late one, so causal work is equal on every rank."""
+
+    def unit(self, num_shards: int) -> int:
+        return 2 * num_shards
+
+    def chunk_length(self, shard_length: int) -> int:
+        return shard_length // 2
+
+    def owner(self, chunk: Any, num_shards: int) -> Any:
+        return np.minimum(chunk, 2 * num_shards - 1 - chunk)
+
+    def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
+        half = shard_length // 2
+        second = index // half  # 0 in the early chunk, 1 in the late one
+        chunk = rank + second * (2 * num_shards - 1 - 2 * rank)
+        return chunk * half + index % half
+
+
+@dataclasses.dataclass(frozen=True)
+class Striped(Layout):
+    """Token j lies on rank (j // stripe) mod C."""
+
+    stripe: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stripe, int) or isinstance(self.stripe, bool) or self.stripe < 1:
+            raise ValueError(f"Striped: stripe must be a positive integer. Got {self.stripe!r}.")
+
+    def unit(self, num_shards: int) -> int:
+        return num_shards * self.stripe
+
+    def chunk_length(self, shard_length: int) -> int:
+        return self.stripe
+
+    def owner(self, chunk: Any, num_shards: int) -> Any:
+        return chunk % num_shards
+
+    def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
+        return (index // self.stripe * num_shards + rank) * self.stripe + index % self.stripe
+
+    def needed_offsets(
+        self, num_shards: int, query_length: int, key_length: int, left: int | None, right: int | None
+    ) -> set[int]:
+        # Only the distance between two stripes counts, so there is no need to walk over the (many) stripes.
+        num_q = num_shards * query_length // self.stripe
+        num_k = num_shards * key_length // self.stripe
+        back = num_q - 1 if left is None else min(num_q - 1, (left + self.stripe - 1) // self.stripe)
+        ahead = num_k - 1 if right is None else min(num_k - 1, (right + self.stripe - 1) // self.stripe)
+        if back + ahead + 1 >= num_shards:
+            return set(range(num_shards))
+        return {distance % num_shards for distance in range(-back, ahead + 1)}
+
+
+_LAYOUTS: dict[str, Layout] = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped()}
+
+
+def as_layout(layout: str | Layout) -> Layout:
+    """The layout of this name, or the object itself."""
+    if isinstance(layout, Layout):
+        return layout
+    if isinstance(layout, str) and layout in _LAYOUTS:
+        return _LAYOUTS[layout]
+    names = ", ".join(repr(name) for name in _LAYOUTS)
+    raise ValueError(f"layout must be one of {names} or a ringjax Layout object. Got {layout!r}.")
+
+
+def padded_length(length: int, layout: Layout, num_shards: int) -> int:
+    """The length rounded up to the layout's unit."""
+    unit = layout.unit(num_shards)
+    return -(-length // unit) * unit
+
+
+def ring_order(length: int, layout: Layout, num_shards: int) -> np.ndarray:
+    """Global positions in ring order, a permutation of range(length); int32 numpy, for any length."""
+    total = padded_length(length, layout, num_shards)
+    shard_length = total // num_shards
+    slot = np.arange(total, dtype=np.int32)
+    if total:
+        slot = layout.positions(slot // shard_length, slot % shard_length, shard_length, num_shards)
+    return slot[slot < length].astype(np.int32)
+
+
+def ring_slots(length: int, layout: Layout, num_shards: int) -> np.ndarray:
+    """Where each token in ring order goes once the sequence is padded: int32 [length], increasing."""
+    return np.flatnonzero(ring_order(padded_length(length, layout, num_shards), layout, num_shards) < length)
+
+
+def _check(num_shards: Any, length: Any = 0, what: str = "length") -> None:
+    if not isinstance(num_shards, (int, np.integer)) or num_shards < 1:
+        raise ValueError(f"num_shards must be a positive integer. Got {num_shards!r}.")
+    if not isinstance(length, (int, np.integer)) or length < 0:
+        raise ValueError(f"{what} must be a non-negative integer. Got {length!r}.")
+
+
+def ring_positions(length: int, *, layout: str | Layout = "contiguous", num_shards: int) -> jax.Array:
+    """Global position of each token of a sequence in ring order: int32 [length]. Feed it to RoPE.
+
+    ``x[:, ring_positions(T, ...)]`` brings any sequence into ring order. For a length that is no multiple of the
+    layout's unit this is the ring order of the padded sequence with the padding left out.
+
+    Args:
+      length: number of tokens of the whole sequence.
+      layout: "contiguous", "zigzag", "striped" or a Layout object.
+      num_shards: C, the number of devices on the ring.
+
+    Raises:
+      ValueError: for an unknown layout, a negative length or num_shards < 1.
+    """
+    layout = as_layout(layout)
+    _check(num_shards, length)
+    if length % layout.unit(num_shards) or not length:
+        return jnp.asarray(ring_order(length, layout, num_shards))
+    shard_length = length // num_shards  # arithmetic on an iota: no array of this length enters a compiled program
+    slot = jnp.arange(length, dtype=jnp.int32)
+    return layout.positions(slot // shard_length, slot % shard_length, shard_length, num_shards)
+
+
+def _on_axis(x: Any, axis: int, name: str) -> tuple[Any, int]:
+    """The leaf as an array (numpy stays numpy) and its axis as a non-negative number."""
+    x = x if isinstance(x, (jax.Array, np.ndarray)) else np.asarray(x)
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"{name}: axis must be within the rank of every leaf. Got axis {axis}, shape {x.shape}.")
+    return x, axis % x.ndim
+
+
+def _take(x: Any, index: np.ndarray, axis: int) -> Any:
+    take: Callable[..., Any] = np.take if isinstance(x, np.ndarray) else jnp.take
+    return take(x, index, axis=axis)
+
+
+def to_ring_order(
+    tree: Any,
+    *,
+    layout: str | Layout = "contiguous",
+    num_shards: int,
+    axis: int = 1,
+    pad_value: Any = None,
+) -> Any:
+    """Bring every leaf from natural order into ring order along ``axis``. Do it once, to tokens, not to activations.
+
+    Args:
+      tree: pytree of arrays (tokens, targets, loss masks, segment ids). numpy arrays stay numpy arrays.
+      layout: "contiguous", "zigzag", "striped" or a Layout object.
+      num_shards: C, the number of devices on the ring.
+      axis: the sequence axis, the same for every leaf.
+      pad_value: None, or a scalar for all leaves, or a pytree of scalars (a prefix of ``tree``): pads the end of the
+        sequence up to the layout's unit (C contiguous, 2C zigzag, C * stripe striped).
+
+    Returns:
+      The tree in ring order.
+
+    Raises:
+      ValueError: if a length is no multiple of the unit and pad_value is None; for a bad axis, layout or num_shards.
+    """
+    layout = as_layout(layout)
+    _check(num_shards)
+
+    def permute(x: Any, fill: Any) -> Any:
+        x, ax = _on_axis(x, axis, "to_ring_order")
+        length = x.shape[ax]
+        extra = padded_length(length, layout, num_shards) - length
+        if extra and fill is None:
+            raise ValueError(
+                f"to_ring_order: the length must be a multiple of {layout.unit(num_shards)} "
+                f"({layout} over {num_shards} shards), or pad_value must be given. Got length {length}."
+            )
+        if extra:
+            widths = [(0, extra if i == ax else 0) for i in range(x.ndim)]
+            x = (np if isinstance(x, np.ndarray) else jnp).pad(x, widths, constant_values=fill)
+        return _take(x, ring_order(x.shape[ax], layout, num_shards), ax)
+
+    fills = jax.tree.broadcast(pad_value, tree, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(permute, tree, fills)
+
+
+def from_ring_order(
+    tree: Any,
+    *,
+    layout: str | Layout = "contiguous",
+    num_shards: int,
+    axis: int = 1,
+    length: int | None = None,
+) -> Any:
+    """The inverse of :func:`to_ring_order`; ``length`` trims the padding off again.
+
+    Raises:
+      ValueError: if the length of a leaf is no multiple of the layout's unit, or is shorter than ``length``.
+    """
+    layout = as_layout(layout)
+    _check(num_shards, 0 if length is None else length)
+
+    def invert(x: Any) -> Any:
+        x, ax = _on_axis(x, axis, "from_ring_order")
+        total = x.shape[ax]
+        if total % layout.unit(num_shards):
+            raise ValueError(
+                f"from_ring_order: the length must be a multiple of {layout.unit(num_shards)} "
+                f"({layout} over {num_shards} shards). Got length {total}."
+            )
+        if length is not None and length > total:
+            raise ValueError(f"from_ring_order: length must be at most the leaf's length {total}. Got {length}.")
+        return _take(x, np.argsort(ring_order(total, layout, num_shards))[:length], ax)
+
+    return jax.tree.map(invert, tree)

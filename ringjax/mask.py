@@ -1,0 +1,134 @@
+"""Who may attend whom: positions and segments to an elementwise predicate, and to a map of tiles.
+
+The one place that says so. A query at position p with segment a sees a key at position r with segment b when
+
+    p - left <= r <= p + right   (each bound only if given; causal is right = 0)      and      a == b.
+
+Lengths and padding are segments too: a query or key that is not there has an id that nothing else has, see
+:func:`exclude`. So kernels know two things only, positions and segments.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+# Ids of queries and keys that are not there. Different, so that they do not attend each other either.
+NO_QUERY = -(2**31)
+NO_KEY = -(2**31) + 1
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("q_positions", "kv_positions", "q_segments", "kv_segments"),
+    meta_fields=("left", "right"),
+)
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The mask between one query shard and one block. ``B1`` is the batch size, or 1 if the mask is the same for all.
+
+    Positions are None where neither bound is given, segments are None where everything is in one segment.
+    """
+
+    q_positions: Int32[Array, "B1 T"] | None
+    kv_positions: Int32[Array, "B1 S"] | None
+    q_segments: Int32[Array, "B1 T"] | None
+    kv_segments: Int32[Array, "B1 S"] | None
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Known at trace time: every query attends every key."""
+        return self.q_positions is None and self.q_segments is None
+
+    def queries(self, batch: Array | int, start: Array | int, size: int) -> "Mask":
+        """The same mask for ``size`` queries of one batch row."""
+        cut = functools.partial(_slice_row, batch=batch, start=start, size=size)
+        return dataclasses.replace(self, q_positions=cut(self.q_positions), q_segments=cut(self.q_segments))
+
+    def keys(self, batch: Array | int, start: Array | int, size: int) -> "Mask":
+        """The same mask for ``size`` keys of one batch row."""
+        cut = functools.partial(_slice_row, batch=batch, start=start, size=size)
+        return dataclasses.replace(self, kv_positions=cut(self.kv_positions), kv_segments=cut(self.kv_segments))
+
+    def predicate(self) -> Bool[Array, "B1 T S"]:
+        """True where the query attends the key. For tiles: it is T x S."""
+        allowed = jnp.ones((1, 1, 1), dtype=bool)
+        if self.q_positions is not None and self.kv_positions is not None:
+            ahead = self.kv_positions[:, None, :] - self.q_positions[:, :, None]
+            if self.left is not None:
+                allowed = allowed & (ahead >= -self.left)
+            if self.right is not None:
+                allowed = allowed & (ahead <= self.right)
+        if self.q_segments is not None and self.kv_segments is not None:
+            allowed = allowed & (self.q_segments[:, :, None] == self.kv_segments[:, None, :])
+        return allowed
+
+
+def _slice_row(x: Array | None, batch: Array | int, start: Array | int, size: int) -> Array | None:
+    if x is None:
+        return None
+    row = batch if x.shape[0] > 1 else 0
+    return jax.lax.dynamic_slice(x, (jnp.int32(row), jnp.int32(start)), (1, size))
+
+
+def exclude(segments: Int32[Array, "B1 L"], present: Bool[Array, "B1 L"], marker: int) -> Int32[Array, "B1 L"]:
+    """Segment ids in which tokens that are not present have the id NO_QUERY or NO_KEY."""
+    return jnp.where(present, segments, jnp.int32(marker))
+
+
+class BlockMap(NamedTuple):
+    """For every row of tiles the tiles to visit: FULL ones first, PARTIAL ones next, EMPTY ones last.
+
+    ``order[b, i, :full[b, i]]`` need no predicate, ``order[b, i, full[b, i]:visit[b, i]]`` do, the rest is not
+    touched. Rows are tiles of queries (forward) or of keys (backward).
+    """
+
+    order: Int32[Array, "B1 rows columns"]
+    full: Int32[Array, "B1 rows"]
+    visit: Int32[Array, "B1 rows"]
+
+
+FULL, PARTIAL, EMPTY = 0, 1, 2
+
+
+def tile_kinds(mask: Mask, block_q: int, block_kv: int) -> Int32[Array, "B1 nq nk"]:
+    """FULL, PARTIAL or EMPTY for every tile, from minima and maxima alone (PARTIAL may be said of the others too).
+
+    The lengths must be multiples of the tile sizes.
+    """
+    full = jnp.ones((1, 1, 1), dtype=bool)
+    empty = jnp.zeros((1, 1, 1), dtype=bool)
+    if mask.q_positions is not None and mask.kv_positions is not None:
+        q_min, q_max = _extent(mask.q_positions, block_q, queries=True)
+        k_min, k_max = _extent(mask.kv_positions, block_kv, queries=False)
+        if mask.left is not None:
+            full = full & (k_min - q_max >= -mask.left)
+            empty = empty | (k_max - q_min < -mask.left)
+        if mask.right is not None:
+            full = full & (k_max - q_min <= mask.right)
+            empty = empty | (k_min - q_max > mask.right)
+    if mask.q_segments is not None and mask.kv_segments is not None:
+        q_min, q_max = _extent(mask.q_segments, block_q, queries=True)
+        k_min, k_max = _extent(mask.kv_segments, block_kv, queries=False)
+        full = full & (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
+        empty = empty | (q_max < k_min) | (k_max < q_min)
+    return jnp.where(empty, jnp.int32(EMPTY), jnp.where(full, jnp.int32(FULL), jnp.int32(PARTIAL)))
+
+
+def _extent(x: Int32[Array, "B1 L"], tile: int, *, queries: bool) -> tuple[Array, Array]:
+    """Minimum and maximum of every tile, shaped to broadcast to [B1, nq, nk]."""
+    tiles = x.reshape(x.shape[0], -1, tile)
+    axis = 2 if queries else 1
+    return jnp.expand_dims(tiles.min(-1), axis), jnp.expand_dims(tiles.max(-1), axis)
+
+
+def block_map(kinds: Int32[Array, "B1 rows columns"]) -> BlockMap:
+    """The map of :func:`tile_kinds`, or of its transpose. Stable, so the order of tiles never depends on chance."""
+    order = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
+    full = jnp.sum(kinds == FULL, axis=-1, dtype=jnp.int32)
+    return BlockMap(order, full, full + jnp.sum(kinds == PARTIAL, axis=-1, dtype=jnp.int32))

@@ -1,0 +1,103 @@
+"""Partial softmax results: identity, merge, finish. No ranks, no masks.
+
+For logits s_j and values v_j of a set of keys J the partial result is
+
+    max = max_J s_j,    sum = sum_J exp(s_j - max),    acc = sum_J exp(s_j - max) v_j,
+
+unnormalised and in float32. Partial results of disjoint sets merge into that of their union (Milakov and Gimelshein
+2018, arXiv:1805.02867); only non-positive numbers are ever exponentiated, so nothing overflows.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# The maximum over no keys. Finite, not -inf: exp(-inf - -inf) is NaN. Below every logit that a masked row could meet.
+NO_LOGIT = -0.7 * 3.4e38
+
+
+class Partial(NamedTuple):
+    """The running softmax of each query, head-major. See the module's equation."""
+
+    acc: Float[Array, "B N T Hv"]
+    max: Float[Array, "B N T"]
+    sum: Float[Array, "B N T"]
+
+
+def identity(shape: tuple[int, ...], value_size: int, dtype: jnp.dtype) -> Partial:
+    """The partial result over no keys; ``shape`` is that of the maximum."""
+    return Partial(
+        jnp.zeros((*shape, value_size), dtype), jnp.full(shape, NO_LOGIT, dtype), jnp.zeros(shape, dtype)
+    )
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The partial result over the union of two disjoint sets of keys."""
+    top = jnp.maximum(a.max, b.max)
+    scale_a, scale_b = jnp.exp(a.max - top), jnp.exp(b.max - top)
+    return Partial(
+        a.acc * scale_a[..., None] + b.acc * scale_b[..., None],
+        top,
+        a.sum * scale_a + b.sum * scale_b,
+    )
+
+
+def finish(partial: Partial, sinks: Float[Array, " N"] | None = None) -> tuple[Array, Array]:
+    """Normalised output and log-sum-exp: acc / sum, max + log(sum). Over no keys: 0 and -inf.
+
+    Sinks are one more logit a head, whose value is zero; they enter here, once, and nowhere else.
+    """
+    acc, top, total = partial
+    if sinks is not None:
+        sink = sinks.astype(top.dtype)[None, :, None]
+        new_top = jnp.maximum(top, sink)
+        scale = jnp.exp(top - new_top)
+        acc, total, top = acc * scale[..., None], total * scale + jnp.exp(sink - new_top), new_top
+    some = total != 0  # NaN counts as some: a NaN logit must show
+    safe = jnp.where(some, total, jnp.ones_like(total))
+    return acc / safe[..., None], jnp.where(some, top + jnp.log(safe), -jnp.inf)
+
+
+def merge_partials(
+    partials: Sequence[tuple[Float[Array, "*b H"], Float[Array, "*b"]]],
+) -> tuple[Float[Array, "*b H"], Float[Array, "*b"]]:
+    """Combine attention over disjoint sets of keys: out = sum_i w_i out_i, w_i = exp(lse_i - lse), lse = log sum exp lse_i.
+
+    Differentiable in outputs and log-sum-exps. Rows that attend nothing anywhere (all lse -inf) give 0 and -inf, with
+    zero gradients.
+
+    Args:
+      partials: pairs (out [..., H], lse [...]), as ``ring_attention(..., return_residual=True)`` returns.
+
+    Returns:
+      (out, lse): out in the dtype of the first output, lse in float32 (float64 for float64).
+
+    Raises:
+      ValueError: if there is no pair, or shapes differ.
+    """
+    pairs = [(jnp.asarray(out), jnp.asarray(lse)) for out, lse in partials]
+    if not pairs:
+        raise ValueError("partials must hold at least one (out, lse) pair. Got none.")
+    for out, lse in pairs:
+        if out.shape != pairs[0][0].shape or lse.shape != out.shape[:-1]:
+            raise ValueError(
+                "partials: every out must have one shape [..., H] and every lse the shape [...]. "
+                f"Got out {out.shape} and lse {lse.shape}; the first out is {pairs[0][0].shape}."
+            )
+    dtype = jnp.promote_types(jnp.float32, pairs[0][1].dtype)
+    lses = jnp.stack([lse.astype(dtype) for _, lse in pairs])
+    attended = lses != -jnp.inf  # NaN counts as attended: it must show
+    # The maximum cancels in the result, so its gradient is zero; finite even where every lse is -inf.
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(attended, lses, jnp.asarray(NO_LOGIT, dtype)), axis=0))
+    # Replace -inf before the exponential: a where() after it would still give NaN gradients.
+    weights = jnp.where(attended, jnp.exp(jnp.where(attended, lses - top, 0.0)), 0.0)
+    total = jnp.sum(weights, axis=0)
+    some = total != 0
+    safe = jnp.where(some, total, 1.0)
+    outs = jnp.where(attended[..., None], jnp.stack([out.astype(dtype) for out, _ in pairs]), 0.0)
+    out = jnp.sum(outs * (weights / safe)[..., None], axis=0)
+    lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+    return out.astype(pairs[0][0].dtype), lse
