@@ -3,12 +3,15 @@
 Checked with JAX 0.10.2, 0.11.2 and 0.12.0.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src import config as _config
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def axis_is_bound(name: str) -> bool:
@@ -52,3 +55,17 @@ def vary_like(x: jax.Array, *references: Any) -> jax.Array:
 def checks_varying_axes() -> bool:
     """Whether this code is traced inside a shard_map with check_vma=True."""
     return bool(manual_axes()) and bool(_config._check_vma.value)
+
+
+def take(x: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
+    """jnp.take along one axis; on Explicit mesh axes, where a gather must say how its result is sharded, as x is."""
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return jnp.take(x, index, axis=axis)
+    spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+    names = (spec[axis],) if isinstance(spec[axis], str) else tuple(spec[axis] or ())
+    if len(index) % math.prod(mesh.shape[name] for name in names):
+        spec[axis] = None  # the new length cannot be sharded so
+    where = (slice(None),) * axis + (index,)
+    return x.at[where].get(out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))

@@ -5,8 +5,8 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -178,7 +178,7 @@ def check_soft_cap(logits_soft_cap: Any) -> float | None:
 
 
 def _real(name: str, given: Any, need: str, accept: Any) -> float:
-    concrete = not isinstance(given, jax.core.Tracer) and not isinstance(given, bool)
+    concrete = not isinstance(given, Tracer) and not isinstance(given, bool)
     if concrete and (isinstance(given, numbers.Real) or getattr(given, "shape", None) == ()):
         number = float(given)
         if math.isfinite(number) and accept(number):

@@ -12,12 +12,13 @@ the padded sequence with the padding left out.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ._compat import take
 
 
 class Layout:
@@ -218,8 +219,7 @@ def _on_axis(x: Any, axis: int, name: str) -> tuple[Any, int]:
 
 
 def _take(x: Any, index: np.ndarray, axis: int) -> Any:
-    take: Callable[..., Any] = np.take if isinstance(x, np.ndarray) else jnp.take
-    return take(x, index, axis=axis)
+    return np.take(x, index, axis=axis) if isinstance(x, np.ndarray) else take(x, index, axis)
 
 
 def to_ring_order(

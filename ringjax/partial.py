@@ -19,6 +19,11 @@ from jaxtyping import Array, Float
 NO_LOGIT = -0.7 * 3.4e38
 
 
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of accumulators: float32, or float64 for float64."""
+    return jnp.dtype("float64" if dtype == jnp.float64 else "float32")
+
+
 class Partial(NamedTuple):
     """The running softmax of each query, head-major. See the module's equation."""
 
@@ -29,9 +34,7 @@ class Partial(NamedTuple):
 
 def identity(shape: tuple[int, ...], value_size: int, dtype: jnp.dtype) -> Partial:
     """The partial result over no keys; ``shape`` is that of the maximum."""
-    return Partial(
-        jnp.zeros((*shape, value_size), dtype), jnp.full(shape, NO_LOGIT, dtype), jnp.zeros(shape, dtype)
-    )
+    return Partial(jnp.zeros((*shape, value_size), dtype), jnp.full(shape, NO_LOGIT, dtype), jnp.zeros(shape, dtype))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -64,7 +67,9 @@ def finish(partial: Partial, sinks: Float[Array, " N"] | None = None) -> tuple[A
 def merge_partials(
     partials: Sequence[tuple[Float[Array, "*b H"], Float[Array, "*b"]]],
 ) -> tuple[Float[Array, "*b H"], Float[Array, "*b"]]:
-    """Combine attention over disjoint sets of keys: out = sum_i w_i out_i, w_i = exp(lse_i - lse), lse = log sum exp lse_i.
+    """Combine attention over disjoint sets of keys.
+
+    lse = log sum_i exp(lse_i),    out = sum_i exp(lse_i - lse) out_i.
 
     Differentiable in outputs and log-sum-exps. Rows that attend nothing anywhere (all lse -inf) give 0 and -inf, with
     zero gradients.
@@ -87,17 +92,17 @@ def merge_partials(
                 "partials: every out must have one shape [..., H] and every lse the shape [...]. "
                 f"Got out {out.shape} and lse {lse.shape}; the first out is {pairs[0][0].shape}."
             )
-    dtype = jnp.promote_types(jnp.float32, pairs[0][1].dtype)
+    dtype = wide(pairs[0][1].dtype)
     lses = jnp.stack([lse.astype(dtype) for _, lse in pairs])
     attended = lses != -jnp.inf  # NaN counts as attended: it must show
     # The maximum cancels in the result, so its gradient is zero; finite even where every lse is -inf.
-    top = jax.lax.stop_gradient(jnp.max(jnp.where(attended, lses, jnp.asarray(NO_LOGIT, dtype)), axis=0))
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(attended, lses, NO_LOGIT), axis=0, keepdims=True))
     # Replace -inf before the exponential: a where() after it would still give NaN gradients.
     weights = jnp.where(attended, jnp.exp(jnp.where(attended, lses - top, 0.0)), 0.0)
-    total = jnp.sum(weights, axis=0)
+    total = jnp.sum(weights, axis=0, keepdims=True)
     some = total != 0
     safe = jnp.where(some, total, 1.0)
     outs = jnp.where(attended[..., None], jnp.stack([out.astype(dtype) for out, _ in pairs]), 0.0)
     out = jnp.sum(outs * (weights / safe)[..., None], axis=0)
-    lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+    lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)[0]
     return out.astype(pairs[0][0].dtype), lse

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from .kernels.base import Kernel, KernelParams, wide
+from .kernels.base import Kernel, KernelParams
 from .mask import Mask
+from .partial import wide
 from .schedule import Schedule, permutation
 
 
@@ -72,9 +73,7 @@ def _ring_bwd(spec: RingSpec, residuals: tuple[Any, ...], cotangents: tuple[Arra
 ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-def _forward(
-    spec: RingSpec, q: Array, k: Array, v: Array, sinks: Array | None, mask: Mask
-) -> tuple[Array, Array]:
+def _forward(spec: RingSpec, q: Array, k: Array, v: Array, sinks: Array | None, mask: Mask) -> tuple[Array, Array]:
     rows = _head_major(q)
     num_hops = len(spec.schedule.hops)
 
@@ -110,9 +109,7 @@ def _backward(
             landed, sums = _add(landed, _rotate(spec, sums, hops[index - 1].homeward)), None
         elif sums is not None:
             sums = _rotate(spec, sums, here.shift)
-        dq, dk, dv = spec.kernel.backward(
-            q, k, v, dout, lse, delta, _arrived(mask, keys), spec.params, dq_carry=dq
-        )
+        dq, dk, dv = spec.kernel.backward(q, k, v, dout, lse, delta, _arrived(mask, keys), spec.params, dq_carry=dq)
         fresh = (dk.astype(dkv_dtype), dv.astype(dkv_dtype))
         return dq, _add(sums, fresh), landed
 
@@ -189,5 +186,3 @@ def _arrived(mask: Mask, keys: list[Array | None]) -> Mask:
 def _head_major(x: Float[Array, "B L N H"]) -> Float[Array, "B N L H"]:
     """Swap sequence and heads, either way: kernels want the sequence next to the features."""
     return jnp.swapaxes(x, 1, 2)
-
-

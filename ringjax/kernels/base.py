@@ -2,13 +2,12 @@
 
 Everything is head-major. Shapes: q [B, N, T, H], k [B, K, S, H], v [B, K, S, Hv], dout [B, N, T, Hv];
 lse, delta [B, N, T]. Query head n belongs to K/V head n // G, G = N / K; K and V are never repeated. "Wide" is
-float32, or float64 for float64 inputs: everything that is summed over hops is wide.
+float32, or float64 for float64 inputs, see :func:`ringjax.partial.wide`: everything that is summed over hops is wide.
 """
 
 import dataclasses
 from typing import Protocol
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..mask import Mask
@@ -75,8 +74,3 @@ class Kernel(Protocol):
             dv = p^T dout,   ds = p (dout v^T - delta) * dlogits/d(q.k),   dq = ds k,   dk = ds^T q.
         """
         ...
-
-
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of accumulators: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)

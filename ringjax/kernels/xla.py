@@ -1,7 +1,7 @@
 """The readable block kernel in jax.numpy. Runs everywhere; blocked, so no T x S array ever exists.
 
-A loop over tiles of queries (backward: of keys), in it a loop over the tiles that the block map lists: FULL tiles first,
-without a predicate, then PARTIAL ones with it. FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691.
+A loop over tiles of queries (backward: of keys), in it a loop over the tiles that the block map lists: FULL tiles
+first, without a predicate, then PARTIAL ones with it. FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from .._compat import vary_like
 from ..mask import NO_KEY, NO_QUERY, BlockMap, Mask, block_map, tile_kinds
-from ..partial import NO_LOGIT, Partial, finish as finish_partial, identity
-from .base import KernelParams, wide
+from ..partial import NO_LOGIT, Partial, identity, wide
+from ..partial import finish as finish_partial
+from .base import KernelParams
 
 # 512 x 512 float32 logits (1 MiB) stay in a core's cache and make matmuls large enough; see docs/optimisation-log.md.
 _DEFAULT_TILE = 512
@@ -47,7 +48,8 @@ def forward(
     dtype, length = wide(q.dtype), q.shape[2]
     tiles, mask = _tiling(q, k, mask, params)
     if carry is None:
-        carry = jax.tree.map(lambda x: vary_like(x, q, k, v, *jax.tree.leaves(mask)), identity(q.shape[:3], v.shape[3], dtype))
+        nothing = identity(q.shape[:3], v.shape[3], dtype)
+        carry = Partial(*(vary_like(x, q, k, v, *jax.tree.leaves(mask)) for x in nothing))
     q = _grouped(_pad(q, tiles.block_q), tiles)
     k, v = _pad(k, tiles.block_kv), _pad(v, tiles.block_kv)
     state = Partial(*(_grouped(_pad(x, tiles.block_q), tiles) for x in carry))

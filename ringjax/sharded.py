@@ -1,0 +1,195 @@
+"""A call on whole arrays: finds the mesh, pads what does not divide, wraps the shards' work in shard_map."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from . import _compat
+from .arguments import Arrays
+from .config import RingConfig
+from .kernels.base import Kernel
+from .layout import Layout, padded_length, ring_slots
+
+AxisNames = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is known of a call at trace time, complete: nothing below fills in a default."""
+
+    axis_name: str
+    layout: Layout
+    left: int | None
+    right: int | None
+    scale: float
+    logits_soft_cap: float | None
+    config: RingConfig
+    kernel: Kernel
+    unroll: int
+    key_length: int | None  # of the whole sequence, where it was padded: what lies beyond is nobody's key
+
+
+def find_mesh(axis: str, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
+    manual = _compat.manual_axes()
+    if manual and mesh is None:
+        raise ValueError(
+            f"axis_name must be a manual axis inside shard_map: one of {', '.join(map(repr, manual))}. Got {axis!r}."
+        )
+    found = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
+    if not isinstance(found, (Mesh, AbstractMesh)):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh or None. Got {type(found).__name__}.")
+    if found.empty:
+        raise ValueError(
+            f"axis_name {axis!r} must be an axis of a mesh: pass mesh=, set one with jax.set_mesh, or call inside "
+            "shard_map over it. Got no mesh."
+        )
+    if axis not in found.axis_names:
+        where = "mesh" if mesh is not None else "axis_name: the mesh of the context"
+        raise ValueError(f"{where} must have an axis {axis!r}. Got axes {', '.join(map(repr, found.axis_names))}.")
+    return found
+
+
+def sharded(
+    attend: Callable[[Call, Arrays], tuple[Array, Array]],
+    call: Call,
+    arrays: Arrays,
+    mesh: Mesh | AbstractMesh,
+    batch: AxisNames | None,
+    heads: AxisNames | None,
+) -> tuple[Array, Array]:
+    """Pad to what the ring can hold, run ``attend`` on the shards under shard_map, cut the padding off."""
+    batch = batch if batch is not None else _explicit_axes(arrays.query, 0, mesh)
+    heads = heads if heads is not None else _explicit_axes(arrays.query, 2, mesh)
+    kv_heads = heads if arrays.key.shape[2] > 1 else None  # a single K/V head stays whole
+    _check_sizes(call, arrays, mesh, batch, heads)
+    num_shards, q_length, k_length = mesh.shape[call.axis_name], arrays.query.shape[1], arrays.key.shape[1]
+    padded = padded_length(k_length, call.layout, num_shards) != k_length
+    call = dataclasses.replace(call, key_length=k_length if padded else None)
+    specs = _specs(arrays, call.axis_name, batch, heads, kv_heads)
+    fitted = {}
+    for name, spec in specs.items():
+        x = getattr(arrays, name)
+        if call.axis_name in spec:  # by construction axis 1
+            x = _pad_to_ring(x, call.layout, num_shards, mesh)
+        fitted[name] = _reshard(x, spec, mesh)
+    out, lse = _compiled(attend, call, mesh, tuple(specs.items()))(fitted)
+    cut = functools.partial(_cut_from_ring, length=q_length, layout=call.layout, num_shards=num_shards, mesh=mesh)
+    return cut(out), cut(lse)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(
+    attend: Callable[[Call, Arrays], tuple[Array, Array]],
+    call: Call,
+    mesh: Mesh | AbstractMesh,
+    specs: tuple[tuple[str, PartitionSpec], ...],
+) -> Callable[[dict[str, Array]], tuple[Array, Array]]:
+    """The sharded call under jit. Cached, or every eager call would compile anew."""
+    by_name = dict(specs)
+    out_spec = by_name["query"]
+    absent = dict.fromkeys(set(Arrays._fields) - set(by_name))
+
+    def run(given: dict[str, Array]) -> tuple[Array, Array]:
+        return attend(call, Arrays(**given, **absent))  # type: ignore[arg-type]
+
+    return jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=(by_name,), out_specs=(out_spec, PartitionSpec(*out_spec[:3])))
+    )
+
+
+def _specs(
+    arrays: Arrays, sequence: str, batch: AxisNames | None, heads: AxisNames | None, kv_heads: AxisNames | None
+) -> dict[str, PartitionSpec]:
+    """A PartitionSpec for every array that is given."""
+    specs: dict[str, PartitionSpec] = {}
+    for name, x in arrays._asdict().items():
+        if x is None:
+            continue
+        rows = batch if x.shape[0] == arrays.query.shape[0] else None  # positions may be the same for every row
+        if name in ("query", "key", "value"):
+            specs[name] = PartitionSpec(rows, sequence, heads if name == "query" else kv_heads, None)
+        elif name == "sinks":
+            specs[name] = PartitionSpec(heads)
+        elif name.endswith("lengths"):
+            specs[name] = PartitionSpec(rows)
+        else:
+            specs[name] = PartitionSpec(rows, sequence)
+    return specs
+
+
+def _check_sizes(
+    call: Call, arrays: Arrays, mesh: Mesh | AbstractMesh, batch: AxisNames | None, heads: AxisNames | None
+) -> None:
+    """Batch and heads divide over their mesh axes."""
+    num_batch = _mesh_size("batch_axis_name", batch, call.axis_name, mesh)
+    num_heads = _mesh_size("head_axis_name", heads, call.axis_name, mesh)
+    (size, _, q_heads, _), kv_heads = arrays.query.shape, arrays.key.shape[2]
+    if size % num_batch:
+        raise ValueError(
+            f"query: the batch size must be a multiple of {num_batch}, the size of batch_axis_name {batch!r}. "
+            f"Got {size}."
+        )
+    if q_heads % num_heads or (kv_heads > 1 and kv_heads % num_heads):
+        raise ValueError(
+            f"query and key: the numbers of heads must be multiples of {num_heads}, the size of head_axis_name "
+            f"{heads!r} (a single K/V head may stay whole). Got N = {q_heads}, K = {kv_heads}."
+        )
+
+
+def _mesh_size(name: str, axes: AxisNames | None, sequence: str, mesh: Mesh | AbstractMesh) -> int:
+    """The product of the sizes of these mesh axes."""
+    size = 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        if axis not in mesh.axis_names or axis == sequence:
+            allowed = ", ".join(repr(a) for a in mesh.axis_names if a != sequence)
+            raise ValueError(f"{name} must name mesh axes other than axis_name: of {allowed or 'none'}. Got {axis!r}.")
+        size *= mesh.shape[axis]
+    return size
+
+
+def _explicit_axes(x: Array, dim: int, mesh: Mesh | AbstractMesh) -> AxisNames | None:
+    """The Explicit mesh axes that shard this dimension; None on Auto axes, of which a traced array tells nothing."""
+    explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    spec = getattr(jax.typeof(x).sharding, "spec", None)
+    entry = spec[dim] if spec is not None and dim < len(spec) else None
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    kept = tuple(name for name in names if name in explicit)
+    return kept[0] if len(kept) == 1 else kept or None
+
+
+def _reshard(x: Array, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Array:
+    """On Explicit axes shard_map takes only what is sharded as it says."""
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+    return x
+
+
+def _whole_sequence(x: Array, mesh: Mesh | AbstractMesh) -> Array:
+    """Not sharded along axis 1, where sharding in types would forbid what follows."""
+    spec = getattr(jax.typeof(x).sharding, "spec", None)
+    if AxisType.Explicit in mesh.axis_types and spec is not None and len(spec) > 1 and spec[1] is not None:
+        return _reshard(x, PartitionSpec(spec[0], None, *spec[2:]), mesh)
+    return x
+
+
+def _pad_to_ring(x: Array, layout: Layout, num_shards: int, mesh: Mesh | AbstractMesh) -> Array:
+    """Put zeros where the padded sequence has padding, in ring order (axis 1)."""
+    length = x.shape[1]
+    total = padded_length(length, layout, num_shards)
+    if total == length:
+        return x
+    x = _whole_sequence(x, mesh)
+    slots = ring_slots(length, layout, num_shards)
+    return jnp.zeros((x.shape[0], total, *x.shape[2:]), x.dtype).at[:, slots].set(x)
+
+
+def _cut_from_ring(x: Array, length: int, layout: Layout, num_shards: int, mesh: Mesh | AbstractMesh) -> Array:
+    """The inverse of _pad_to_ring."""
+    if x.shape[1] == length:
+        return x
+    return _whole_sequence(x, mesh)[:, ring_slots(length, layout, num_shards)]
