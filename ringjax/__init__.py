@@ -1,6 +1,7 @@
 """ringjax: exact attention over a sequence that is sharded across devices."""
 
 from .attention import ring_attention as ring_attention
+from .attention_fn import attention_fn as attention_fn
 from .config import RingConfig as RingConfig
 from .layout import Contiguous as Contiguous
 from .layout import Layout as Layout

@@ -101,7 +101,7 @@ def ring_attention(
     call = Call(
         axis, as_layout(layout), left, right, check_scale(scale, arrays.query.shape[3]),
         check_soft_cap(logits_soft_cap), config, _pick_kernel(config.implementation, platform),
-        config.unroll or (1 if platform == "cpu" else 2), None,
+        _unroll(config, axis, inside, platform), None,
     )  # fmt: skip
     if inside:
         _refuse_outside_arguments(axis, mesh, batch_axis_name, head_axis_name)
@@ -109,6 +109,16 @@ def ring_attention(
     else:
         out, lse = sharded(_local, call, arrays, find_mesh(axis, mesh), batch_axis_name, head_axis_name)
     return (out, lse) if return_residual else out
+
+
+def _unroll(config: RingConfig, axis: str, inside: bool, platform: str) -> int:
+    """Hops per iteration of the compiled loop, see RingConfig."""
+    if config.unroll is not None:
+        return config.unroll
+    if inside and axis not in _compat.manual_axes():
+        # An axis of vmap. JAX cannot differentiate, outside the vmap, a custom_vjp rule with a collective in a loop.
+        return jax.lax.axis_size(axis)
+    return 1 if platform == "cpu" else 2
 
 
 def _check_axis_name(axis_name: Any) -> str:

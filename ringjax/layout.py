@@ -175,9 +175,11 @@ def ring_order(length: int, layout: Layout, num_shards: int) -> np.ndarray:
     return slot[slot < length].astype(np.int32)
 
 
-def ring_slots(length: int, layout: Layout, num_shards: int) -> np.ndarray:
-    """Where each token in ring order goes once the sequence is padded: int32 [length], increasing."""
-    return np.flatnonzero(ring_order(padded_length(length, layout, num_shards), layout, num_shards) < length)
+def ring_runs(length: int, layout: Layout, num_shards: int) -> list[tuple[int, int]]:
+    """Where the tokens lie, in ring order, once the sequence is padded: runs [start, stop) between the padding."""
+    there = ring_order(padded_length(length, layout, num_shards), layout, num_shards) < length
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], there, [False]]).astype(np.int8)))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def _check(num_shards: Any, length: Any = 0, what: str = "length") -> None:

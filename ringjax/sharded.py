@@ -13,7 +13,7 @@ from . import _compat
 from .arguments import Arrays
 from .config import RingConfig
 from .kernels.base import Kernel
-from .layout import Layout, padded_length, ring_slots
+from .layout import Layout, padded_length, ring_runs
 
 AxisNames = str | tuple[str, ...]
 
@@ -184,12 +184,19 @@ def _pad_to_ring(x: Array, layout: Layout, num_shards: int, mesh: Mesh | Abstrac
     if total == length:
         return x
     x = _whole_sequence(x, mesh)
-    slots = ring_slots(length, layout, num_shards)
-    return jnp.zeros((x.shape[0], total, *x.shape[2:]), x.dtype).at[:, slots].set(x)
+    runs = ring_runs(length, layout, num_shards)
+    parts, used, end = [], 0, 0
+    for start, stop in runs:
+        after = total - stop if stop == runs[-1][1] else 0
+        widths = [(0, 0), (start - end, after), *((0, 0),) * (x.ndim - 2)]
+        parts.append(jnp.pad(x[:, used : used + stop - start], widths))
+        used, end = used + stop - start, stop
+    return jnp.concatenate(parts, axis=1)
 
 
 def _cut_from_ring(x: Array, length: int, layout: Layout, num_shards: int, mesh: Mesh | AbstractMesh) -> Array:
-    """The inverse of _pad_to_ring."""
+    """The inverse of _pad_to_ring. Slices, not a gather: the transpose of a gather is a scatter, slow when sharded."""
     if x.shape[1] == length:
         return x
-    return _whole_sequence(x, mesh)[:, ring_slots(length, layout, num_shards)]
+    x = _whole_sequence(x, mesh)
+    return jnp.concatenate([x[:, start:stop] for start, stop in ring_runs(length, layout, num_shards)], axis=1)
