@@ -97,9 +97,9 @@ def attention_fn(
         dtype: jax.typing.DTypeLike | None = None,
         precision: Any = None,
         module: Any = None,
+        *,  # From here on NNX and Linen differ in their order.
         promote_dtype: Callable[..., Any] | None = None,
         is_causal: bool = False,
-        *,
         force_fp32_for_softmax: bool = False,
         einsum_dot_general: Any = None,
         qk_attn_weights_einsum: Any = None,

@@ -17,8 +17,9 @@ from ..partial import NO_LOGIT, Partial, identity, wide
 from ..partial import finish as finish_partial
 from .base import KernelParams
 
-# 512 x 512 float32 logits (1 MiB) stay in a core's cache and make matmuls large enough; see docs/optimisation-log.md.
-_DEFAULT_TILE = 512
+# 256 x 256 float32 logits (256 KiB) stay in a core's cache, and fewer PARTIAL tiles than with larger ones; see
+# docs/optimisation-log.md.
+_DEFAULT_TILE = 256
 
 
 class _Tiles(NamedTuple):
