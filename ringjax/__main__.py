@@ -1,0 +1,5 @@
+"""`python -m ringjax` is the `ringjax` command."""
+
+from .cli import main
+
+main()

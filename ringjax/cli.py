@@ -1,0 +1,111 @@
+"""argv -> commands. No maths; each command imports what it needs once it is called."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="ringjax",
+    help="Exact ring attention in JAX: train a decoder with it, watch it, time it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+class ResumeMode(StrEnum):
+    """What to do about a checkpoint in the output directory."""
+
+    auto = "auto"
+    never = "never"
+    force = "force"
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file, as in configs/.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key, as in optimizer.steps=10. Repeatable."),
+    ] = None,
+    resume: Annotated[
+        ResumeMode,
+        typer.Option(
+            help="auto: continue from the newest checkpoint in the output if its configuration agrees; "
+            "force: even if it does not; never: refuse an output that has a checkpoint."
+        ),
+    ] = ResumeMode.auto,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Trace the step to shapes, on no devices, and say what it takes.")
+    ] = False,
+) -> None:
+    """Trains a byte-level decoder with ring attention.
+
+    Given again, the same command goes on where the last one stopped, killed
+    or not. Ctrl-C and SIGTERM save a checkpoint first. The output directory
+    gets metrics.jsonl, loss.png and checkpoints/.
+    """
+    from .training.loading import ConfigError, load
+
+    try:
+        settings = load(config, overrides or ())
+    except ConfigError as error:
+        _fail(error)
+    # Only now JAX may start: the configuration says on which devices.
+    from rich.console import Console
+
+    from .training import dryrun, loop
+
+    try:
+        if dry_run:
+            dryrun.show(settings, Console())
+            return
+        outcome = loop.train(settings, resume=resume.value)
+    except loop.REFUSALS as error:
+        _fail(error)
+    except loop.TrainingError as error:
+        _fail(error, code=1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from the last checkpoint, if there is one", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if outcome.stopped_by is not None:
+        raise typer.Exit(128 + outcome.stopped_by)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def demo(context: typer.Context) -> None:
+    """Shows on simulated devices what the ring does: hops, exactness, memory, bytes. See `ringjax demo --help`."""
+    from . import demo as command
+
+    raise typer.Exit(command.main(context.args))
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Times ring attention beside dense attention: `ringjax bench cpu`. See `ringjax bench --help`."""
+    from . import bench as command
+
+    raise typer.Exit(command.main(context.args))
+
+
+def main() -> None:
+    """The `ringjax` command."""
+    app()
+
+
+def _fail(error: Exception, code: int = 2) -> NoReturn:
+    """Prints each line of an error and ends the command, without a traceback: the user's input is wrong, not ours."""
+    for line in str(error).splitlines():
+        typer.echo(f"error: {line}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
