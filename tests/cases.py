@@ -1,0 +1,336 @@
+"""The shared table of attention problems, and how to run one on the ring, densely, and on the oracle.
+
+A `Case` says what is asked; `make_inputs` draws it in natural order; `run_ring` permutes it to ring order, runs
+out, lse and every gradient in one compiled program, and permutes back. `assert_matches` holds the ring to
+the house rule: at most twice the error of a dense computation in the same dtype, plus rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+
+import ringjax
+
+# A later kernel adds its name here and inherits the whole matrix.
+IMPLEMENTATIONS = ("xla",)
+LAYOUTS = ("contiguous", "zigzag", "striped")
+NUM_SHARDS = (1, 2, 3, 4, 8)
+
+# Small enough that a shard has several tiles, so that empty, partial and full tiles all occur.
+BLOCKS = {"block_q": 8, "block_kv": 8}
+
+# Rounding allowed on top of twice the reference's error, in units of eps(dtype) * max|oracle|.
+ROUNDING = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention problem. Lengths need not divide by anything."""
+
+    name: str
+    query_length: int = 48
+    key_length: int = 48
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 8
+    value_size: int = 8
+    is_causal: bool = False
+    window: int | tuple[int, int] | None = None
+    soft_cap: float | None = None
+    scale: float | None = None
+    query_lengths: tuple[int, ...] | None = None
+    key_lengths: tuple[int, ...] | None = None
+    segments: str | None = None  # "one" packed array, or a "pair"
+    positions: str | None = None  # "one" [T], "batch" [B, T], or a "pair"
+    sinks: bool = False
+    batch: int = 2
+
+    def static_options(self) -> dict[str, Any]:
+        """The options that are Python values."""
+        named = {
+            "scale": self.scale,
+            "local_window_size": self.window,
+            "logits_soft_cap": self.soft_cap,
+            "is_causal": self.is_causal or None,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
+# Each combination of features is as rich as one readable failure allows: every case costs a compilation.
+CASES = (
+    Case("full_mqa_wide_value", 48, 50, num_heads=3, num_kv_heads=1, value_size=12),
+    Case("causal_gqa", is_causal=True, scale=0.5),
+    Case("causal_soft_cap_ragged", 45, 45, is_causal=True, soft_cap=1.5, scale=0.9),
+    Case("causal_cross", 41, 53, is_causal=True, num_heads=2),
+    Case("window_ragged", 50, 50, window=7, num_heads=2),
+    Case("window_pair_cross", 40, 56, window=(5, 12), num_heads=2, num_kv_heads=1),
+    Case("causal_window_sinks", is_causal=True, window=(9, 0), sinks=True),
+    Case("causal_segments_ragged", 46, 46, is_causal=True, segments="one"),
+    Case("segment_pair_cross_sinks", 33, 48, segments="pair", sinks=True, num_heads=2),
+    Case("lengths", 48, 44, query_lengths=(48, 19), key_lengths=(0, 31), value_size=4),
+    Case("positions_causal", is_causal=True, positions="one", num_heads=2),
+    Case("position_pair_window", 47, 35, window=(6, 4), positions="pair", num_heads=2),
+    Case(
+        "everything",
+        51,
+        51,
+        is_causal=True,
+        window=(20, 3),
+        soft_cap=2.0,
+        scale=0.7,
+        query_lengths=(51, 30),
+        key_lengths=(37, 51),
+        segments="one",
+        positions="batch",
+        sinks=True,
+        value_size=12,
+    ),
+)
+BY_NAME = {case.name: case for case in CASES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Natural-order numpy arrays. `arrays` holds query, key, value, dout (the case's dtype), dlse and sinks."""
+
+    arrays: Mapping[str, np.ndarray]
+    masks: Mapping[str, Any]  # query_seq_lengths, key_value_seq_lengths, segment_ids, positions
+
+    @property
+    def float64(self) -> dict[str, np.ndarray]:
+        return {name: x.astype(np.float64) for name, x in self.arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Natural-order float64 copies of everything the attention returns, and the dtypes it returned."""
+
+    values: Mapping[str, np.ndarray]
+    dtypes: Mapping[str, Any]
+
+
+def wide_of(dtype: Any) -> np.dtype:
+    """The dtype of accumulators and of the log-sum-exp."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def make_inputs(case: Case, dtype: Any = jnp.float32, seed: int = 0) -> Inputs:
+    """Draws random inputs and cotangents; the float64 view is of the already rounded values."""
+    rng = np.random.default_rng(seed)
+    dtype = jnp.dtype(dtype)
+    wide = wide_of(dtype)
+    b, t, s, n = case.batch, case.query_length, case.key_length, case.num_heads
+    draw = lambda *shape: rng.standard_normal(shape)  # noqa: E731
+    arrays = {
+        "query": draw(b, t, n, case.head_size).astype(dtype),
+        "key": draw(b, s, case.num_kv_heads, case.head_size).astype(dtype),
+        "value": draw(b, s, case.num_kv_heads, case.value_size).astype(dtype),
+        "dout": draw(b, t, n, case.value_size).astype(dtype),
+        "dlse": draw(b, t, n).astype(wide),
+    }
+    if case.sinks:
+        arrays["sinks"] = draw(n).astype(dtype)
+    return Inputs(arrays, _draw_masks(case, rng))
+
+
+def _draw_masks(case: Case, rng: np.random.Generator) -> dict[str, Any]:
+    b, t, s = case.batch, case.query_length, case.key_length
+    masks: dict[str, Any] = {}
+    if case.query_lengths is not None:
+        masks["query_seq_lengths"] = np.array(case.query_lengths, np.int32)
+    if case.key_lengths is not None:
+        masks["key_value_seq_lengths"] = np.array(case.key_lengths, np.int32)
+    packed = lambda length: np.sort(rng.integers(0, 4, (b, length)), axis=1).astype(np.int32)  # noqa: E731
+    if case.segments == "one":
+        masks["segment_ids"] = packed(t)
+    elif case.segments == "pair":
+        # Unsorted queries, and ids that no key has, so that some rows are fully masked.
+        masks["segment_ids"] = (rng.integers(0, 6, (b, t)).astype(np.int32), packed(s))
+    if case.positions == "one":
+        masks["positions"] = rng.permutation(t).astype(np.int32)
+    elif case.positions == "batch":
+        starts = rng.integers(-5, 5, (b, 1))
+        masks["positions"] = (starts + np.arange(t)).astype(np.int32)
+    elif case.positions == "pair":
+        masks["positions"] = (
+            rng.integers(0, t, (b, t)).astype(np.int32),
+            rng.integers(0, t, (b, s)).astype(np.int32),
+        )
+    return masks
+
+
+@functools.cache
+def mesh_of(num_shards: int) -> jax.sharding.Mesh:
+    """A one-axis mesh of the first `num_shards` simulated devices."""
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((num_shards,), ("sp",), auto, devices=jax.devices()[:num_shards])
+
+
+def orders(case: Case, layout: Any, num_shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ring order of queries and of keys, as indices into natural order."""
+    where = functools.partial(ringjax.ring_positions, layout=layout, num_shards=num_shards)
+    return np.asarray(where(case.query_length)), np.asarray(where(case.key_length))
+
+
+def to_ring(inputs: Inputs, query_order: np.ndarray, key_order: np.ndarray) -> Inputs:
+    """Permutes the sequence axis of every array."""
+    of_keys = ("key", "value")
+    arrays = {
+        name: x if name == "sinks" else x[:, key_order if name in of_keys else query_order]
+        for name, x in inputs.arrays.items()
+    }
+    masks = dict(inputs.masks)
+    for name in ("segment_ids", "positions"):
+        if isinstance(masks.get(name), tuple):
+            query, key = masks[name]
+            masks[name] = (query[..., query_order], key[..., key_order])
+        elif name in masks:
+            masks[name] = masks[name][..., query_order]
+    return Inputs(arrays, masks)
+
+
+def value_and_gradients(attend: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """out, lse and every gradient of `attend(query, key, value, sinks) -> (out, lse)`."""
+    primals = tuple(arrays.get(name) for name in ("query", "key", "value", "sinks"))
+    (out, lse), pull = jax.vjp(attend, *primals)
+    dq, dk, dv, dsinks = pull((arrays["dout"], arrays["dlse"]))
+    got = {"out": out, "lse": lse, "dquery": dq, "dkey": dk, "dvalue": dv}
+    return got if dsinks is None else {**got, "dsinks": dsinks}
+
+
+def ring_program(case: Case, *, layout: Any, num_shards: int, implementation: str = "xla", **config: Any) -> Any:
+    """The compiled program (arrays, masks) -> out, lse and gradients, all in ring order."""
+    options = dict(
+        case.static_options(),
+        mesh=mesh_of(num_shards),
+        layout=layout,
+        return_residual=True,
+        config=ringjax.RingConfig(implementation=implementation, **{**BLOCKS, **config}),
+    )
+
+    @jax.jit
+    def program(arrays: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, Any]:
+        def attend(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+            return ringjax.ring_attention(query, key, value, sinks=sinks, **masks, **options)
+
+        return value_and_gradients(attend, arrays)
+
+    return program
+
+
+def run_ring(
+    case: Case,
+    inputs: Inputs,
+    *,
+    layout: Any = "contiguous",
+    num_shards: int = 4,
+    program: Any = None,
+    **config: Any,
+) -> Result:
+    """Runs the ring on natural-order inputs and returns natural-order results."""
+    program = program or ring_program(case, layout=layout, num_shards=num_shards, **config)
+    query_order, key_order = orders(case, layout, num_shards)
+    ring = to_ring(inputs, query_order, key_order)
+    got = program(dict(ring.arrays), dict(ring.masks))
+    back = {"dkey": np.argsort(key_order), "dvalue": np.argsort(key_order)}
+    values = {
+        name: np.asarray(x).astype(np.float64)
+        if name == "dsinks"
+        else np.asarray(x).astype(np.float64)[:, back.get(name, np.argsort(query_order))]
+        for name, x in got.items()
+    }
+    return Result(values, {name: x.dtype for name, x in got.items()})
+
+
+def run_oracle(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
+    """The truth."""
+    x = inputs.float64
+    options = dict(case.static_options(), **inputs.masks, sinks=x.get("sinks"))
+    out, lse = oracle.forward(x["query"], x["key"], x["value"], **options)
+    grads = oracle.backward(x["query"], x["key"], x["value"], x["dout"], x["dlse"], **options)
+    got = {
+        "out": out,
+        "lse": lse,
+        "dquery": grads.query,
+        "dkey": grads.key,
+        "dvalue": grads.value,
+    }
+    return got if grads.sinks is None else {**got, "dsinks": grads.sinks}
+
+
+def run_dense(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
+    """What an ordinary dense implementation makes of the same inputs in their own dtype."""
+    mask = oracle.attends(
+        case.batch,
+        case.query_length,
+        case.key_length,
+        is_causal=case.is_causal,
+        local_window_size=case.window,
+        **inputs.masks,
+    )
+    scale = case.head_size**-0.5 if case.scale is None else case.scale
+    got = _dense(dict(inputs.arrays), mask, scale=scale, cap=case.soft_cap)
+    return {name: np.asarray(x).astype(np.float64) for name, x in got.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "cap"))
+def _dense(arrays: Mapping[str, Any], mask: Any, *, scale: float, cap: float | None) -> dict[str, Any]:
+    """Logits and softmax in float32 (float64 for float64), probabilities rounded to the dtype, as jax.nn does."""
+
+    def attend(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+        wide = wide_of(query.dtype)
+        group = query.shape[2] // key.shape[2]
+        key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
+        s = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=wide) * scale
+        s = s if cap is None else cap * jnp.tanh(s / cap)
+        # Finite mask value and guarded log: the -inf of a dead row is a constant, and no NaN gets into the vjp.
+        s = jnp.where(mask[:, None], s, -1e30)
+        top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+        sink = None if sinks is None else sinks.astype(wide)[None, :, None, None]
+        top = top if sink is None else jnp.maximum(top, jax.lax.stop_gradient(sink))
+        p = jnp.where(mask[:, None], jnp.exp(s - top), 0)
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        total = total if sink is None else total + jnp.exp(sink - top)
+        safe = jnp.where(total > 0, total, 1)
+        lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+        out = jnp.einsum("bnts,bsnv->btnv", (p / safe).astype(value.dtype), value)
+        return out, jnp.moveaxis(lse[..., 0], 1, 2)
+
+    return value_and_gradients(attend, arrays)
+
+
+def errors(got: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Largest and root-mean-square error over the finite entries."""
+    finite = np.isfinite(truth)
+    difference = got[finite] - truth[finite]
+    if difference.size == 0:
+        return 0.0, 0.0
+    return float(np.abs(difference).max()), float(np.sqrt(np.mean(difference**2)))
+
+
+def assert_matches(case: Case, inputs: Inputs, result: Result, *, rounding: float = ROUNDING) -> None:
+    """Holds every output and gradient of `result` to the house tolerance, and its dtypes to the contract."""
+    truth, dense = run_oracle(case, inputs), run_dense(case, inputs)
+    dtype = inputs.arrays["query"].dtype
+    assert result.values.keys() == truth.keys()
+    for name, want in truth.items():
+        got = result.values[name]
+        wide = wide_of(dtype)
+        assert result.dtypes[name] == (wide if name == "lse" else dtype), name
+        assert got.shape == want.shape, name
+        finite = np.isfinite(want)
+        np.testing.assert_array_equal(got[~finite], want[~finite], err_msg=f"{name}: -inf rows")
+        assert np.isfinite(got[finite]).all(), f"{name} is not finite where the oracle is"
+        size = float(np.abs(want[finite]).max(initial=0.0))
+        slack = rounding * float(jnp.finfo(result.dtypes[name]).eps) * size
+        for kind, ours, theirs in zip(("max", "rms"), errors(got, want), errors(dense[name], want), strict=True):
+            limit = 2 * theirs + slack
+            assert ours <= limit, f"{name}: {kind} error {ours:.3g} > {limit:.3g} (dense {theirs:.3g})"

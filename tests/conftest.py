@@ -1,0 +1,24 @@
+"""Eight simulated CPU devices and JAX at its strictest, set before any test imports jax."""
+
+from __future__ import annotations
+
+import os
+
+# Compiling is most of this suite's time, and LLVM's expensive passes are most of compiling.
+_FAST_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# A stale cache entry would hide a change of the compiler or of ours.
+jax.config.update("jax_enable_compilation_cache", False)
+
+# Every example compiles: few of them, the same ones on every machine, and no limit on their time.
+hypothesis.settings.register_profile("ringjax", derandomize=True, deadline=None, max_examples=20, database=None)
+hypothesis.settings.load_profile("ringjax")

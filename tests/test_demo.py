@@ -1,0 +1,140 @@
+"""The demo's figures, checked against counts made by hand; and the commands themselves, small."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from ringjax import bench, demo
+from ringjax._simulate import set_cpu_devices, simulate_cpu_devices
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    return Mesh(np.asarray(jax.devices()[:4]), ("sp",))
+
+
+def test_hop_table_causal_contiguous():
+    rows = demo.hop_table(3, 4, layout="contiguous", left=None, right=0)
+    assert [[hop.block for hop in row] for row in rows] == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+    own = 10 / 16  # a triangle of 4 with its diagonal
+    assert [[hop.share for hop in row] for row in rows] == [[own, 0, 0], [own, 0, 1], [own, 1, 1]]
+
+
+def test_hop_table_zigzag_is_balanced():
+    rows = demo.hop_table(4, 8, layout="zigzag", left=None, right=0)
+    work = [sum(hop.share for hop in row) for row in rows]
+    assert work == pytest.approx([work[0]] * 4)
+    assert [hop.share for row in rows for hop in row[1:]] == [0.5] * 12
+
+
+def test_hop_table_window_covers_all_pairs():
+    rows = demo.hop_table(8, 4, layout="contiguous", left=4, right=0)
+    assert [len(row) for row in rows] == [2] * 8
+    pairs = sum(min(position, 4) + 1 for position in range(32))
+    assert sum(hop.share for row in rows for hop in row) * 16 == pytest.approx(pairs)
+
+
+@pytest.mark.parametrize("layout", demo.LAYOUTS)
+def test_agreement(mesh: Mesh, layout: str):
+    row = demo.agreement(mesh, 64, "causal", layout, is_causal=True)
+    assert 0 < max(row.output, *row.gradients) < 1e-5
+
+
+def test_agreement_sees_a_difference(mesh: Mesh, monkeypatch):
+    monkeypatch.setattr(demo, "_ring", lambda mesh, layout, options: lambda q, k, v: q)
+    assert demo.agreement(mesh, 64, "causal", "contiguous", is_causal=True).output > 0.1
+
+
+def test_traffic_counts_blocks(mesh: Mesh):
+    block = 2 * 16 * demo.KV_HEADS * demo.HEAD_SIZE * 4  # K and V of 16 tokens
+    sent = demo.traffic(mesh, 64, "contiguous", gradients=False)
+    assert (sent.permutes, sent.bytes) == (2 * 3, 3 * block)  # C - 1 rotations of two arrays
+    both = demo.traffic(mesh, 64, "contiguous", gradients=True)
+    assert both.bytes == 3 * block + 3 * block + 4 * block  # K and V again; dK and dV visit every rank and go home
+    window = demo.traffic(mesh, 64, "contiguous", gradients=False, is_causal=True, local_window_size=(16, 0))
+    assert block <= window.bytes < 1.1 * block  # one rotation, and the positions
+
+
+def test_memory_is_of_one_device():
+    devices = jax.devices()
+    few, many = (demo.ring_memory(devices[:count], 16384) for count in (2, 8))
+    assert 3 < few / many < 5
+    assert demo.dense_memory(devices[0], 1024) > 4 * 1024 * 1024 * demo.HEADS  # it does hold the T x S array
+
+
+@pytest.mark.slow
+def test_demo_prints_every_part(capsys):
+    assert demo.main(["--devices", "2", "--length", "64"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("Who holds which block", "dense attention", "Memory a device", "What one device sends"):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--devices", "0"], "--devices must be at least 1. Got 0."),
+        (["--length", "100"], "--length must be a multiple of 16 (2 x devices, the zigzag layout's unit). Got 100."),
+    ],
+)
+def test_demo_refuses(arguments: list[str], message: str, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_measures_and_writes(tmp_path, capsys):
+    docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
+    docs.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n", encoding="utf-8")
+    small = "cpu --length 64 --heads 2 --head-size 8 --devices 4 --rounds 2".split()
+    assert bench.main([*small, "--json", str(figures), "--write-docs", str(docs)]) == 0
+    rows = json.loads(figures.read_text(encoding="utf-8"))["rows"]
+    expected = {("full", "contiguous")} | {("causal", layout) for layout in bench.LAYOUTS}
+    assert {(row["mask"], row["layout"]) for row in rows} == expected
+    assert len(rows) == 2 * len(expected)
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and 0 < row["difference"] < 1e-5 for row in rows)
+    text = docs.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert sum(line.startswith("| fwd") for line in text.splitlines()) == len(rows)
+    assert "ring/dense" in capsys.readouterr().out
+
+
+def test_bench_refuses_a_document_without_markers(tmp_path):
+    path = tmp_path / "docs.md"
+    path.write_text("no markers", encoding="utf-8")
+    with pytest.raises(ValueError, match="once each"):
+        bench.write_docs([], "title", path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["cpu", "--rounds", "0"], ["cpu", "--devices", "0"], ["cpu", "--write-docs", "absent.md"], ["tpu"]]
+)
+def test_bench_refuses(arguments: list[str], capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments)
+    assert "error" in capsys.readouterr().err
+
+
+def test_ratio_is_the_median_within_rounds():
+    case = bench.Case("ring", "full", "contiguous", "fwd", run=lambda: None, arguments=())
+    rounds = [[(1.0, [0.5])], [(10.0, [2.0])], [(1.0, [0.3])]]
+    (row,) = bench._rows([(case, [case])], rounds, [1e-7])
+    assert (row.seconds, row.dense_seconds, row.ratio) == (0.5, 1.0, 0.3)
+
+
+def test_simulated_devices():
+    count = len(jax.devices())  # JAX has started: what is there can be had, more cannot
+    assert simulate_cpu_devices(count) == jax.devices()
+    assert len(simulate_cpu_devices(2)) == 2
+    with pytest.raises(RuntimeError, match=f"already started with {count}"):
+        simulate_cpu_devices(count + 1)
+    with pytest.raises(ValueError, match="at least 1. Got 0"):
+        set_cpu_devices(0)
+
+
+def test_sizes():
+    assert [demo._size(n) for n in (512, 2048, 3 * 2**20, 5 * 2**30)] == ["512 B", "2 KiB", "3 MiB", "5 GiB"]

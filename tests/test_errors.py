@@ -1,0 +1,253 @@
+"""Every mistake of the caller is refused, naming the argument, what is required and what was given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import ringjax
+from ringjax import RingConfig
+
+
+def call(query: Any = (2, 16, 4, 8), key: Any = (2, 16, 2, 8), value: Any = (2, 16, 2, 8), **options: Any) -> Any:
+    """ring_attention on arrays, or on zeros of these shapes, over a ring of four."""
+    as_array = lambda x: jnp.zeros(x, jnp.float32) if isinstance(x, tuple) else x  # noqa: E731
+    options = {"mesh": cases.mesh_of(4), **options}
+    return ringjax.ring_attention(as_array(query), as_array(key), as_array(value), **options)
+
+
+def of(dtype: Any, *shape: int) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+def test_the_call_that_all_mistakes_are_made_in_is_right() -> None:
+    assert call().shape == (2, 16, 4, 8)
+
+
+# id: (arguments, pattern). Every pattern holds the argument, the requirement and what was given, in this order.
+OUTSIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "rank of query": ({"query": (2, 16, 8)}, r"query .*rank 4.*\(2, 16, 8\)"),
+    "rank of key": ({"key": (2, 16, 2, 8, 1)}, r"key .*rank 4.*\(2, 16, 2, 8, 1\)"),
+    "rank of value": ({"value": (16, 8)}, r"value .*rank 4.*\(16, 8\)"),
+    "empty": ({"query": (2, 0, 4, 8)}, r"query .*not be empty.*\(2, 0, 4, 8\)"),
+    "not an array": ({"query": object()}, "query must be an array.*object"),
+    "heads do not divide": ({"query": (2, 16, 3, 8)}, r"query.*multiple.*N = 3, K = 2"),
+    "more kv heads": ({"query": (2, 16, 1, 8)}, r"query.*multiple.*N = 1, K = 2"),
+    "batch of query": ({"query": (1, 16, 4, 8)}, r"query.*one batch size.*\(1, 16, 4, 8\)"),
+    "batch of value": ({"value": (3, 16, 2, 8)}, r"value.*one batch size.*\(3, 16, 2, 8\)"),
+    "length of value": ({"value": (2, 12, 2, 8)}, r"key and value.*one length.*\(2, 12, 2, 8\)"),
+    "heads of value": ({"value": (2, 16, 4, 8)}, r"key and value.*number of heads.*\(2, 16, 4, 8\)"),
+    "head size of key": ({"key": (2, 16, 2, 4)}, r"query and key.*one head size.*\(2, 16, 2, 4\)"),
+    "dtype of key": (
+        {"key": of(jnp.bfloat16, 2, 16, 2, 8)},
+        "query, key and value .*one dtype.*key bfloat16",
+    ),
+    "dtype of value": (
+        {"value": of(jnp.float16, 2, 16, 2, 8)},
+        "query, key and value .*one dtype.*value float16",
+    ),
+    "integers": ({"query": of(jnp.int32, 2, 16, 4, 8)}, "query must have a dtype.*float32.*int32"),
+    "axis unknown": ({"axis_name": "seq"}, "axis 'seq'.*Got axes 'sp'"),
+    "axis not a name": ({"axis_name": 3}, "axis_name must be the name.* 3"),
+    "mesh not a mesh": ({"mesh": 4}, "mesh must be a .*Mesh.*int"),
+    "batch axis unknown": ({"batch_axis_name": "data"}, "batch_axis_name must name.*'data'"),
+    "batch axis is the ring": ({"batch_axis_name": "sp"}, "batch_axis_name must .*other.*'sp'"),
+    "head axis unknown": ({"head_axis_name": "tp"}, "head_axis_name must name.*'tp'"),
+    "negative window": ({"local_window_size": -1}, "local_window_size must be.*non-negative.* -1"),
+    "negative side": ({"local_window_size": (3, -2)}, r"local_window_size .*non-neg.*\(3, -2\)"),
+    "window of three": ({"local_window_size": (1, 2, 3)}, r"local_window_size .*pair.*\(1, 2, 3\)"),
+    "window not whole": ({"local_window_size": 2.5}, "local_window_size .*integer.* 2.5"),
+    "causal not a bool": ({"is_causal": "yes"}, "is_causal must be True or False.*'yes'"),
+    "float segments": (
+        {"segment_ids": of(jnp.float32, 2, 16)},
+        "segment_ids must have an integer dtype.*float32",
+    ),
+    "bool segments": ({"segment_ids": of(bool, 2, 16)}, "segment_ids must .*integer dtype.*bool"),
+    "shape of segments": (
+        {"segment_ids": of(jnp.int32, 16)},
+        r"segment_ids must have shape.*\(2, 16\).*Got.*\(16,\)",
+    ),
+    "shape of key segments": (
+        {"segment_ids": (of(jnp.int32, 2, 16), of(jnp.int32, 2, 12))},
+        r"segment_ids \(key\) must have shape.*\(2, 16\).*Got \(2, 12\)",
+    ),
+    "three segments": (
+        {"segment_ids": (of(jnp.int32, 2, 16),) * 3},
+        "segment_ids must be one array or a pair.*3",
+    ),
+    "one segments for two lengths": (
+        {"query": (2, 12, 4, 8), "segment_ids": of(jnp.int32, 2, 12)},
+        "segment_ids must be a pair.*T = 12, S = 16",
+    ),
+    "float positions": (
+        {"positions": of(jnp.float32, 16), "is_causal": True},
+        "positions must have an integer dtype.*float32",
+    ),
+    "shape of positions": (
+        {"positions": of(jnp.int32, 15), "is_causal": True},
+        r"positions must have shape.*\(16,\).*Got \(15,\)",
+    ),
+    "batch of positions": (
+        {"positions": (of(jnp.int32, 16), of(jnp.int32, 3, 16)), "is_causal": True},
+        r"positions \(key\) must have shape.*\(2, 16\).*Got \(3, 16\)",
+    ),
+    "shape of sinks": ({"sinks": of(jnp.float32, 2)}, r"sinks must be .*\[N\].*4.*Got.*\(2,\)"),
+    "rank of sinks": ({"sinks": of(jnp.float32, 4, 1)}, r"sinks must be .*\[N\].*Got.*\(4, 1\)"),
+    "integer sinks": ({"sinks": of(jnp.int32, 4)}, "sinks must be .*floating-point.*int32"),
+    "shape of lengths": (
+        {"key_value_seq_lengths": of(jnp.int32, 3)},
+        r"key_value_seq_lengths must have shape.*\(2,\).*Got \(3,\)",
+    ),
+    "float lengths": (
+        {"query_seq_lengths": of(jnp.float32, 2)},
+        "query_seq_lengths must have an integer dtype.*float32",
+    ),
+    "layout": ({"layout": "spiral"}, "layout must be one of.*'contiguous'.*'zigzag'.*'spiral'"),
+    "soft cap": ({"logits_soft_cap": 0.0}, "logits_soft_cap must be a positive number.* 0.0"),
+    "scale": ({"scale": float("nan")}, "scale must be a finite number.*nan"),
+    "residual": ({"return_residual": 1}, "return_residual must be True or False.* 1"),
+    "config": ({"config": {"block_q": 8}}, "config must be a RingConfig.*dict"),
+}
+
+
+@pytest.mark.parametrize("mistake", OUTSIDE)
+def test_outside(mistake: str) -> None:
+    arguments, words = OUTSIDE[mistake]
+    with pytest.raises(ValueError, match=words):
+        call(**arguments)
+
+
+def test_batch_and_heads_that_their_axes_do_not_divide() -> None:
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sp", "tp"), (jax.sharding.AxisType.Auto,) * 3)
+    with pytest.raises(ValueError, match="query.*batch size.*multiple of 2.*'data'.*Got 3"):
+        shapes = [(3, 16, 4, 8), (3, 16, 2, 8), (3, 16, 2, 8)]
+        call(*shapes, mesh=mesh, batch_axis_name="data")
+    with pytest.raises(ValueError, match="heads.*multiples of 2.*'tp'.*N = 3, K = 3"):
+        shapes = [(2, 16, 3, 8)] * 3
+        call(*shapes, mesh=mesh, head_axis_name="tp")
+
+
+def test_no_mesh_anywhere() -> None:
+    with pytest.raises(ValueError, match="axis_name 'sp' must be .*mesh.*Got no mesh"):
+        call(mesh=None)
+
+
+def test_a_context_mesh_without_the_axis() -> None:
+    with jax.set_mesh(cases.mesh_of(4)):
+        with pytest.raises(ValueError, match="axis_name.*must have an axis 'seq'.*Got axes 'sp'"):
+            call(mesh=None, axis_name="seq")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"axis_name": ("outer", "sp")}, r"axis_name: two-level.*\('outer', 'sp'\)"),
+        ({"config": RingConfig(direction="both")}, "direction.*'forward'.*'both'"),
+    ],
+)
+def test_what_is_not_there_yet(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(NotImplementedError, match=words):
+        call(**options)
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu", "pallas_triton"])
+def test_an_implementation_that_this_platform_lacks(name: str) -> None:
+    # A named implementation raises; it never falls back.
+    with pytest.raises(ValueError, match=f"implementation must be .*'cpu'.*'xla'.*'{name}'"):
+        call(config=RingConfig(implementation=name))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("implementation", "cuda", "implementation must be one of.*'xla'.*'cuda'"),
+        ("direction", "sideways", "direction must be one of.*'forward'.*'sideways'"),
+        ("dkv_dtype", "int8", "dkv_dtype must be one of.*'float32'.*'int8'"),
+        ("block_q", 0, "block_q must be a positive integer.* 0"),
+        ("block_kv", 2.0, "block_kv must be a positive integer.* 2.0"),
+        ("unroll", -1, "unroll must be a positive integer.* -1"),
+        ("block_q", True, "block_q must be a positive integer.*True"),
+    ],
+)
+def test_config(field: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RingConfig(**{field: value})
+
+
+# ------------------------------------------------------------------------------------------- inside shard_map
+
+
+def inside(attend: Callable[..., Any], *shapes: tuple[int, ...], mesh: Any = None, **kind: Any) -> None:
+    """Traces `attend(query, key, value)` on local shards of these global shapes."""
+    mesh = mesh or cases.mesh_of(4)
+    spec = P(None, "sp")
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, **kind)
+    jax.eval_shape(mapped, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+
+
+SHAPES = ((2, 16, 4, 8), (2, 16, 2, 8), (2, 16, 2, 8))
+
+
+def test_inside_is_right() -> None:
+    inside(ringjax.ring_attention, *SHAPES)
+
+
+def test_inside_unknown_axis() -> None:
+    with pytest.raises(ValueError, match="axis_name must be .*'sp'.*Got 'ring'"):
+        inside(functools.partial(ringjax.ring_attention, axis_name="ring"), *SHAPES)
+
+
+def test_inside_axis_that_is_not_manual() -> None:
+    mesh = jax.make_mesh((2, 4), ("data", "sp"), (jax.sharding.AxisType.Auto,) * 2)
+    attend = functools.partial(ringjax.ring_attention, axis_name="data")
+    with pytest.raises(ValueError, match="axis_name must be a manual axis.*'sp'.*Got 'data'"):
+        inside(attend, *SHAPES, mesh=mesh, axis_names={"sp"})
+
+
+@pytest.mark.parametrize("name", ["batch_axis_name", "head_axis_name"])
+def test_inside_batch_or_head_axis(name: str) -> None:
+    attend = functools.partial(ringjax.ring_attention, **{name: "data"})
+    with pytest.raises(ValueError, match=f"{name} must be None.*'sp'.*shard_map.*Got 'data'"):
+        inside(attend, *SHAPES)
+
+
+def test_inside_mesh() -> None:
+    attend = functools.partial(ringjax.ring_attention, mesh=cases.mesh_of(4))
+    with pytest.raises(ValueError, match="mesh must be None.*'sp'.*shard_map.*Got"):
+        inside(attend, *SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("layout", "unit", "query", "key", "culprit"),
+    [
+        ("zigzag", 2, 12, 16, "query.*Got 3"),
+        ("zigzag", 2, 16, 12, "key.*Got 3"),
+        (ringjax.Striped(stripe=3), 3, 16, 24, "query.*Got 4"),
+    ],
+)
+def test_inside_length_that_the_layout_cannot_hold(layout: Any, unit: int, query: int, key: int, culprit: str) -> None:
+    attend = functools.partial(ringjax.ring_attention, layout=layout)
+    name, given = culprit.split(".*")
+    with pytest.raises(ValueError, match=f"{name}: .*shard must be a multiple of {unit}.*{given}"):
+        inside(attend, (2, query, 4, 8), (2, key, 2, 8), (2, key, 2, 8))
+
+
+def test_inside_global_positions() -> None:
+    # The classic slip inside shard_map: a whole-sequence array beside local shards.
+    attend = functools.partial(ringjax.ring_attention, is_causal=True, positions=np.arange(16, dtype=np.int32))
+    with pytest.raises(ValueError, match=r"positions must have shape.*\(4,\).*Got \(16,\)"):
+        inside(attend, *SHAPES)
+
+
+def test_traced_scale() -> None:
+    scaled = jax.jit(lambda s: call(scale=s))
+    with pytest.raises(ValueError, match="scale must be .*known at trace time"):
+        scaled(0.5)

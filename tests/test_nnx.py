@@ -1,0 +1,313 @@
+"""ringjax.nnx.RingAttention against a dense layer with the same weights, on every kind of mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dense_layers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+import ringjax
+from ringjax.nnx import RingAttention, partition_shardings, partition_specs
+
+B, T, E = 2, 32, 16
+GQA = dict(num_heads=4, num_kv_heads=2, head_dim=8, is_causal=True)
+SEGMENTS = np.repeat(np.array([[0, 0, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 1]]), T // 8, axis=1)
+
+
+def ring_mesh(num_shards: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((num_shards,), ("sp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_shards])
+
+
+def cube(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((2, 2, 2), ("data", "sp", "tensor"), axis_types=(kind,) * 3)
+
+
+def build(**options: Any) -> RingAttention:
+    """A layer whose biases, scales and sinks are not the trivial ones they start as."""
+    layer = RingAttention(in_features=E, rngs=nnx.Rngs(0), **options)
+    keys = iter(jax.random.split(jax.random.key(7), 40))
+    state = nnx.state(layer)
+    nnx.update(layer, jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), state))
+    return layer
+
+
+def inputs(length: int = T) -> tuple[jax.Array, jax.Array]:
+    """Input and a random cotangent."""
+    return tuple(jax.random.normal(jax.random.key(i), (B, length, E)) for i in (1, 2))  # type: ignore[return-value]
+
+
+def pure(layer: nnx.Module) -> Any:
+    return nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+
+
+def run(layer: RingAttention, x: jax.Array, dout: jax.Array, **call: Any) -> tuple[Any, Any, Any]:
+    """Output and gradients of parameters and input, in one compiled program."""
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def program(state: Any, x: jax.Array, dout: jax.Array, call: Any) -> Any:
+        out, vjp = jax.vjp(lambda state, x: nnx.merge(graphdef, state)(x, **call), state, x)
+        return out, *vjp(dout)
+
+    out, dstate, dx = program(state, x, dout, call)
+    return out, nnx.to_pure_dict(dstate), dx
+
+
+def run_dense(weights: Any, x: jax.Array, dout: jax.Array, **options: Any) -> tuple[Any, Any, Any]:
+    @jax.jit
+    def program(weights: Any, x: jax.Array, dout: jax.Array) -> Any:
+        out, vjp = jax.vjp(lambda w, x: dense_layers.attention_layer(w, x, **options), weights, x)
+        return out, *vjp(dout)
+
+    return program(weights, x, dout)
+
+
+def assert_close(got: Any, want: Any, tolerance: float = 3e-5) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * max(1.0, np.abs(theirs).max()), rtol=0)
+
+
+def check(layer: RingAttention, num_shards: int, layout: Any, call: dict[str, Any], **dense: Any) -> None:
+    """The layer in ring order equals the dense layer in natural order; `call` is in natural order."""
+    x, dout = inputs(call.pop("length", T))
+    dout = dout[..., : layer.spec.out_features]
+    order = np.asarray(ringjax.ring_positions(x.shape[1], layout=layout, num_shards=num_shards))
+    in_ring = {name: v if name == "seq_lengths" else jnp.asarray(v)[:, order] for name, v in call.items()}
+    out, dweights, dx = run(layer, x[:, order], dout[:, order], **in_ring)
+    if "seq_lengths" in call:
+        lengths = call.pop("seq_lengths")
+        dense |= {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    want = run_dense(pure(layer), x, dout, **call, **dense)
+    back = np.argsort(order)
+    assert_close((out[:, back], dweights, dx[:, back]), want)
+
+
+POSITIONS = np.arange(T)[None] * 3 + np.array([[0], [100]])
+FEATURES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # Every layout on 1, 4 and 8 devices, each with a feature of its own:
+    # layout, C, what the layer is built with, how it is called, what the dense layer is told.
+    "plain": ("zigzag", 1, GQA, {}, dict(is_causal=True)),
+    "packed documents": ("zigzag", 4, GQA, dict(segment_ids=SEGMENTS), dict(is_causal=True)),
+    "everything learned": (
+        "zigzag",
+        8,
+        dict(GQA, use_bias=True, qk_norm=True, use_sinks=True, logits_soft_cap=4.0, scale=0.5),
+        {},
+        dict(is_causal=True, logits_soft_cap=4.0, scale=0.5),
+    ),
+    "other base, odd length": (
+        "contiguous",
+        1,
+        dict(GQA, rope_theta=500.0),
+        dict(length=27),
+        dict(is_causal=True, rope_theta=500.0),
+    ),
+    "positions": (
+        "contiguous",
+        4,
+        dict(GQA, local_window_size=(7, 7)),
+        dict(positions=POSITIONS),
+        dict(is_causal=True, local_window_size=(7, 7)),
+    ),
+    "window": ("contiguous", 8, dict(GQA, local_window_size=5), {}, dict(is_causal=True, local_window_size=5)),
+    "no rope": ("striped", 1, dict(num_heads=2, rope_theta=None), {}, dict(rope_theta=None)),
+    "two-sided window, one key head, other sizes": (
+        "striped",
+        4,
+        dict(num_heads=6, num_kv_heads=1, head_dim=10, out_features=5, local_window_size=(3, 2)),
+        dict(length=27),
+        dict(local_window_size=(3, 2)),
+    ),
+    "lengths": ("striped", 8, GQA, dict(seq_lengths=np.array([9, 32])), dict(is_causal=True)),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_equals_dense(feature: str):
+    layout, num_shards, options, call, dense = FEATURES[feature]
+    check(build(mesh=ring_mesh(num_shards), layout=layout, **options), num_shards, layout, dict(call), **dense)
+
+
+def test_without_a_mesh_runs_on_one_device():
+    layer = build(layout=ringjax.Striped(stripe=5), **GQA)  # a stripe that does not divide T: nobody shares anything
+    x, _ = inputs()
+    want = dense_layers.attention_layer(pure(layer), x, is_causal=True, segment_ids=SEGMENTS)
+    assert_close(layer(x, segment_ids=jnp.asarray(SEGMENTS)), want)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
+    options: dict[str, Any] = dict(GQA, use_bias=True, use_sinks=True, qk_norm=True, layout="zigzag")
+    single = build(**options)
+    x, dout = inputs()
+    order = np.asarray(ringjax.ring_positions(T, layout="zigzag", num_shards=2))
+    want = run(single, x, dout, segment_ids=SEGMENTS)
+
+    mesh = cube(kind)
+    with jax.set_mesh(mesh):
+        # With Explicit axes the batch axes are read off the input.
+        batch = "data" if kind == AxisType.Auto else None
+        layer = build(head_axis_name="tensor", batch_axis_name=batch, **options)
+        sharding = NamedSharding(mesh, PartitionSpec("data", "sp"))
+        xs, douts, ids = (jax.device_put(a[:, order], sharding) for a in (x, dout, SEGMENTS))
+        out, dweights, dx = run(layer, xs, douts, segment_ids=ids)
+    assert tuple(out.sharding.spec)[:2] == ("data", "sp")
+    back = np.argsort(order)
+    assert_close((np.asarray(out)[:, back], dweights, np.asarray(dx)[:, back]), want)
+
+
+def test_inside_shard_map():
+    layer = build(**GQA, layout="zigzag", local_window_size=9)
+    x, _ = inputs()
+    mesh = ring_mesh(4)
+    order = np.asarray(ringjax.ring_positions(T, layout="zigzag", num_shards=4))
+    spec = PartitionSpec(None, "sp")
+    graphdef, state = nnx.split(layer)
+
+    def local(state: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, state)(x, segment_ids=ids)
+
+    program = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), spec, spec), out_specs=spec)
+    )
+    out = np.asarray(program(state, x[:, order], SEGMENTS[:, order]))[:, np.argsort(order)]
+    assert_close(out, layer(x, segment_ids=jnp.asarray(SEGMENTS)))
+
+
+def test_weights_of_flax_attention_fit():
+    theirs = nnx.MultiHeadAttention(4, E, decode=False, rngs=nnx.Rngs(3))
+    ours = RingAttention(4, E, use_bias=True, rope_theta=None, mesh=ring_mesh(4), rngs=nnx.Rngs(0))
+    nnx.update(ours, nnx.state(theirs, nnx.Param))
+    x, _ = inputs()
+    assert_close(ours(x), theirs(x))
+
+
+def test_starts_like_flax_attention():
+    """Kernels are drawn as matrices, whatever their rank: the same distribution as Flax's."""
+    for use_bias in (False, True):
+        layer = RingAttention(8, 256, head_dim=32, use_bias=use_bias, use_sinks=True, rngs=nnx.Rngs(0))
+        for part in (layer.query, layer.key, layer.value, layer.out):
+            assert abs(float(np.std(part.arrays()["kernel"])) * 16 - 1) < 0.05  # 1 / sqrt(fan in)
+            assert ("bias" in part.arrays()) == use_bias
+        assert not np.any(pure(layer)["sinks"]["logit"])
+
+
+def test_dtypes():
+    layer = RingAttention(**GQA, in_features=E, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    x = jnp.ones((B, T, E))
+
+    def program(state: Any, x: jax.Array) -> Any:
+        out, vjp = jax.vjp(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+        return out, *vjp(out)
+
+    out, dstate, dx = jax.eval_shape(program, state, x)
+    assert out.dtype == jnp.bfloat16 and dx.dtype == jnp.float32
+    assert {g.dtype for g in jax.tree.leaves(dstate)} == {jnp.dtype(jnp.float32)}
+    half = RingAttention(**GQA, in_features=E, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert {w.dtype for w in jax.tree.leaves(pure(half))} == {jnp.dtype(jnp.bfloat16)}
+    out = half(x[:, :4].astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16 and bool(jnp.isfinite(out).all())
+
+
+# --------------------------------------------------------------------------------------------------- partitioning
+
+
+def specs_of(**options: Any) -> Any:
+    mesh = AbstractMesh((2, 4, 3), ("data", "sp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    make = lambda: RingAttention(  # noqa: E731
+        rngs=nnx.Rngs(0), mesh=mesh, batch_axis_name="data", head_axis_name="tensor", **options
+    )
+    return nnx.to_pure_dict(partition_specs(nnx.state(nnx.eval_shape(make)), mesh))
+
+
+def test_every_parameter_names_its_axes():
+    specs = specs_of(num_heads=6, num_kv_heads=3, in_features=16, head_dim=4, use_bias=True, use_sinks=True)
+    features = ("data", "sp")
+    assert specs["query"] == {"kernel": PartitionSpec(features, "tensor", None), "bias": PartitionSpec("tensor", None)}
+    assert specs["key"] == specs["value"] == specs["query"]
+    assert specs["out"] == {"kernel": PartitionSpec("tensor", None, features), "bias": PartitionSpec(None)}
+    assert specs["sinks"] == {"logit": PartitionSpec("tensor")}
+
+
+def test_axes_that_do_not_divide_are_left_out():
+    specs = specs_of(num_heads=6, num_kv_heads=2, in_features=6, head_dim=4)
+    assert specs["query"]["kernel"] == PartitionSpec("data", "tensor", None)  # 6 features over 2, not over 8
+    assert specs["key"]["kernel"] == PartitionSpec("data", None, None)
+
+
+def test_parameters_are_placed_on_a_real_mesh():
+    mesh = cube(AxisType.Auto)
+    layer = build(**GQA, batch_axis_name="data", head_axis_name="tensor", mesh=mesh)
+    assert layer.query.kernel[...].sharding == NamedSharding(mesh, PartitionSpec(("data", "sp"), "tensor", None))
+    want = partition_shardings(nnx.state(layer), mesh)
+    assert jax.tree.map(lambda w: w.sharding, nnx.state(layer)) == want
+
+
+def test_state_has_the_same_structure_on_every_mesh():
+    whole = nnx.state(build(**GQA))
+    split = nnx.state(build(**GQA, mesh=ring_mesh(8)))
+    assert jax.tree.structure(whole) == jax.tree.structure(split)
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_heads=3), "head_dim must be given .* 16 features, num_heads=3"),
+        (dict(num_heads=0), "head_dim must be given"),
+        (dict(num_heads=4, num_kv_heads=3), "num_kv_heads must divide num_heads"),
+        (dict(num_heads=4, num_kv_heads=0), "num_kv_heads must be a positive integer"),
+        (dict(num_heads=4, head_dim=2.0), "head_dim must be a positive integer"),
+        (dict(num_heads=4, head_dim=3), "head_dim must be even for RoPE"),
+        (dict(num_heads=4, rope_theta=-1.0), "rope_theta must be positive"),
+        (dict(num_heads=4, layout="spiral"), "layout must be one of"),
+    ],
+)
+def test_refuses_bad_options(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        RingAttention(in_features=E, rngs=nnx.Rngs(0), **options)
+
+
+def test_refuses_axes_that_the_mesh_lacks():
+    for options in (dict(axis_name="seq"), dict(batch_axis_name="dp"), dict(head_axis_name=("sp", "tp"))):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must name axes of the mesh"):
+            RingAttention(4, E, mesh=ring_mesh(4), rngs=nnx.Rngs(0), **options)
+
+
+def test_refuses_a_mesh_that_is_not_the_contexts():
+    with jax.set_mesh(ring_mesh(8)), pytest.raises(ValueError, match="mesh must be the mesh of the context"):
+        RingAttention(4, E, mesh=ring_mesh(4), rngs=nnx.Rngs(0))
+
+
+def test_explicit_axes_want_their_mesh_in_the_context():
+    layer = RingAttention(4, E, mesh=cube(AxisType.Explicit), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="mesh must be entered with jax.set_mesh"):
+        layer(jnp.ones((B, T, E)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (dict(inputs=jnp.ones((T, E))), r"inputs must have shape \[B, T, 16\]"),
+        (dict(inputs=jnp.ones((B, T, 2 * E))), r"inputs must have shape \[B, T, 16\]"),
+        (dict(positions=jnp.arange(T + 1)), r"positions must have shape \[T\] or \[B, T\]"),
+        (dict(positions=jnp.ones((T,))), "positions must be integers"),
+        (dict(segment_ids=jnp.ones((B, T))), "segment_ids"),
+        (dict(seq_lengths=jnp.ones((B, 1), jnp.int32)), "query_seq_lengths"),
+    ],
+)
+def test_refuses_bad_calls(call: dict[str, Any], message: str):
+    layer = RingAttention(4, E, mesh=ring_mesh(4), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        layer(**({"inputs": jnp.ones((B, T, E))} | call))

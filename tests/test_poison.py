@@ -1,0 +1,159 @@
+"""NaN and Inf in what is masked out reach nothing; in what is attended they reach exactly those who attend it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import cases
+import numpy as np
+import oracle
+import pytest
+
+everywhere = pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+POISONS = (np.nan, np.inf, -np.inf)
+
+# Masks under which some keys are attended by nobody, for every way of masking a key out.
+HIDDEN = {
+    case.name: case
+    for case in (
+        cases.Case("lengths", 42, 42, key_lengths=(29, 0), num_heads=2),
+        cases.Case("causal", 24, 48, is_causal=True, num_heads=2),
+        cases.Case("causal_window", 24, 48, is_causal=True, window=3, num_heads=2, sinks=True),
+        cases.Case("segments", 43, 47, segments="pair", num_heads=2, soft_cap=2.0),
+        cases.Case("positions", 40, 40, window=2, positions="pair", num_heads=2),
+    )
+}
+
+
+def attended(case: cases.Case, inputs: cases.Inputs) -> np.ndarray:
+    return oracle.attends(
+        case.batch,
+        case.query_length,
+        case.key_length,
+        is_causal=case.is_causal,
+        local_window_size=case.window,
+        **inputs.masks,
+    )
+
+
+def hide(case: cases.Case, inputs: cases.Inputs) -> cases.Inputs:
+    """Gives the key side ids and positions that no query reaches, here and there."""
+    masks = dict(inputs.masks)
+    if case.segments is not None:
+        query, key = masks["segment_ids"]
+        masks["segment_ids"] = (query % 3, key)  # keys of the last packed segment have id 3
+    if case.positions is not None:
+        query, key = masks["positions"]
+        masks["positions"] = (query, key + np.int32(15))
+    return dataclasses.replace(inputs, masks=masks)
+
+
+def poison(inputs: cases.Inputs, name: str, where: np.ndarray) -> cases.Inputs:
+    """Every kind of bad number, over the tokens [B, length] that `where` names."""
+    x = inputs.arrays[name].copy()
+    bad = np.resize(np.array(POISONS, x.dtype), x.shape)
+    x[where] = bad[where]
+    return dataclasses.replace(inputs, arrays={**inputs.arrays, name: x})
+
+
+def assert_equal(got: cases.Result, want: cases.Result, only: Any = None) -> None:
+    for name in want.values if only is None else only:
+        np.testing.assert_allclose(got.values[name], want.values[name], rtol=2e-6, atol=2e-6, err_msg=name)
+
+
+@everywhere
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_keys_that_nobody_attends(implementation: str, name: str, layout: str) -> None:
+    case = HIDDEN[name]
+    clean = hide(case, cases.make_inputs(case))
+    hidden = ~attended(case, clean).any(axis=1)
+    assert hidden.any(axis=1).all() and not hidden.all()
+    poisoned = poison(poison(clean, "key", hidden), "value", hidden)
+    program = cases.ring_program(case, layout=layout, num_shards=4, implementation=implementation)
+    run = lambda x: cases.run_ring(case, x, layout=layout, num_shards=4, program=program)  # noqa: E731
+    got, want = run(poisoned), run(clean)
+    assert_equal(got, want)
+    assert (got.values["dkey"][hidden] == 0).all() and (got.values["dvalue"][hidden] == 0).all()
+
+
+@everywhere
+@pytest.mark.parametrize("num_shards", [1, 8])
+def test_queries_beyond_their_length(implementation: str, num_shards: int) -> None:
+    # Nobody asks what a query past the end holds; its cotangents are poisoned too.
+    case = cases.Case("queries", 42, 42, query_lengths=(42, 23), is_causal=True, num_heads=2)
+    clean = cases.make_inputs(case)
+    beyond = np.arange(42)[None] >= np.array(case.query_lengths)[:, None]
+    poisoned = poison(poison(clean, "query", beyond), "dout", beyond)
+    program = cases.ring_program(case, layout="contiguous", num_shards=num_shards, implementation=implementation)
+    run = lambda x: cases.run_ring(case, x, num_shards=num_shards, program=program)  # noqa: E731
+    got, want = run(poisoned), run(clean)
+    assert_equal(got, want)
+    assert (got.values["out"][beyond] == 0).all() and (got.values["dquery"][beyond] == 0).all()
+
+
+@everywhere
+@pytest.mark.parametrize("bad", POISONS)
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize(("layout", "num_shards"), [("contiguous", 1), ("zigzag", 4), ("striped", 8)])
+def test_each_query_sees_what_it_attends(
+    implementation: str, layout: str, num_shards: int, name: str, bad: float
+) -> None:
+    # One bad key in the middle, causal window: queries before it and beyond the window stay exact.
+    case = cases.Case("query by query", 48, 48, is_causal=True, window=(11, 0), num_heads=2)
+    clean = cases.make_inputs(case)
+    arrays = dict(clean.arrays)
+    arrays[name] = arrays[name].copy()
+    arrays[name][0, 21] = bad
+    program = _programs(case, layout, num_shards, implementation)
+    run = lambda x: cases.run_ring(  # noqa: E731
+        case, x, layout=layout, num_shards=num_shards, program=program
+    )
+    got, want = run(dataclasses.replace(clean, arrays=arrays)), run(clean)
+    sees = attended(case, clean)[:, :, 21]
+    sees[1] = False  # the bad key is in the first batch row only
+    for what in ("out", "lse", "dquery"):
+        np.testing.assert_allclose(
+            got.values[what][~sees], want.values[what][~sees], rtol=2e-6, atol=2e-6, err_msg=what
+        )
+    if name == "value":
+        np.testing.assert_allclose(got.values["lse"], want.values["lse"], rtol=2e-6, atol=2e-6)
+        assert not np.isfinite(got.values["out"][sees]).any()
+    elif np.isnan(bad):  # an infinite key may also give a probability of 0 or 1
+        assert np.isnan(got.values["lse"][sees]).all()
+        assert np.isnan(got.values["out"][sees]).all()
+    # A key whose attending queries all stay clear of the bad one has a clean gradient.
+    touched = attended(case, clean)[0][sees[0]].any(axis=0)
+    for what in ("dkey", "dvalue"):
+        np.testing.assert_allclose(got.values[what][0, ~touched], want.values[what][0, ~touched], rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(got.values[what][1], want.values[what][1], rtol=2e-6, atol=2e-6, err_msg=what)
+
+
+_CACHE: dict[tuple[Any, ...], Any] = {}
+
+
+def _programs(case: cases.Case, layout: str, num_shards: int, implementation: str) -> Any:
+    """Six poisons share each compiled program."""
+    key = (case, layout, num_shards, implementation)
+    if key not in _CACHE:
+        _CACHE[key] = cases.ring_program(case, layout=layout, num_shards=num_shards, implementation=implementation)
+    return _CACHE[key]
+
+
+@everywhere
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_fully_masked_rows(implementation: str, num_shards: int, sinks: bool) -> None:
+    case = cases.Case("dead", 30, 30, is_causal=True, query_lengths=(30, 8), key_lengths=(0, 20), sinks=sinks)
+    inputs = cases.make_inputs(case)
+    result = cases.run_ring(case, inputs, num_shards=num_shards, implementation=implementation)
+    cases.assert_matches(case, inputs, result)
+    dead = ~attended(case, inputs).any(axis=2)
+    assert dead[0].all() and dead[1].any() and not dead[1].all()
+    got = result.values
+    assert (got["out"][dead] == 0).all() and (got["dquery"][dead] == 0).all()
+    assert (got["dkey"][0] == 0).all() and (got["dvalue"][0] == 0).all()
+    want = inputs.float64["sinks"] if sinks else np.full(case.num_heads, -np.inf)
+    lse = got["lse"][dead]
+    np.testing.assert_array_equal(lse, np.broadcast_to(want, lse.shape))

@@ -1,0 +1,53 @@
+"""The README's example is the README's promise: it is run as it stands, in a process of its own."""
+
+import functools
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def example() -> str:
+    """The one Python block of the README."""
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    return code
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    # As a newcomer would: without the flags that conftest.py sets for this process.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bringjax\.((?:nnx\.|linen\.)?[A-Za-z_]+)", TEXT))))
+def test_names_in_the_readme_exist(name: str):
+    for module in ("ringjax.nnx", "ringjax.linen"):
+        importlib.import_module(module)
+    assert callable(functools.reduce(getattr, name.split("."), importlib.import_module("ringjax")))
+
+
+def test_example_is_short_and_checks_itself():
+    lines = [line for line in example().splitlines() if line.strip()]
+    assert len(lines) <= 15
+    assert lines[-1].startswith("assert ")
+    assert "jax.nn.dot_product_attention" in example()
+
+
+def test_example_runs():
+    result = run(example())
+    assert result.returncode == 0, result.stderr
+
+
+def test_example_would_fail_on_a_wrong_result():
+    wrong = example().replace("is_causal=True, layout", "layout", 1)
+    assert wrong != example()
+    assert "AssertionError" in run(wrong).stderr
