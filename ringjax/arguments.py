@@ -5,7 +5,9 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
@@ -135,10 +137,20 @@ def _as_array(name: str, x: Any) -> Array:
 
 
 def _as_integers(name: str, x: Any) -> Array:
-    x = _as_array(name, x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must have an integer dtype. Got {x.dtype.name}.")
-    return x.astype(jnp.int32)
+    """int32. Wider integers are taken where their values can be seen, and fit: a cast would wrap without a word."""
+    given = x if isinstance(x, (jax.Array, np.ndarray)) else np.asarray(x)
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"{name} must have an integer dtype. Got {given.dtype.name}.")
+    if not np.can_cast(given.dtype, np.int32):
+        if isinstance(given, Tracer):
+            raise ValueError(
+                f"{name} must fit int32: cast a traced array with .astype('int32'). Got {given.dtype.name}."
+            )
+        low, high = (int(given.min()), int(given.max())) if given.size else (0, 0)
+        if low < -_INT32_MAX - 1 or high > _INT32_MAX:
+            raise ValueError(f"{name} must fit int32. Got values from {low} to {high}.")
+        given = given.astype(np.int32)
+    return _as_array(name, given).astype(jnp.int32)
 
 
 def check_window(local_window_size: Any, is_causal: Any) -> tuple[int | None, int | None]:

@@ -59,14 +59,24 @@ class Mask:
         """True where the query attends the key. For tiles: it is T x S."""
         allowed = jnp.ones((1, 1, 1), dtype=bool)
         if self.q_positions is not None and self.kv_positions is not None:
-            ahead = self.kv_positions[:, None, :] - self.q_positions[:, :, None]
-            if self.left is not None:
-                allowed = allowed & (ahead >= -self.left)
-            if self.right is not None:
-                allowed = allowed & (ahead <= self.right)
+            first, last = _window(self.q_positions, self.left, self.right)
+            if first is not None:
+                allowed = allowed & (self.kv_positions[:, None, :] >= first[:, :, None])
+            if last is not None:
+                allowed = allowed & (self.kv_positions[:, None, :] <= last[:, :, None])
         if self.q_segments is not None and self.kv_segments is not None:
             allowed = allowed & (self.q_segments[:, :, None] == self.kv_segments[:, None, :])
         return allowed
+
+
+def _window(
+    q_positions: Int32[Array, "B1 T"], left: int | None, right: int | None
+) -> tuple[Int32[Array, "B1 T"] | None, Int32[Array, "B1 T"] | None]:
+    """First and last position that each query sees; None is unbounded. Saturates where int32 would wrap around."""
+    low, high = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+    first = None if left is None else jnp.maximum(q_positions, jnp.int32(low + left)) - left
+    last = None if right is None else jnp.minimum(q_positions, jnp.int32(high - right)) + right
+    return first, last
 
 
 def _slice_row(x: Array | None, batch: Array | int, start: Array | int, size: int) -> Array | None:
@@ -104,14 +114,14 @@ def tile_kinds(mask: Mask, block_q: int, block_kv: int) -> Int32[Array, "B1 nq n
     full = jnp.ones((1, 1, 1), dtype=bool)
     empty = jnp.zeros((1, 1, 1), dtype=bool)
     if mask.q_positions is not None and mask.kv_positions is not None:
-        q_min, q_max = _extent(mask.q_positions, block_q, queries=True)
+        first, last = _window(mask.q_positions, mask.left, mask.right)
         k_min, k_max = _extent(mask.kv_positions, block_kv, queries=False)
-        if mask.left is not None:
-            full = full & (k_min - q_max >= -mask.left)
-            empty = empty | (k_max - q_min < -mask.left)
-        if mask.right is not None:
-            full = full & (k_max - q_min <= mask.right)
-            empty = empty | (k_min - q_max > mask.right)
+        if first is not None:
+            lowest, highest = _extent(first, block_q, queries=True)
+            full, empty = full & (k_min >= highest), empty | (k_max < lowest)
+        if last is not None:
+            lowest, highest = _extent(last, block_q, queries=True)
+            full, empty = full & (k_max <= lowest), empty | (k_min > highest)
     if mask.q_segments is not None and mask.kv_segments is not None:
         q_min, q_max = _extent(mask.q_segments, block_q, queries=True)
         k_min, k_max = _extent(mask.kv_segments, block_kv, queries=False)

@@ -24,7 +24,12 @@ from ringjax.training.signals import StopSignal
 # Statements that make a run end at a chosen moment, from inside: no test waits for a clock.
 KILL_IN_A_LINE = """
 import os, signal
-from ringjax.training import metrics
+from ringjax.training import checkpoints, metrics
+save = checkpoints.Checkpoints.save
+def save_now(self, *arguments):  # in the background it might not be committed yet when the kill comes
+    save(self, *arguments)
+    self.wait()
+checkpoints.Checkpoints.save = save_now
 write = metrics.MetricsFile.write
 def torn(self, record):
     if record["step"] < {step}:
