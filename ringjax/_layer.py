@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._place import BATCH, FSDP, TENSOR, SEQUENCE, Place
+from ._place import BATCH, FSDP, SEQUENCE, TENSOR, Place
 from ._rope import Rotation, rotate, rotation, wide_dtype
 from .config import RingConfig
 from .layout import Layout, as_layout
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
@@ -67,7 +68,9 @@ class AttentionSpec:
             object.__setattr__(self, "local_window_size", tuple(self.local_window_size))  # hashable
 
     @classmethod
-    def of(cls, in_features: int, num_kv_heads: int | None, head_dim: int | None, out_features: int | None, **rest: Any):
+    def of(
+        cls, in_features: int, num_kv_heads: int | None, head_dim: int | None, out_features: int | None, **rest: Any
+    ):
         """With Flax's defaults filled in: one key head a query head, in_features / num_heads, in_features."""
         heads = rest["num_heads"]
         if head_dim is None and (not isinstance(heads, int) or heads < 1 or in_features % heads):
@@ -144,7 +147,9 @@ def layer_rotation(spec: AttentionSpec, place: Place, x: jax.Array, positions: j
         positions = place.positions(x.shape[1], spec.layout)
     allowed = ((x.shape[1],), x.shape[:2])
     if positions.shape not in allowed:
-        raise ValueError(f"positions must have shape [T] or [B, T], {allowed[0]} or {allowed[1]}. Got {positions.shape}.")
+        raise ValueError(
+            f"positions must have shape [T] or [B, T], {allowed[0]} or {allowed[1]}. Got {positions.shape}."
+        )
     return rotation(positions, spec.head_dim, spec.rope_theta, x.dtype if spec.dtype is None else spec.dtype)
 
 

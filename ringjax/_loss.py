@@ -27,8 +27,9 @@ def chunked_loss(
       chunk: tokens of one shard and sequence at a time.
     """
     batch, length = targets.shape
-    groups, shards = place.count(batch, BATCH), place.num_shards
-    per_shard = -(-length // shards)
+    # A length that does not divide has no local parts (one shard): its chunks are whole on every device.
+    groups, shards = place.count(batch, BATCH), place.count(length, SEQUENCE)
+    per_shard = length // shards
     chunk = min(chunk, per_shard)
     wide = wide_dtype(x.dtype)
     weights = jnp.ones(targets.shape, wide) if weights is None else weights.astype(wide)
@@ -36,7 +37,7 @@ def chunked_loss(
     def cut(a: jax.Array) -> jax.Array:
         """[B, T, ...] -> [chunks, batch shards, B / batch shards, C, chunk, ...]; only local dimensions are cut."""
         rest = a.shape[2:]
-        a = _pad(a, 1, shards * per_shard).reshape(groups, batch // groups, shards, per_shard, *rest)
+        a = a.reshape(groups, batch // groups, shards, per_shard, *rest)
         a = _pad(a, 3, -(-per_shard // chunk) * chunk)
         a = jnp.moveaxis(a.reshape(*a.shape[:3], -1, chunk, *rest), 3, 0)
         return place.constrain(a, None, BATCH, None, SEQUENCE, *(None for _ in a.shape[4:]))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ._layer import AttentionSpec, ParamInfo, apply_attention, initial_value, run_layer
@@ -62,7 +63,7 @@ def partition_shardings(tree: Any, mesh: Mesh) -> Any:
 def settle(module: nnx.Module, mesh: Mesh | None) -> None:
     """Move the parameters of a finished module to where they belong on a real mesh: the given one or the context's."""
     state = nnx.state(module)
-    if not all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+    if not all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(state)):
         return  # Under jit or eval_shape: whoever traces decides where the results go.
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     if isinstance(mesh, jax.sharding.Mesh) and not mesh.empty:
@@ -128,7 +129,7 @@ class RingAttention(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: Initializer | None = None,
         out_kernel_init: Initializer | None = None,
-        bias_init: Initializer = nnx.initializers.zeros_init(),
+        bias_init: Initializer = nnx.initializers.zeros,
         rngs: nnx.Rngs,
     ):
         self.spec = AttentionSpec.of(

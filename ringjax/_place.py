@@ -99,7 +99,9 @@ class Place:
             rank = rank * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
         return as_layout(layout).positions(rank, jnp.arange(length, dtype=jnp.int32), length, self.num_shards)
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, *, layout: str | Layout, **options: Any) -> Any:
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, *, layout: str | Layout, **options: Any
+    ) -> Any:
         """ring_attention here."""
         if self.inside or self.sizes:
             return ring_attention(

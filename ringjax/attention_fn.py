@@ -24,9 +24,7 @@ _MASKS = (
 class AttentionFn(Protocol):
     """What :func:`attention_fn` returns."""
 
-    def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, *args: Any, **options: Any
-    ) -> Any: ...
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, *args: Any, **options: Any) -> Any: ...
 
 
 def attention_fn(

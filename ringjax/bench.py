@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import sys
@@ -209,11 +210,12 @@ def _rows(
 
 
 def describe(shape: Shape, num_devices: int, rounds: int) -> str:
-    """One line that says what was measured and where."""
+    """One line that says what is about to be measured, where, and how busy the machine is with other things."""
+    busy = f", load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
     return (
         f"B {shape.batch}, S {shape.length}, {shape.heads} heads x {shape.head_size}, {shape.dtype}; ring over "
         f"{num_devices} simulated devices against jax.nn.dot_product_attention on the same cores; median of {rounds} "
-        f"interleaved rounds; JAX {jax.__version__}, Python {platform.python_version()}, {platform.machine()}"
+        f"interleaved rounds; JAX {jax.__version__}, Python {platform.python_version()}, {platform.machine()}{busy}"
     )
 
 
@@ -292,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--write-docs: {error}")
     shape = Shape(1, options.length, options.heads, options.head_size, options.dtype)
     console = Console()
+    title = describe(shape, options.devices, options.rounds)
     rows = bench_cpu(
         shape=shape,
         num_devices=options.devices,
@@ -302,7 +305,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=ringjax.RingConfig(block_q=options.block_q, block_kv=options.block_kv),
         progress=lambda text: console.print(f"[dim]{text}[/dim]"),
     )
-    title = describe(shape, options.devices, options.rounds)
     console.print(render(rows, title))
     if options.json is not None:
         record = {"title": title, "rows": [dataclasses.asdict(row) for row in rows]}

@@ -17,6 +17,7 @@ from ._nnx_layer import RingAttention, Weights, partition_shardings, partition_s
 from ._place import BATCH, FSDP, SEQUENCE, TENSOR, AxisNames, Mesh, Place, as_axes, find_place
 from ._rope import Rotation, wide_dtype
 from .arguments import check_window
+from .config import RingConfig
 from .layout import Layout, as_layout
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -43,6 +44,7 @@ class DecoderConfig:
       batch_axis_name: mesh axis or axes of the batch.
       head_axis_name: mesh axis of heads, MLP width and vocabulary (tensor parallelism).
       layout: "contiguous", "zigzag", "striped" or a Layout object.
+      ring: tuning of the ring, the ``config`` of ring_attention.
     """
 
     vocab_size: int
@@ -65,6 +67,7 @@ class DecoderConfig:
     batch_axis_name: AxisNames = None
     head_axis_name: str | None = None
     layout: str | Layout = "zigzag"
+    ring: RingConfig = RingConfig()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
@@ -118,6 +121,7 @@ class Block(nnx.Module):
             local_window_size=config.local_window_size,
             logits_soft_cap=config.logits_soft_cap,
             layout=config.layout,
+            config=config.ring,
             axis_name=config.axis_name,
             batch_axis_name=config.batch_axis_name,
             head_axis_name=config.head_axis_name,
@@ -153,9 +157,7 @@ class Block(nnx.Module):
             return place.constrain(part.arrays()["kernel"].astype(x.dtype), *roles)
 
         y = rms_norm(x, self.attention_norm.arrays()["scale"], self.norm_eps)
-        x = x + self.attention.within(
-            y, place, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids
-        )
+        x = x + self.attention.within(y, place, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids)
         y = rms_norm(x, self.mlp_norm.arrays()["scale"], self.norm_eps)
         wide = jax.nn.silu(y @ kernel(self.gate, None, TENSOR)) * (y @ kernel(self.up, None, TENSOR))
         wide = place.constrain(wide, BATCH, SEQUENCE, TENSOR)
@@ -165,8 +167,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder of the Llama architecture: RMSNorm, RoPE, grouped-query ring attention, SwiGLU.
 
-    Tokens, targets, segment ids and masks are in ring order of ``config.layout``. Activations stay sharded over batch and
-    sequence throughout. Blocks are stacked and scanned, so compile time does not grow with depth. Parameters name their
+    Tokens, targets, segment ids and masks are in ring order of ``config.layout``. Activations stay sharded over batch
+    and sequence throughout. Blocks are stacked and scanned, so compile time does not grow with depth. Parameters name their
     mesh axes in their metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP width and
     vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one device.
 

@@ -67,19 +67,11 @@ def sharded(
     heads = heads if heads is not None else _explicit_axes(arrays.query, 2, mesh)
     kv_heads = heads if arrays.key.shape[2] > 1 else None  # a single K/V head stays whole
     _check_sizes(call, arrays, mesh, batch, heads)
-    num_shards, q_length, k_length = mesh.shape[call.axis_name], arrays.query.shape[1], arrays.key.shape[1]
-    padded = padded_length(k_length, call.layout, num_shards) != k_length
+    k_length = arrays.key.shape[1]
+    padded = padded_length(k_length, call.layout, mesh.shape[call.axis_name]) != k_length
     call = dataclasses.replace(call, key_length=k_length if padded else None)
     specs = _specs(arrays, call.axis_name, batch, heads, kv_heads)
-    fitted = {}
-    for name, spec in specs.items():
-        x = getattr(arrays, name)
-        if call.axis_name in spec:  # by construction axis 1
-            x = _pad_to_ring(x, call.layout, num_shards, mesh)
-        fitted[name] = _reshard(x, spec, mesh)
-    out, lse = _compiled(attend, call, mesh, tuple(specs.items()))(fitted)
-    cut = functools.partial(_cut_from_ring, length=q_length, layout=call.layout, num_shards=num_shards, mesh=mesh)
-    return cut(out), cut(lse)
+    return _compiled(attend, call, mesh, tuple(specs.items()))({name: getattr(arrays, name) for name in specs})
 
 
 @functools.lru_cache(maxsize=256)
@@ -94,12 +86,28 @@ def _compiled(
     out_spec = by_name["query"]
     absent = dict.fromkeys(set(Arrays._fields) - set(by_name))
 
-    def run(given: dict[str, Array]) -> tuple[Array, Array]:
+    def on_shards(given: dict[str, Array]) -> tuple[Array, Array]:
         return attend(call, Arrays(**given, **absent))  # type: ignore[arg-type]
 
-    return jax.jit(
-        jax.shard_map(run, mesh=mesh, in_specs=(by_name,), out_specs=(out_spec, PartitionSpec(*out_spec[:3])))
-    )
+    ring = jax.shard_map(on_shards, mesh=mesh, in_specs=(by_name,), out_specs=(out_spec, PartitionSpec(*out_spec[:3])))
+
+    def run(given: dict[str, Array]) -> tuple[Array, Array]:
+        fitted = {}
+        for name, x in given.items():
+            if call.axis_name in by_name[name]:  # by construction axis 1
+                x = _pad_to_ring(x, call.layout, mesh.shape[call.axis_name], mesh)
+            fitted[name] = _reshard(x, by_name[name], mesh)
+        cut = functools.partial(
+            _cut_from_ring,
+            length=given["query"].shape[1],
+            layout=call.layout,
+            num_shards=mesh.shape[call.axis_name],
+            mesh=mesh,
+        )
+        out, lse = ring(fitted)
+        return cut(out), cut(lse)
+
+    return jax.jit(run)
 
 
 def _specs(
@@ -170,11 +178,17 @@ def _reshard(x: Array, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Array:
 
 
 def _whole_sequence(x: Array, mesh: Mesh | AbstractMesh) -> Array:
-    """Not sharded along axis 1, where sharding in types would forbid what follows."""
-    spec = getattr(jax.typeof(x).sharding, "spec", None)
-    if AxisType.Explicit in mesh.axis_types and spec is not None and len(spec) > 1 and spec[1] is not None:
-        return _reshard(x, PartitionSpec(spec[0], None, *spec[2:]), mesh)
-    return x
+    """Not sharded along axis 1.
+
+    Under Explicit axes the types forbid slices of a sharded axis. Under Auto axes XLA's partitioner takes them, but
+    gets the transpose of slice and pad wrong for some lengths (seen with JAX 0.10 to 0.12): out right, gradients not.
+    """
+    if AxisType.Explicit not in mesh.axis_types:
+        rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
+        spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None, *rest)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    spec = (*jax.typeof(x).sharding.spec, None, None)
+    return _reshard(x, PartitionSpec(spec[0], None, *spec[2 : x.ndim]), mesh)
 
 
 def _pad_to_ring(x: Array, layout: Layout, num_shards: int, mesh: Mesh | AbstractMesh) -> Array:
@@ -191,12 +205,13 @@ def _pad_to_ring(x: Array, layout: Layout, num_shards: int, mesh: Mesh | Abstrac
         widths = [(0, 0), (start - end, after), *((0, 0),) * (x.ndim - 2)]
         parts.append(jnp.pad(x[:, used : used + stop - start], widths))
         used, end = used + stop - start, stop
-    return jnp.concatenate(parts, axis=1)
+    return _whole_sequence(jnp.concatenate(parts, axis=1), mesh)
 
 
 def _cut_from_ring(x: Array, length: int, layout: Layout, num_shards: int, mesh: Mesh | AbstractMesh) -> Array:
-    """The inverse of _pad_to_ring. Slices, not a gather: the transpose of a gather is a scatter, slow when sharded."""
+    """The inverse of _pad_to_ring. Slices, not a gather, whose transpose would be a scatter."""
     if x.shape[1] == length:
         return x
     x = _whole_sequence(x, mesh)
-    return jnp.concatenate([x[:, start:stop] for start, stop in ring_runs(length, layout, num_shards)], axis=1)
+    parts = [x[:, start:stop] for start, stop in ring_runs(length, layout, num_shards)]
+    return _whole_sequence(jnp.concatenate(parts, axis=1), mesh)

@@ -83,6 +83,7 @@ def attention_layer(
 
 def decoder(params: Mapping[str, Any], tokens: jax.Array, *, norm_eps: float, **options: Any) -> jax.Array:
     """Logits of a Llama-architecture decoder whose blocks' parameters are stacked along their first axis."""
+
     def layer(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
         y = rms_norm(x, block["attention_norm"]["scale"], norm_eps)
         x = x + attention_layer(block["attention"], y, is_causal=True, **options)

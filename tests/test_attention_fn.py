@@ -91,7 +91,9 @@ def test_model_on_a_sharded_sequence():
     x = jax.random.normal(jax.random.key(0), (B, T, E))
     order = np.asarray(ringjax.ring_positions(T, layout="striped", num_shards=4))
     fn = ringjax.attention_fn(head_axis_name="tensor", layout="striped")
-    default, ring = (nnx.MultiHeadAttention(N, E, decode=False, rngs=nnx.Rngs(0), **a) for a in ({}, dict(attention_fn=fn)))
+    default, ring = (
+        nnx.MultiHeadAttention(N, E, decode=False, rngs=nnx.Rngs(0), **a) for a in ({}, dict(attention_fn=fn))
+    )
     with jax.set_mesh(square):
         sharding = jax.sharding.NamedSharding(square, jax.sharding.PartitionSpec(None, "sp"))
         out = nnx.jit(lambda m, x: m(x, is_causal=True))(ring, jax.device_put(x[:, order], sharding))
@@ -146,9 +148,7 @@ def test_dtype_is_promoted_as_in_flax():
 # ------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    "theirs", [nnx.dot_product_attention, nn.dot_product_attention, jax.nn.dot_product_attention]
-)
+@pytest.mark.parametrize("theirs", [nnx.dot_product_attention, nn.dot_product_attention, jax.nn.dot_product_attention])
 def test_every_argument_of_the_functions_it_replaces_is_named(theirs: Any):
     """Linen drops what a signature does not name; a new argument of Flax or JAX shows up here."""
     given = inspect.signature(theirs).parameters
@@ -160,7 +160,10 @@ def test_every_argument_of_the_functions_it_replaces_is_named(theirs: Any):
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "mask": (dict(mask=jnp.ones((B, 1, T, T), bool)), r"mask must be None.*is_causal=True.*segment_ids.*\(2, 1, 16, 16\)"),
+    "mask": (
+        dict(mask=jnp.ones((B, 1, T, T), bool)),
+        r"mask must be None.*is_causal=True.*segment_ids.*\(2, 1, 16, 16\)",
+    ),
     "bias": (dict(bias=jnp.ones((B, 1, T, T))), "bias must be None"),
     "dropout": (dict(dropout_rate=0.1, dropout_rng=jax.random.PRNGKey), "dropout_rate must be 0 or deterministic"),
     "precision": (dict(precision="highest"), "precision must be None.*default_matmul_precision.*'highest'"),

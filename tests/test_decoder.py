@@ -45,17 +45,25 @@ def batch(length: int = T) -> tuple[jax.Array, jax.Array, jax.Array]:
     return tokens, targets, jax.random.bernoulli(jax.random.key(2), 0.7, (B, length))
 
 
+@functools.cache
+def make(config: DecoderConfig, mesh: Any = None) -> Decoder:
+    """A Decoder, made in one compiled program where there is no mesh to make it on."""
+    if mesh is not None:
+        return Decoder.init_sharded(config, mesh=mesh, seed=0)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def program(graphdef: Any, state: Any, arrays: Any, call: Any) -> Any:
+    given = dict(zip(("tokens", "targets", "loss_mask"), arrays, strict=False))
+    return jax.value_and_grad(lambda s: nnx.merge(graphdef, s).loss(**given, **call), has_aux=True)(state)
+
+
 def loss_and_gradients(decoder: Decoder, *arrays: Any, **call: Any) -> tuple[Any, Any]:
-    """((loss, aux), gradients as a plain dict) of one compiled program."""
+    """((loss, aux), gradients as a plain dict)."""
     graphdef, state = nnx.split(decoder)
-    names = ("tokens", "targets", "loss_mask")
-
-    @jax.jit
-    def program(state: Any, arrays: Any, call: Any) -> Any:
-        given = dict(zip(names, arrays, strict=False))
-        return jax.value_and_grad(lambda s: nnx.merge(graphdef, s).loss(**given, **call), has_aux=True)(state)
-
-    value, grads = program(state, arrays, call)
+    value, grads = program(graphdef, state, arrays, call)
     return value, nnx.to_pure_dict(grads)
 
 
@@ -86,7 +94,11 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "packed documents": (4, dict(layout="zigzag"), dict(segment_ids=SEGMENTS)),
     "chunk larger than a shard": (8, dict(layout="zigzag", loss_chunk=100), {}),
     "window, soft cap": (4, dict(layout="contiguous", local_window_size=(6, 0), logits_soft_cap=2.0), {}),
-    "positions, other base": (8, dict(layout="striped", rope_theta=77.0), dict(positions=np.arange(T)[None] * [[1], [3]])),
+    "positions, other base": (
+        8,
+        dict(layout="striped", rope_theta=77.0),
+        dict(positions=np.arange(T)[None] * [[1], [3]]),
+    ),
     "length that fits nothing, no remat": (4, dict(layout="striped", remat=False, num_layers=1), dict(length=19)),
 }
 
@@ -97,10 +109,8 @@ def test_loss_and_gradients_equal_dense(case: str):
     config = change(**fields)
     call = dict(call)
     natural = batch(call.pop("length", T))
-    decoder = Decoder(config, mesh=None if num_shards == 1 else ring_mesh(num_shards), rngs=nnx.Rngs(0))
-    order = np.asarray(
-        ringjax.ring_positions(natural[0].shape[1], layout=config.layout, num_shards=num_shards)
-    )
+    decoder = make(config, None if num_shards == 1 else ring_mesh(num_shards))
+    order = np.asarray(ringjax.ring_positions(natural[0].shape[1], layout=config.layout, num_shards=num_shards))
     in_ring = {name: jnp.asarray(x)[:, order] for name, x in call.items()}
     (loss, aux), grads = loss_and_gradients(decoder, *(x[:, order] for x in natural), **in_ring)
     params = nnx.to_pure_dict(nnx.state(decoder))
@@ -113,7 +123,7 @@ def test_loss_and_gradients_equal_dense(case: str):
 
 @functools.cache
 def on_one_device() -> tuple[Any, Any, Any]:
-    decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
+    decoder = make(SMALL)
     value, grads = loss_and_gradients(decoder, *batch(), segment_ids=SEGMENTS)
     return value, grads, nnx.jit(lambda m, tokens: m(tokens))(decoder, batch()[0])
 
@@ -140,39 +150,44 @@ def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
 
 def test_logits_equal_dense():
     tokens, _, _ = batch()
-    decoder = Decoder(change(tie_embeddings=False), rngs=nnx.Rngs(0))
-    params = nnx.to_pure_dict(nnx.state(decoder))
-    want = dense_layers.decoder(params, tokens, norm_eps=SMALL.norm_eps)
-    assert_close(nnx.jit(lambda m, tokens: m(tokens))(decoder, tokens), want)
+    params = nnx.to_pure_dict(nnx.state(make(SMALL)))
+    want = jax.jit(lambda p: dense_layers.decoder(p, tokens, norm_eps=SMALL.norm_eps))(params)
+    assert_close(on_one_device()[2], want)
 
 
 def test_masked_targets_may_be_anything():
     tokens, targets, mask = batch()
-    decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
-    a = decoder.loss(tokens, targets, loss_mask=mask)
-    b = decoder.loss(tokens, jnp.where(mask, targets, -(10**6)), loss_mask=mask)
-    assert_close(a, b, 0)
+    wild = jnp.where(mask, targets, -(10**6))
+    assert_close(loss_and_gradients(make(SMALL), tokens, wild, mask, segment_ids=SEGMENTS), on_one_device()[:2], 0)
 
 
 def test_a_batch_without_targets_has_no_loss():
     tokens, targets, mask = batch()
-    (loss, aux), grads = loss_and_gradients(Decoder(SMALL, rngs=nnx.Rngs(0)), tokens, targets, mask & False)
+    (loss, aux), grads = loss_and_gradients(make(SMALL), tokens, targets, mask & False, segment_ids=SEGMENTS)
     assert loss == 0 and aux["tokens"] == 0
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
 def test_mask_may_weigh():
     tokens, targets, mask = batch()
-    decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
-    twice, aux = decoder.loss(tokens, targets, loss_mask=2.0 * mask.astype(jnp.float32))
-    once, _ = decoder.loss(tokens, targets, loss_mask=mask.astype(jnp.int32))
-    assert_close(twice, once)
-    assert float(aux["tokens"]) == 2 * float(mask.sum())
-    unmasked, aux = decoder.loss(tokens, targets)
-    assert float(aux["tokens"]) == tokens.size and abs(float(unmasked) - math.log(V)) < 0.5  # it knows nothing yet
+    decoder = make(SMALL)
+
+    @jax.jit
+    def losses(tokens: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
+        weights = (mask, mask.astype(jnp.int32), 2.0 * mask.astype(jnp.float32), None)
+        return [decoder.loss(tokens, targets, loss_mask=w) for w in weights]
+
+    (once, count), (as_int, _), (twice, double), (unmasked, all_of_them) = losses(tokens, targets, mask)
+    assert_close([as_int, twice], [once, once])
+    assert float(double["tokens"]) == 2 * float(count["tokens"]) == 2 * float(mask.sum())
+    assert float(all_of_them["tokens"]) == tokens.size
+    assert abs(float(unmasked) - math.log(V)) < 0.5  # it knows nothing yet
 
 
 # -------------------------------------------------------------------------------------------- what a program holds
+
+
+JAXPRS = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
@@ -181,9 +196,8 @@ def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     for eqn in jaxpr.eqns:
         yield eqn, times
         inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        kinds = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, kinds)):
-            if isinstance(value, kinds):
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, JAXPRS)):
+            if isinstance(value, JAXPRS):
                 yield from equations(value, inner)
 
 
@@ -192,10 +206,10 @@ def gradient_jaxpr(config: DecoderConfig, mesh: Any, length: int = T) -> Any:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((B, length), jnp.int32)
 
-    def program(state: Any, tokens: Any, targets: Any) -> Any:
+    def step(state: Any, tokens: Any, targets: Any) -> Any:
         return jax.value_and_grad(lambda s: nnx.merge(graphdef, s).loss(tokens, targets)[0])(state)
 
-    return jax.make_jaxpr(program)(state, tokens, tokens)
+    return jax.make_jaxpr(step)(state, tokens, tokens)
 
 
 def rotations(jaxpr: Any) -> int:
@@ -245,11 +259,11 @@ def test_table_gradient_is_summed_over_devices_once():
     """Not once a chunk: no loop of the compiled loss reduces anything of the table's size over devices."""
     mesh = ring_mesh(4)
     config = change(num_layers=1, vocab_size=48)
-    decoder = Decoder(config, mesh=mesh, rngs=nnx.Rngs(0))
+    decoder = make(config, mesh)
     graphdef, state = nnx.split(decoder)
     tokens = jax.device_put(batch()[0], NamedSharding(mesh, decoder.data_spec))
-    program = jax.jit(jax.grad(lambda s, t: nnx.merge(graphdef, s).loss(t, t)[0]))
-    text = program.lower(state, tokens).compile().as_text()
+    gradient = jax.jit(jax.grad(lambda s, t: nnx.merge(graphdef, s).loss(t, t)[0]))
+    text = gradient.lower(state, tokens).compile().as_text()
     computation, where = "", []
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -273,8 +287,8 @@ def test_pod_is_traced_without_allocating():
     )
     data = NamedSharding(mesh, PartitionSpec("data", "sp"))
     tokens = jax.ShapeDtypeStruct((1, 1 << 20), jnp.int32, sharding=data)
-    program = jax.jit(jax.value_and_grad(lambda s, t: nnx.merge(graphdef, s).loss(t, t)[0]))
-    traced = program.trace(state, tokens)
+    step = jax.jit(jax.value_and_grad(lambda s, t: nnx.merge(graphdef, s).loss(t, t)[0]))
+    traced = step.trace(state, tokens)
     assert all(math.prod(c.shape) <= config.head_dim for c in traced.jaxpr.consts)
     loss, grads = traced.out_info
     assert loss.shape == () and grads["embedding"]["kernel"].shape == (128256, 4096)
@@ -314,7 +328,7 @@ def test_init_sharded_makes_the_same_parameters_in_place():
 
 def test_parameters_start_at_their_scales():
     config = change(embed_dim=128, mlp_dim=512, num_heads=16, num_layers=8)
-    params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
+    params = nnx.to_pure_dict(nnx.state(make(config)))
     blocks = params["blocks"]
     std = {
         "table": (params["embedding"]["kernel"], 0.02),
@@ -335,11 +349,11 @@ def test_dtypes():
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, mesh=None, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
-    def program(state: Any, tokens: Any) -> Any:
+    def both(state: Any, tokens: Any) -> Any:
         loss = jax.value_and_grad(lambda s: nnx.merge(graphdef, s).loss(tokens, tokens)[0])(state)
         return nnx.merge(graphdef, state)(tokens), loss
 
-    logits, (loss, grads) = jax.eval_shape(program, state, tokens)
+    logits, (loss, grads) = jax.eval_shape(both, state, tokens)
     assert logits.dtype == loss.dtype == jnp.float32
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
     half = nnx.eval_shape(lambda: Decoder(change(param_dtype="bfloat16"), rngs=nnx.Rngs(0)))
@@ -405,15 +419,15 @@ def test_refuses_axes_that_the_mesh_lacks():
     ],
 )
 def test_refuses_bad_batches(arguments: dict[str, Any], message: str):
-    decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
+    decoder = make(SMALL)
     tokens, targets, _ = batch()
     with pytest.raises(ValueError, match=message):
         decoder.loss(**({"tokens": tokens, "targets": targets} | arguments))
 
 
 def test_refuses_to_run_inside_shard_map():
-    decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
+    decoder = make(SMALL)
     spec = PartitionSpec(None, "sp")
-    program = jax.shard_map(lambda t: decoder(t), mesh=ring_mesh(4), in_specs=spec, out_specs=spec)
+    local = jax.shard_map(lambda t: decoder(t), mesh=ring_mesh(4), in_specs=spec, out_specs=spec)
     with pytest.raises(ValueError, match="Decoder must be called on whole arrays"):
-        program(batch()[0])
+        local(batch()[0])

@@ -29,12 +29,19 @@ def cube(kind: AxisType) -> jax.sharding.Mesh:
 
 
 def build(**options: Any) -> RingAttention:
-    """A layer whose biases, scales and sinks are not the trivial ones they start as."""
-    layer = RingAttention(in_features=E, rngs=nnx.Rngs(0), **options)
-    keys = iter(jax.random.split(jax.random.key(7), 40))
-    state = nnx.state(layer)
-    nnx.update(layer, jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), state))
-    return layer
+    """A layer whose biases, scales and sinks are not the trivial ones they start as, made in one compiled program."""
+
+    def make() -> RingAttention:
+        return RingAttention(in_features=E, rngs=nnx.Rngs(0), **options)
+
+    def state() -> Any:
+        keys = iter(jax.random.split(jax.random.key(7), 40))
+        return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), nnx.state(make()))
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    mesh = options.get("mesh") or jax.sharding.get_mesh()
+    shardings = None if mesh.empty else partition_shardings(abstract, mesh)
+    return nnx.merge(graphdef, jax.jit(state, out_shardings=shardings)())
 
 
 def inputs(length: int = T) -> tuple[jax.Array, jax.Array]:
@@ -139,17 +146,17 @@ def test_equals_dense(feature: str):
 def test_without_a_mesh_runs_on_one_device():
     layer = build(layout=ringjax.Striped(stripe=5), **GQA)  # a stripe that does not divide T: nobody shares anything
     x, _ = inputs()
-    want = dense_layers.attention_layer(pure(layer), x, is_causal=True, segment_ids=SEGMENTS)
-    assert_close(layer(x, segment_ids=jnp.asarray(SEGMENTS)), want)
+    dense = jax.jit(lambda w, x: dense_layers.attention_layer(w, x, is_causal=True, segment_ids=SEGMENTS))
+    want = dense(pure(layer), x)
+    assert_close(nnx.jit(lambda m, x: m(x, segment_ids=jnp.asarray(SEGMENTS)))(layer, x), want)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
     options: dict[str, Any] = dict(GQA, use_bias=True, use_sinks=True, qk_norm=True, layout="zigzag")
-    single = build(**options)
     x, dout = inputs()
     order = np.asarray(ringjax.ring_positions(T, layout="zigzag", num_shards=2))
-    want = run(single, x, dout, segment_ids=SEGMENTS)
+    want = run_dense(pure(build(**options)), x, dout, is_causal=True, segment_ids=SEGMENTS)
 
     mesh = cube(kind)
     with jax.set_mesh(mesh):
@@ -175,9 +182,7 @@ def test_inside_shard_map():
     def local(state: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, state)(x, segment_ids=ids)
 
-    program = jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), spec, spec), out_specs=spec)
-    )
+    program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), spec, spec), out_specs=spec))
     out = np.asarray(program(state, x[:, order], SEGMENTS[:, order]))[:, np.argsort(order)]
     assert_close(out, layer(x, segment_ids=jnp.asarray(SEGMENTS)))
 
@@ -246,10 +251,14 @@ def test_axes_that_do_not_divide_are_left_out():
 
 def test_parameters_are_placed_on_a_real_mesh():
     mesh = cube(AxisType.Auto)
-    layer = build(**GQA, batch_axis_name="data", head_axis_name="tensor", mesh=mesh)
+    options: dict[str, Any] = dict(GQA, in_features=E, batch_axis_name="data", head_axis_name="tensor")
+    layer = RingAttention(mesh=mesh, rngs=nnx.Rngs(0), **options)
     assert layer.query.kernel[...].sharding == NamedSharding(mesh, PartitionSpec(("data", "sp"), "tensor", None))
     want = partition_shardings(nnx.state(layer), mesh)
     assert jax.tree.map(lambda w: w.sharding, nnx.state(layer)) == want
+    with jax.set_mesh(mesh):
+        in_context = RingAttention(rngs=nnx.Rngs(0), **options)
+    assert jax.tree.map(lambda w: w.sharding, nnx.state(in_context)) == want
 
 
 def test_state_has_the_same_structure_on_every_mesh():

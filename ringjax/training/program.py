@@ -122,20 +122,16 @@ def decoder_config(config: Config) -> DecoderConfig:
     """The decoder that `[model]`, `[mesh]` and `[ring]` describe."""
     ring = dataclasses.asdict(config.ring)
     layout, stripe = ring.pop("layout"), ring.pop("stripe")
-    tuning = ringjax.RingConfig(**ring)
     model = dataclasses.asdict(config.model)
     if model["local_window_size"] is not None:
         model["local_window_size"] = (model["local_window_size"], 0)  # causal: nothing ahead
-    if "ring" in {field.name for field in dataclasses.fields(DecoderConfig)}:
-        model["ring"] = tuning
-    elif tuning != ringjax.RingConfig():
-        raise ConfigError(f"ring: this decoder takes no tuning. Got {tuning}.")
     return DecoderConfig(
         vocab_size=VOCAB_SIZE,
         **model,
         axis_name="sequence",
         batch_axis_name="data",
         head_axis_name="tensor",
+        ring=ringjax.RingConfig(**ring),
         layout=ringjax.Striped(stripe=stripe) if layout == "striped" else layout,
     )
 
