@@ -168,8 +168,8 @@ class Decoder(nnx.Module):
     """A decoder of the Llama architecture: RMSNorm, RoPE, grouped-query ring attention, SwiGLU.
 
     Tokens, targets, segment ids and masks are in ring order of ``config.layout``. Activations stay sharded over batch
-    and sequence throughout. Blocks are stacked and scanned, so compile time does not grow with depth. Parameters name their
-    mesh axes in their metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP width and
+    and sequence throughout. Blocks are stacked and scanned, so compile time does not grow with depth. Parameters name
+    their mesh axes in their metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP width and
     vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one device.
 
     Args:

@@ -65,7 +65,7 @@ def test_wide_stripes(implementation: str, stripe: int) -> None:
 @pytest.mark.parametrize("num_shards", [1, 5])
 def test_default_blocks(implementation: str, num_shards: int) -> None:
     # The user who tunes nothing: block sizes are then the implementation's own choice.
-    case = cases.BY_NAME["causal_soft_cap_ragged"]
+    case = cases.BY_NAME["causal_cross_soft_cap"]
     inputs = cases.make_inputs(case)
     result = cases.run_ring(
         case,

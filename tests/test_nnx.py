@@ -253,7 +253,7 @@ def test_parameters_are_placed_on_a_real_mesh():
     mesh = cube(AxisType.Auto)
     options: dict[str, Any] = dict(GQA, in_features=E, batch_axis_name="data", head_axis_name="tensor")
     layer = RingAttention(mesh=mesh, rngs=nnx.Rngs(0), **options)
-    assert layer.query.kernel[...].sharding == NamedSharding(mesh, PartitionSpec(("data", "sp"), "tensor", None))
+    assert layer.query.arrays()["kernel"].sharding == NamedSharding(mesh, PartitionSpec(("data", "sp"), "tensor", None))
     want = partition_shardings(nnx.state(layer), mesh)
     assert jax.tree.map(lambda w: w.sharding, nnx.state(layer)) == want
     with jax.set_mesh(mesh):
