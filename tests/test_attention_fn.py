@@ -34,10 +34,8 @@ def assert_close(got: Any, want: Any) -> None:
 # ------------------------------------------------------------------------------------------------------ in layers
 
 
-@pytest.mark.parametrize("where", ["given here", "given in the call"])
-def test_nnx_attention(where: str):
+def test_nnx_attention():
     """Flax's own attention and the ring's, same weights: outputs and gradients."""
-    here = where == "given here"
     x = jax.random.normal(jax.random.key(0), (B, T, E))
     default = nnx.MultiHeadAttention(N, E, decode=False, dropout_rate=0.3, deterministic=True, rngs=nnx.Rngs(0))
     ring = nnx.MultiHeadAttention(
@@ -46,14 +44,14 @@ def test_nnx_attention(where: str):
         decode=False,
         dropout_rate=0.3,  # inactive, since deterministic
         deterministic=True,
-        attention_fn=ringjax.attention_fn(mesh=mesh(), is_causal=here),
+        attention_fn=ringjax.attention_fn(mesh=mesh()),
         rngs=nnx.Rngs(0),
     )
 
-    def gradients(layer: nnx.Module, causal: bool) -> Any:
-        return nnx.jit(nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(m(x, is_causal=causal)))))(layer)
+    def gradients(layer: nnx.Module) -> Any:
+        return nnx.jit(nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(m(x, is_causal=True)))))(layer)
 
-    (value, grads), (value_default, grads_default) = gradients(ring, not here), gradients(default, True)
+    (value, grads), (value_default, grads_default) = gradients(ring), gradients(default)
     assert_close(value, value_default)
     jax.tree.map(assert_close, grads, grads_default)
 

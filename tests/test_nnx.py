@@ -156,7 +156,6 @@ def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
     options: dict[str, Any] = dict(GQA, use_bias=True, use_sinks=True, qk_norm=True, layout="zigzag")
     x, dout = inputs()
     order = np.asarray(ringjax.ring_positions(T, layout="zigzag", num_shards=2))
-    want = run_dense(pure(build(**options)), x, dout, is_causal=True, segment_ids=SEGMENTS)
 
     mesh = cube(kind)
     with jax.set_mesh(mesh):
@@ -167,6 +166,7 @@ def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
         xs, douts, ids = (jax.device_put(a[:, order], sharding) for a in (x, dout, SEGMENTS))
         out, dweights, dx = run(layer, xs, douts, segment_ids=ids)
     assert tuple(out.sharding.spec)[:2] == ("data", "sp")
+    want = run_dense(jax.tree.map(np.asarray, pure(layer)), x, dout, is_causal=True, segment_ids=SEGMENTS)
     back = np.argsort(order)
     assert_close((np.asarray(out)[:, back], dweights, np.asarray(dx)[:, back]), want)
 
@@ -184,7 +184,10 @@ def test_inside_shard_map():
 
     program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), spec, spec), out_specs=spec))
     out = np.asarray(program(state, x[:, order], SEGMENTS[:, order]))[:, np.argsort(order)]
-    assert_close(out, layer(x, segment_ids=jnp.asarray(SEGMENTS)))
+    dense = jax.jit(
+        lambda w: dense_layers.attention_layer(w, x, is_causal=True, local_window_size=9, segment_ids=SEGMENTS)
+    )
+    assert_close(out, dense(pure(layer)))
 
 
 def test_weights_of_flax_attention_fit():
@@ -219,8 +222,7 @@ def test_dtypes():
     assert {g.dtype for g in jax.tree.leaves(dstate)} == {jnp.dtype(jnp.float32)}
     half = RingAttention(**GQA, in_features=E, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert {w.dtype for w in jax.tree.leaves(pure(half))} == {jnp.dtype(jnp.bfloat16)}
-    out = half(x[:, :4].astype(jnp.bfloat16))
-    assert out.dtype == jnp.bfloat16 and bool(jnp.isfinite(out).all())
+    assert jax.eval_shape(half, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 # --------------------------------------------------------------------------------------------------- partitioning
