@@ -64,18 +64,19 @@ class Case:
         return {name: value for name, value in named.items() if value is not None}
 
 
-# Each combination of features is as rich as one readable failure allows: every case costs a compilation.
+# Each combination of features is as rich as one readable failure allows: every case costs a compilation. Lengths that
+# do not divide cost more of it, so only some cases have them: 48 and 96 suit every layout and ring size.
 CASES = (
     Case("full_mqa_wide_value", 48, 50, num_heads=3, num_kv_heads=1, value_size=12),
     Case("causal_gqa", is_causal=True, scale=0.5),
     Case("causal_cross_soft_cap", 41, 53, is_causal=True, soft_cap=1.5, scale=0.9, num_heads=2),
-    Case("window_cross", 50, 43, window=7, num_heads=2, num_kv_heads=1),
+    Case("window_cross", 50, 43, window=(5, 12), num_heads=2, num_kv_heads=1),
     Case("causal_window_sinks", is_causal=True, window=(9, 0), sinks=True),
-    Case("causal_segments_ragged", 46, 46, is_causal=True, segments="one"),
-    Case("segment_pair_cross_sinks", 33, 48, segments="pair", sinks=True, num_heads=2),
-    Case("lengths", 48, 44, query_lengths=(48, 19), key_lengths=(0, 31), value_size=4),
+    Case("causal_segments", is_causal=True, segments="one"),
+    Case("segment_pair_cross_sinks", 48, 96, segments="pair", sinks=True, num_heads=2),
+    Case("lengths", query_lengths=(48, 19), key_lengths=(0, 31), value_size=4),
     Case("positions_causal", is_causal=True, positions="one", num_heads=2),
-    Case("position_pair_window", 47, 35, window=(6, 4), positions="pair", num_heads=2),
+    Case("position_pair_window", 96, 48, window=(6, 4), positions="pair", num_heads=2),
     Case(
         "everything",
         51,
@@ -250,6 +251,10 @@ def run_ring(
 
 def run_oracle(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
     """The truth."""
+    return _truth_and_sink_terms(case, inputs)[0]
+
+
+def _truth_and_sink_terms(case: Case, inputs: Inputs) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     x = inputs.float64
     options = dict(case.static_options(), **inputs.masks, sinks=x.get("sinks"))
     out, lse = oracle.forward(x["query"], x["key"], x["value"], **options)
@@ -261,7 +266,7 @@ def run_oracle(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
         "dkey": grads.key,
         "dvalue": grads.value,
     }
-    return got if grads.sinks is None else {**got, "dsinks": grads.sinks}
+    return (got if grads.sinks is None else {**got, "dsinks": grads.sinks}), grads.sink_terms
 
 
 def run_dense(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -316,7 +321,7 @@ def errors(got: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 def assert_matches(case: Case, inputs: Inputs, result: Result, *, rounding: float = ROUNDING) -> None:
     """Holds every output and gradient of `result` to the house tolerance, and its dtypes to the contract."""
-    truth, dense = run_oracle(case, inputs), run_dense(case, inputs)
+    (truth, sink_terms), dense = _truth_and_sink_terms(case, inputs), run_dense(case, inputs)
     dtype = inputs.arrays["query"].dtype
     assert result.values.keys() == truth.keys()
     for name, want in truth.items():
@@ -327,7 +332,9 @@ def assert_matches(case: Case, inputs: Inputs, result: Result, *, rounding: floa
         finite = np.isfinite(want)
         np.testing.assert_array_equal(got[~finite], want[~finite], err_msg=f"{name}: -inf rows")
         assert np.isfinite(got[finite]).all(), f"{name} is not finite where the oracle is"
-        size = float(np.abs(want[finite]).max(initial=0.0))
+        # The gradient of a sink sums over every row of the batch, and rounding grows with what cancels in it.
+        scale = sink_terms if name == "dsinks" and sink_terms is not None else want[finite]
+        size = float(np.abs(scale).max(initial=0.0))
         slack = rounding * float(jnp.finfo(result.dtypes[name]).eps) * size
         for kind, ours, theirs in zip(("max", "rms"), errors(got, want), errors(dense[name], want), strict=True):
             limit = 2 * theirs + slack

@@ -28,6 +28,7 @@ class Gradients:
     key: Array
     value: Array
     sinks: Array | None
+    sink_terms: Array | None  # sum of the magnitudes of what `sinks` sums over all rows
 
 
 def attends(
@@ -92,11 +93,12 @@ def backward(query: Array, key: Array, value: Array, dout: Array, dlse: Array, *
     dq = scale * np.einsum("bnts,bsnh->btnh", ds, k)
     dk = scale * np.einsum("bnts,btnh->bsnh", ds, query)
 
-    dsinks = None
+    dsinks = sink_terms = None
     if options.get("sinks") is not None:
         sinks = np.asarray(options["sinks"], np.float64)[None, :, None]
-        dsinks = np.sum(np.exp(sinks - lse)[..., None] * (dlse - delta), axis=(0, 2, 3))
-    return Gradients(dq, _sum_groups(dk, key), _sum_groups(dv, value), dsinks)
+        terms = np.exp(sinks - lse)[..., None] * (dlse - delta)
+        dsinks, sink_terms = np.sum(terms, axis=(0, 2, 3)), np.sum(np.abs(terms), axis=(0, 2, 3))
+    return Gradients(dq, _sum_groups(dk, key), _sum_groups(dv, value), dsinks, sink_terms)
 
 
 def _probabilities(query: Array, key: Array, options: dict[str, Any]) -> tuple[Array, Array, Array]:

@@ -81,7 +81,7 @@ def test_default_blocks(implementation: str, num_shards: int) -> None:
 @everywhere
 def test_uneven_blocks(implementation: str) -> None:
     # Neither block divides the shard, and the key block is larger than a whole shard.
-    case = cases.BY_NAME["causal_segments_ragged"]
+    case = cases.BY_NAME["causal_segments"]
     inputs = cases.make_inputs(case)
     result = cases.run_ring(
         case,
@@ -93,6 +93,20 @@ def test_uneven_blocks(implementation: str) -> None:
         block_kv=32,
     )
     cases.assert_matches(case, inputs, result)
+
+
+@everywhere
+@pytest.mark.parametrize("window", [None, (6, 0), (0, 9)])
+def test_sentinel_positions(implementation: str, window: tuple[int, int] | None) -> None:
+    # Padding is often marked by the largest or smallest integer: a difference of the two does not fit int32.
+    case = cases.Case("sentinels", is_causal=window is None, window=window, positions="pair", num_heads=2)
+    inputs = cases.make_inputs(case)
+    limits = np.iinfo(np.int32)
+    query, key = (x - np.int32(20) for x in inputs.masks["positions"])
+    query[:, ::7], query[:, 1::7] = limits.max, limits.min
+    key[:, ::5], key[:, 1::5] = limits.min, limits.max
+    inputs = cases.Inputs(inputs.arrays, {"positions": (query, key)})
+    cases.assert_matches(case, inputs, cases.run_ring(case, inputs, num_shards=2, implementation=implementation))
 
 
 @everywhere

@@ -135,6 +135,15 @@ def test_batch_and_heads_that_their_axes_do_not_divide() -> None:
         call(*shapes, mesh=mesh, head_axis_name="tp")
 
 
+@pytest.mark.parametrize("name", ["segment_ids", "positions"])
+def test_integers_beyond_int32(name: str) -> None:
+    # Cast in silence, 0 and 2**32 would be one and the same segment.
+    wide = np.zeros((2, 16), np.int64)
+    wide[:, 8:] = 2**32
+    with jax.enable_x64(True), pytest.raises(ValueError, match=f"{name} must fit int32.*4294967296"):
+        call(is_causal=True, **{name: wide})
+
+
 def test_no_mesh_anywhere() -> None:
     with pytest.raises(ValueError, match="axis_name 'sp' must be .*mesh.*Got no mesh"):
         call(mesh=None)

@@ -225,7 +225,7 @@ def ring_attend(case: cases.Case, **more: Any) -> Any:
 
 
 def test_without_jit() -> None:
-    case = cases.BY_NAME["causal_segments_ragged"]
+    case = cases.BY_NAME["causal_segments"]
     attend = ring_attend(case)
 
     def eager(arrays: Mapping[str, Any], masks: Mapping[str, Any]) -> Any:
