@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import partial
 from ._place import BATCH, FSDP, SEQUENCE, TENSOR, Place
-from ._rope import Rotation, rotate, rotation, wide_dtype
+from ._rope import Rotation, rotate, rotation
 from .config import RingConfig
 from .layout import Layout, as_layout
 
@@ -129,7 +130,7 @@ def initial_value(
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 or better (arXiv:1910.07467)."""
-    wide = x.astype(wide_dtype(x.dtype))
+    wide = x.astype(partial.wide(x.dtype))
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * _spread(scale.astype(wide.dtype), wide.ndim)).astype(x.dtype)
 

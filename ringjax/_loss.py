@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import partial
 from ._place import BATCH, SEQUENCE, TENSOR, Place
-from ._rope import wide_dtype
 
 
 def chunked_loss(
@@ -31,7 +31,7 @@ def chunked_loss(
     groups, shards = place.count(batch, BATCH), place.count(length, SEQUENCE)
     per_shard = length // shards
     chunk = min(chunk, per_shard)
-    wide = wide_dtype(x.dtype)
+    wide = partial.wide(x.dtype)
     weights = jnp.ones(targets.shape, wide) if weights is None else weights.astype(wide)
 
     def cut(a: jax.Array) -> jax.Array:

@@ -12,14 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .partial import wide
+
 Rotation = tuple[jax.Array, jax.Array]
 
 _TURN = 2**32  # units in one turn: the range of the integer, so that wrapping means nothing
-
-
-def wide_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
-    """The dtype of sums and angles: float32, or float64 for float64."""
-    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 def rotation(positions: jax.Array, head_dim: int, theta: float, dtype: jax.typing.DTypeLike) -> Rotation:
@@ -38,7 +35,7 @@ def rotation(positions: jax.Array, head_dim: int, theta: float, dtype: jax.typin
         raise ValueError(f"positions must be integers. Got dtype {positions.dtype}.")
     if positions.ndim not in (1, 2):
         raise ValueError(f"positions must have shape [T] or [B, T]. Got {positions.shape}.")
-    real = wide_dtype(dtype)
+    real = wide(dtype)
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     units = np.round(frequency / (2 * math.pi) * _TURN).astype(np.uint64) % _TURN
     steps = jnp.asarray(units.astype(np.uint32))[None, None, None, :]

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from . import partial
 from ._layer import ParamInfo, layer_rotation, rms_norm
 from ._loss import chunked_loss
 from ._nnx_layer import RingAttention, Weights, partition_shardings, partition_specs, settle
 from ._place import BATCH, FSDP, SEQUENCE, TENSOR, AxisNames, Mesh, Place, as_axes, find_place
-from ._rope import Rotation, wide_dtype
+from ._rope import Rotation
 from .arguments import check_window
 from .config import RingConfig
 from .layout import Layout, as_layout
@@ -238,7 +239,7 @@ class Decoder(nnx.Module):
         def run(model: "Decoder", place: Place, tokens: Any, segment_ids: Any, positions: Any) -> jax.Array:
             x = model._features(place, tokens, segment_ids, positions)
             table = place.constrain(model._output_table().astype(x.dtype), TENSOR, None)
-            wide = wide_dtype(x.dtype)
+            wide = partial.wide(x.dtype)
             logits = jnp.einsum("bte,ve->btv", x, table, preferred_element_type=wide)
             return place.constrain(logits, BATCH, SEQUENCE, TENSOR)
 

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 NO_LOGIT = -0.7 * 3.4e38
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
+def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype of accumulators: float32, or float64 for float64."""
-    return jnp.dtype("float64" if dtype == jnp.float64 else "float32")
+    return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
 
 
 class Partial(NamedTuple):

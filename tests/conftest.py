@@ -14,7 +14,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 # A stale cache entry would hide a change of the compiler or of ours.
 jax.config.update("jax_enable_compilation_cache", False)
 
