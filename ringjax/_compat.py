@@ -69,3 +69,13 @@ def take(x: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
         spec[axis] = None  # the new length cannot be sharded so
     where = (slice(None),) * axis + (index,)
     return x.at[where].get(out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def shape_like(shape: tuple[int, ...], dtype: Any, reference: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a Pallas output that varies over the manual axes over which the reference varies."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(reference).manual_axis_type)
+
+
+def tpu_interpreter_is_forced() -> bool:
+    """Whether this runs under ``jax.experimental.pallas.tpu.force_tpu_interpret_mode()``."""
+    return _config.pallas_tpu_interpret_mode_context_manager.value is not None

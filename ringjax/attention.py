@@ -18,7 +18,8 @@ from .ring import RingSpec, ring
 from .schedule import plan
 from .sharded import AxisNames, Call, find_mesh, sharded
 
-_KERNELS: dict[str, Kernel] = {"xla": xla}
+# The platform of each Pallas kernel; the other platforms can only interpret it.
+_PLATFORMS = {"pallas_tpu": "tpu"}
 
 
 def ring_attention(
@@ -97,14 +98,21 @@ def ring_attention(
     left, right = check_window(local_window_size, is_causal)
     axis = _check_axis_name(axis_name)
     inside = _compat.axis_is_bound(axis)
-    platform = _platform(mesh)
+    platform, device_kind = _device(mesh)
+    kernel = _pick_kernel(config, platform, arrays.query.dtype)
+    interpreted = kernel is not xla and (config.interpret or _compat.tpu_interpreter_is_forced())
     call = Call(
         axis, as_layout(layout), left, right, check_scale(scale, arrays.query.shape[3]),
-        check_soft_cap(logits_soft_cap), config, _pick_kernel(config.implementation, platform),
-        _unroll(config, axis, inside, platform), None,
+        check_soft_cap(logits_soft_cap), config, kernel,
+        _unroll(config, axis, inside, platform), device_kind, interpreted, None,
     )  # fmt: skip
     if inside:
         _refuse_outside_arguments(axis, mesh, batch_axis_name, head_axis_name)
+        if interpreted and _compat.checks_varying_axes():
+            raise NotImplementedError(
+                "config.implementation: Pallas' interpreter needs jax.shard_map(..., check_vma=False), or a call "
+                f"outside shard_map. Got {config.implementation!r} interpreted under check_vma=True."
+            )
         out, lse = _local(call, arrays)
     else:
         out, lse = sharded(_local, call, arrays, find_mesh(axis, mesh), batch_axis_name, head_axis_name)
@@ -131,24 +139,40 @@ def _check_axis_name(axis_name: Any) -> str:
     return axis_name
 
 
-def _platform(mesh: Mesh | AbstractMesh | None) -> str:
-    """The platform that the call is compiled for."""
+def _device(mesh: Mesh | AbstractMesh | None) -> tuple[str, str]:
+    """The platform that the call is compiled for, and the kind of its devices."""
     if isinstance(mesh, Mesh) and mesh.devices.size:
-        return mesh.devices.flat[0].platform
+        device = mesh.devices.flat[0]
+        return device.platform, device.device_kind
     context = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
     device = getattr(context, "abstract_device", None)
-    return device.platform if device is not None and getattr(device, "platform", None) else jax.default_backend()
+    if device is not None and getattr(device, "platform", None):
+        return device.platform, device.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
 
 
-def _pick_kernel(name: str | None, platform: str) -> Kernel:
+def _pick_kernel(config: RingConfig, platform: str, dtype: jnp.dtype) -> Kernel:
+    """The named kernel, or the best that the platform has for this dtype."""
+    name = config.implementation
     if name is None:
+        name = "pallas_tpu" if platform == "tpu" and dtype != jnp.float64 else "xla"
+    if name == "xla":
         return xla
-    if name not in _KERNELS:
+    if name not in _PLATFORMS:
+        have = ", ".join(map(repr, ("xla", *_PLATFORMS)))
+        raise ValueError(f"config.implementation must be one that ringjax has: {have}, or None. Got {name!r}.")
+    if platform != _PLATFORMS[name] and not (config.interpret or _compat.tpu_interpreter_is_forced()):
         raise ValueError(
-            f"config.implementation must be one that platform {platform!r} has: {', '.join(map(repr, _KERNELS))}, "
-            f"or None. Got {name!r}."
+            f"config.implementation must be one that platform {platform!r} has. Got {name!r}, which runs on "
+            f"{_PLATFORMS[name]!r}, elsewhere only with interpret=True, in JAX's slow interpreter."
         )
-    return _KERNELS[name]
+    if dtype == jnp.float64:
+        raise NotImplementedError(
+            f"config.implementation {name!r} takes float32, bfloat16 and float16. Got float64; 'xla' takes it."
+        )
+    from .kernels import pallas_tpu  # here, since Pallas takes a second to import
+
+    return pallas_tpu
 
 
 def _refuse_outside_arguments(axis: str, mesh: Any, batch_axis_name: Any, head_axis_name: Any) -> None:
@@ -181,7 +205,9 @@ def _local(call: Call, arrays: Arrays) -> tuple[Array, Array]:
         num_shards, static, q_length, k_length, left=call.left, right=call.right, direction=call.config.direction
     )
     config = call.config
-    params = KernelParams(call.scale, call.logits_soft_cap, config.block_q, config.block_kv)
+    params = KernelParams(
+        call.scale, call.logits_soft_cap, config.block_q, config.block_kv, call.device_kind, config.interpret
+    )
     spec = RingSpec(call.axis_name, schedule, call.kernel, params, call.unroll, config.dkv_dtype)
     mask = _local_mask(call, arrays, num_shards)
     return ring(spec, arrays.query, arrays.key, arrays.value, arrays.sinks, mask)

@@ -20,6 +20,7 @@ class RingConfig:
         which spares the copies of K and V that a rolled loop makes. At least the number of hops: no loop.
       dkv_dtype: dtype in which dK and dV are summed and travel. "float32" loses nothing (float64 inputs stay in
         float64); the 16-bit ones halve the bytes on the wire in backward and cost precision with every hop.
+      interpret: run the named Pallas kernel in JAX's interpreter, which any platform has: slow, to debug and to test.
     """
 
     implementation: str | None = None
@@ -28,11 +29,17 @@ class RingConfig:
     block_kv: int | None = None
     unroll: int | None = None
     dkv_dtype: str = "float32"
+    interpret: bool = False
 
     def __post_init__(self) -> None:
         _one_of("implementation", self.implementation, (None, *IMPLEMENTATIONS))
         _one_of("direction", self.direction, DIRECTIONS)
         _one_of("dkv_dtype", self.dkv_dtype, DKV_DTYPES)
+        _one_of("interpret", self.interpret, (False, True))
+        if self.interpret and not str(self.implementation).startswith("pallas"):
+            raise ValueError(
+                f"RingConfig: interpret=True needs implementation to name a Pallas kernel. Got {self.implementation!r}."
+            )
         for name in ("block_q", "block_kv", "unroll"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -10,6 +10,7 @@ Lengths and padding are segments too: a query or key that is not there has an id
 
 import dataclasses
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -55,18 +56,57 @@ class Mask:
         cut = functools.partial(_slice_row, batch=batch, start=start, size=size)
         return dataclasses.replace(self, kv_positions=cut(self.kv_positions), kv_segments=cut(self.kv_segments))
 
+    def padded(self, q_length: int, q_total: int, kv_length: int, kv_total: int) -> "Mask":
+        """The mask with queries and keys appended that attend nothing and that nobody attends."""
+        if (q_length, kv_length) == (q_total, kv_total):
+            return self
+        return dataclasses.replace(
+            self,
+            q_positions=_extend_edge(self.q_positions, q_total - q_length),
+            kv_positions=_extend_edge(self.kv_positions, kv_total - kv_length),
+            q_segments=_extend(self.q_segments, q_length, q_total - q_length, NO_QUERY),
+            kv_segments=_extend(self.kv_segments, kv_length, kv_total - kv_length, NO_KEY),
+        )
+
+    def sides(self) -> tuple["QuerySide", "KeySide"]:
+        """What each side brings to :func:`attends`."""
+        first = last = None
+        if self.q_positions is not None:
+            first, last = _window(self.q_positions, self.left, self.right)
+        return QuerySide(first, last, self.q_segments), KeySide(self.kv_positions, self.kv_segments)
+
     def predicate(self) -> Bool[Array, "B1 T S"]:
         """True where the query attends the key. For tiles: it is T x S."""
-        allowed = jnp.ones((1, 1, 1), dtype=bool)
-        if self.q_positions is not None and self.kv_positions is not None:
-            first, last = _window(self.q_positions, self.left, self.right)
-            if first is not None:
-                allowed = allowed & (self.kv_positions[:, None, :] >= first[:, :, None])
-            if last is not None:
-                allowed = allowed & (self.kv_positions[:, None, :] <= last[:, :, None])
-        if self.q_segments is not None and self.kv_segments is not None:
-            allowed = allowed & (self.q_segments[:, :, None] == self.kv_segments[:, None, :])
-        return allowed
+        queries, keys = self.sides()
+        columns = jax.tree.map(lambda x: x[:, :, None], queries)
+        return attends(columns, jax.tree.map(lambda x: x[:, None, :], keys))
+
+
+class QuerySide(NamedTuple):
+    """First and last position that a query sees, and its segment. None: no such condition."""
+
+    first: Array | None
+    last: Array | None
+    segments: Array | None
+
+
+class KeySide(NamedTuple):
+    """Position and segment of a key. None: no such condition."""
+
+    positions: Array | None
+    segments: Array | None
+
+
+def attends(queries: QuerySide, keys: KeySide) -> Bool[Array, "..."]:
+    """The predicate itself, elementwise: give the sides as columns and rows that broadcast against each other."""
+    conditions = []
+    if keys.positions is not None and queries.first is not None:
+        conditions.append(keys.positions >= queries.first)
+    if keys.positions is not None and queries.last is not None:
+        conditions.append(keys.positions <= queries.last)
+    if keys.segments is not None and queries.segments is not None:
+        conditions.append(queries.segments == keys.segments)
+    return functools.reduce(operator.and_, conditions) if conditions else jnp.ones((1, 1, 1), dtype=bool)
 
 
 def _window(
@@ -84,6 +124,16 @@ def _slice_row(x: Array | None, batch: Array | int, start: Array | int, size: in
         return None
     row = batch if x.shape[0] > 1 else 0
     return jax.lax.dynamic_slice(x, (jnp.int32(row), jnp.int32(start)), (1, size))
+
+
+def _extend(x: Array | None, length: int, extra: int, value: int) -> Array:
+    x = jnp.zeros((1, length), jnp.int32) if x is None else x
+    return jnp.pad(x, ((0, 0), (0, extra)), constant_values=value)
+
+
+def _extend_edge(x: Array | None, extra: int) -> Array | None:
+    """Repeats the last position, so that the extent of the last tile does not grow."""
+    return None if x is None else jnp.pad(x, ((0, 0), (0, extra)), mode="edge")
 
 
 def exclude(segments: Int32[Array, "B1 L"], present: Bool[Array, "B1 L"], marker: int) -> Int32[Array, "B1 L"]:
@@ -142,3 +192,57 @@ def block_map(kinds: Int32[Array, "B1 rows columns"]) -> BlockMap:
     order = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
     full = jnp.sum(kinds == FULL, axis=-1, dtype=jnp.int32)
     return BlockMap(order, full, full + jnp.sum(kinds == PARTIAL, axis=-1, dtype=jnp.int32))
+
+
+class TileList(NamedTuple):
+    """All tiles that a kernel visits, row after row, as one list: what a grid walks without a step for EMPTY tiles.
+
+    Entry ``steps[b, s]`` packs row, column, kind and whether the tile is the first or the last of its row, see
+    :func:`unpack_step`. A row without any tile has one EMPTY entry, so that its result is written. Entries from
+    ``count[b]`` on repeat the last tile as EMPTY.
+    """
+
+    steps: Int32[Array, "B1 rows*columns"]
+    count: Int32[Array, " B1"]
+
+
+class Step(NamedTuple):
+    """One entry of a :class:`TileList`."""
+
+    row: Array
+    column: Array
+    kind: Array
+    first: Array
+    last: Array
+
+
+_FIRST, _LAST, _FLAG_BITS = 4, 8, 4  # bits 0 and 1 hold the kind
+
+
+def _column_bits(num_columns: int) -> int:
+    return (num_columns - 1).bit_length()
+
+
+def tile_list(kinds: Int32[Array, "B1 rows columns"]) -> TileList:
+    """The list of :func:`tile_kinds`, or of its transpose, in the order of rows and columns."""
+    batch, rows, columns = kinds.shape
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, kinds.shape, axis) for axis in (1, 2))
+    nothing = jnp.all(kinds == EMPTY, axis=-1, keepdims=True)
+    visited = (kinds != EMPTY) | (nothing & (column == 0))
+    rank = jnp.cumsum(visited, axis=-1, dtype=jnp.int32)
+    flags = kinds + jnp.where(rank == 1, jnp.int32(_FIRST), jnp.int32(0))
+    flags = flags + jnp.where(rank == rank[:, :, -1:], jnp.int32(_LAST), jnp.int32(0))
+    code = ((row << _column_bits(columns) | column) << _FLAG_BITS) | flags
+    # Codes grow along rows and columns, so sorting them only moves the tiles that are not visited to the end.
+    never = jnp.int32(jnp.iinfo(jnp.int32).max)
+    steps = jnp.sort(jnp.where(visited, code, never).reshape(batch, rows * columns), axis=-1)
+    count = jnp.sum(visited, axis=(1, 2), dtype=jnp.int32)
+    final = jnp.max(jnp.where(visited, code, jnp.int32(0)), axis=(1, 2))
+    idle = ((final >> _FLAG_BITS) << _FLAG_BITS) | EMPTY
+    return TileList(jnp.where(steps == never, idle[:, None], steps), count)
+
+
+def unpack_step(step: Array, num_columns: int) -> Step:
+    """The fields of one entry, or of many."""
+    tile, bits = step >> _FLAG_BITS, _column_bits(num_columns)
+    return Step(tile >> bits, tile & (2**bits - 1), step & 3, (step & _FIRST) != 0, (step & _LAST) != 0)

@@ -58,6 +58,8 @@ def _ring_fwd(
 def _ring_bwd(spec: RingSpec, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     q, k, v, sinks, mask, out, lse = residuals
     dout, dlse = cotangents
+    # Else XLA takes the first rotation of backward for that of forward, and keeps its block in memory in between.
+    k, v, mask, dout = jax.lax.optimization_barrier((k, v, mask, dout))
     dtype = wide(q.dtype)
     delta = jnp.sum(out.astype(dtype) * dout.astype(dtype), axis=-1) - dlse
     dsinks = None
@@ -110,6 +112,8 @@ def _backward(
         elif sums is not None:
             sums = _rotate(spec, sums, here.shift)
         dq, dk, dv = spec.kernel.backward(q, k, v, dout, lse, delta, _arrived(mask, keys), spec.params, dq_carry=dq)
+        # On the last hop no block arrives, and nothing else orders the sums' rotation before the kernel.
+        sums, dq, dk, dv = jax.lax.optimization_barrier((sums, dq, dk, dv))
         fresh = (dk.astype(dkv_dtype), dv.astype(dkv_dtype))
         return dq, _add(sums, fresh), landed
 

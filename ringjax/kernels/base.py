@@ -25,6 +25,8 @@ class KernelParams:
     logits_soft_cap: float | None = None
     block_q: int | None = None
     block_kv: int | None = None
+    device_kind: str = ""  # as JAX names it; tile sizes depend on it
+    interpret: bool = False  # run a Pallas kernel in JAX's interpreter
 
 
 class Kernel(Protocol):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._compat import vary_like
-from ..mask import NO_KEY, NO_QUERY, BlockMap, Mask, block_map, tile_kinds
+from ..mask import BlockMap, Mask, block_map, tile_kinds
 from ..partial import NO_LOGIT, Partial, identity, wide
 from ..partial import finish as finish_partial
 from .base import KernelParams
@@ -212,7 +212,7 @@ def _tiling(q: Array, k: Array, mask: Mask, params: KernelParams) -> tuple[_Tile
     block_q, block_kv = _tile(q_length, params.block_q), _tile(k_length, params.block_kv)
     num_q, num_kv = -(-q_length // block_q), -(-k_length // block_kv)
     tiles = _Tiles(batch, kv_heads, heads // kv_heads, block_q, block_kv, num_q, num_kv)
-    return tiles, _pad_mask(mask, q_length, num_q * block_q, k_length, num_kv * block_kv)
+    return tiles, mask.padded(q_length, num_q * block_q, k_length, num_kv * block_kv)
 
 
 def _tile(length: int, requested: int | None) -> int:
@@ -221,29 +221,6 @@ def _tile(length: int, requested: int | None) -> int:
         return min(requested, length)
     count = -(-length // _DEFAULT_TILE)
     return -(-length // count)
-
-
-def _pad_mask(mask: Mask, q_length: int, q_padded: int, k_length: int, k_padded: int) -> Mask:
-    """The mask with queries and keys appended that nobody attends and that attend nothing."""
-    if (q_length, k_length) == (q_padded, k_padded):
-        return mask
-
-    def grow(x: Array | None, length: int, padded: int, value: int) -> Array:
-        x = jnp.zeros((1, length), jnp.int32) if x is None else x
-        return jnp.pad(x, ((0, 0), (0, padded - length)), constant_values=value)
-
-    def edge(x: Array | None, length: int, padded: int) -> Array | None:
-        # Repeat the last position, so that the extent of the last tile does not grow.
-        return None if x is None else jnp.pad(x, ((0, 0), (0, padded - length)), mode="edge")
-
-    return Mask(
-        edge(mask.q_positions, q_length, q_padded),
-        edge(mask.kv_positions, k_length, k_padded),
-        grow(mask.q_segments, q_length, q_padded, NO_QUERY),
-        grow(mask.kv_segments, k_length, k_padded, NO_KEY),
-        mask.left,
-        mask.right,
-    )
 
 
 def _pad(x: Array, block: int) -> Array:
