@@ -11,5 +11,6 @@ from .layout import from_ring_order as from_ring_order
 from .layout import ring_positions as ring_positions
 from .layout import to_ring_order as to_ring_order
 from .partial import merge_partials as merge_partials
+from .ring_mesh import ring_mesh as ring_mesh
 
 __version__ = "0.1.0"

@@ -15,6 +15,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo", "bench"),
+    ("bench_tpu",),
+    ("_tpu_programs",),
+    ("static_cycles", "_doc_table"),
     ("training",),
     ("nnx", "linen"),
     ("decoder",),
@@ -30,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule",),
     ("mask", "partial"),
     ("layout",),
-    ("config", "_simulate"),
+    ("config", "_simulate", "ring_mesh"),
     ("_compat",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
