@@ -95,6 +95,14 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(command.main(context.args))
 
 
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def inspect(context: typer.Context) -> None:
+    """Compiles a ring for a TPU, without one, and reads its order and memory. See `ringjax inspect --help`."""
+    from .inspect import command
+
+    raise typer.Exit(command.main(context.args))
+
+
 def main() -> None:
     """The `ringjax` command."""
     app()

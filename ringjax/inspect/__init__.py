@@ -1,0 +1,107 @@
+"""`ringjax inspect`: compiles a ring for a TPU topology, without a TPU, and reads what the compiler made of it.
+
+The order in which permutes and kernels are issued, memory against its floor, bytes on the wire, work of every rank.
+The compiler runs in a child process. Nothing runs on a TPU, so nothing here is a speed.
+"""
+
+from collections.abc import Sequence
+
+from .chips import parse_topology
+from .compile import Compiled as Compiled
+from .compile import InspectError as InspectError
+from .compile import compile_ring
+from .cycles import Cycles as Cycles
+from .cycles import estimate_cycles
+from .memory import floor_bytes, floor_terms
+from .order import kernels, read_order
+from .program import Program as Program
+from .report import Report as Report
+from .report import Scaling
+from .work import pairs
+
+__all__ = ["Compiled", "Cycles", "InspectError", "Program", "Report", "floor_bytes", "floor_terms", "inspect_ring"]
+
+
+def inspect_ring(
+    topology: str,
+    *,
+    seq_len: int,
+    heads: int,
+    head_dim: int,
+    ring: int | None = None,
+    kv_heads: int | None = None,
+    value_head_dim: int | None = None,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    layout: str = "zigzag",
+    stripe: int = 1,
+    is_causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    segments: bool = False,
+    backward: bool = False,
+    implementation: str | None = None,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    unroll: int | None = None,
+    dkv_dtype: str = "float32",
+    device_order: str = "ring_mesh",
+    cycles: bool = False,
+    sweep: Sequence[int] = (),
+    timeout: float = 600.0,
+) -> Report:
+    """Compiles ring attention for a TPU topology and reports on it.
+
+    Where the ring takes fewer devices than the topology has, and divides them, rings stand side by side and each has
+    a batch of its own; where it does not divide them, one ring is compiled and the other devices take no part, which
+    v5e and v6e refuse on all but small slices.
+
+    Args:
+      topology: "v5p:8x8x16": generation (v4, v5e, v5p, v6e, tpu7x or v7x) and sides in chips.
+      seq_len: T, tokens of the whole sequence; a multiple of the layout's unit.
+      heads, kv_heads: N and K; K is N unless given.
+      head_dim, value_head_dim: H and Hv; Hv is H unless given.
+      ring: C, devices on the ring; all of the topology unless given.
+      batch: sequences of one ring.
+      dtype: of query, key and value: "bfloat16", "float16" or "float32".
+      layout, stripe, is_causal, window: as in :func:`ringjax.ring_attention`; ``stripe`` is that of "striped".
+      segments: give segment ids, which then travel as well.
+      backward: the forward pass and all gradients in one program, instead of the forward pass alone.
+      implementation, block_q, block_kv, unroll, dkv_dtype: see :class:`ringjax.RingConfig`.
+      device_order: "ring_mesh", or "make_mesh": the order of ``jax.make_mesh``, to compare.
+      cycles: also ask for static cycle estimates of the kernels; compiles once more.
+      sweep: other sizes of ring to compile for the table of memory.
+      timeout: seconds for each compilation.
+
+    Returns:
+      The report.
+
+    Raises:
+      ValueError: for arguments that do not fit.
+      InspectError: no libtpu, or the compiler refused, aborted or took too long.
+    """
+    given = (window, window) if isinstance(window, int) else window
+    sizes = {"heads": heads, "kv_heads": heads if kv_heads is None else kv_heads, "head_dim": head_dim}
+    program = Program(
+        topology, parse_topology(topology).num_devices if ring is None else ring, seq_len, **sizes,
+        value_head_dim=head_dim if value_head_dim is None else value_head_dim, batch=batch, dtype=dtype,
+        layout=layout, stripe=stripe, is_causal=is_causal, window=given, segments=segments, backward=backward,
+        implementation=implementation, block_q=block_q, block_kv=block_kv, unroll=unroll, dkv_dtype=dkv_dtype,
+        device_order=device_order,
+    )  # fmt: skip
+    others = [program.with_ring(size) for size in sweep if size != program.ring]  # refuses before anything is compiled
+    compiled = compile_ring(program, timeout=timeout)
+    order = read_order(compiled.text)
+    peaks = {program.ring: compiled.peak_bytes}
+    peaks |= {other.ring: compile_ring(other, timeout=timeout).peak_bytes for other in others}
+    found = estimate_cycles(program, kernels(order), timeout=timeout) if cycles else None
+    return Report(program, compiled, order, pairs(program), found, _scaling(program, peaks))
+
+
+def _scaling(program: Program, peaks: dict[int, int]) -> tuple[Scaling, ...]:
+    """The floor for every ring that was compiled, and for a half and a quarter, twice and four times this one."""
+    devices = program.slice.num_devices
+    near = [program.ring // factor for factor in (4, 2) if program.ring % factor == 0]
+    near += [program.ring * factor for factor in (2, 4) if program.ring * factor <= devices]
+    unit = program.layout_object.unit
+    rings = sorted(set(peaks) | {ring for ring in near if program.seq_len % unit(ring) == 0})
+    return tuple(Scaling(ring, floor_bytes(program.with_ring(ring)), peaks.get(ring)) for ring in rings)

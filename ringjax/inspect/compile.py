@@ -1,0 +1,152 @@
+"""Runs the compiler in a child process and turns whatever happens there into a result or one clear line."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .program import Program
+
+# What lets libtpu compile where there is no TPU, and several processes do so at once.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+# Two ways in which the compiler says how much it lacks.
+_USED = re.compile(r"(?:Used |\()([\d.]+[KMGT]\w*)\)?(?: of | exceeds available \w+ \()([\d.]+[KMGT]\w*)")
+_NOISE = re.compile(
+    r"^(WARNING|ERROR)?:? ?(Logging before|Failed to find host|=== Source|learning/|\s*$)|worker hostname"
+)
+
+
+class InspectError(Exception):
+    """The ring could not be compiled; one line that says why. ``code`` is the exit status of the command."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said. Bytes are of one device."""
+
+    text: str
+    peak_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    lower_seconds: float
+    compile_seconds: float
+    versions: dict[str, str]
+
+
+def check_libtpu() -> None:
+    """Raises InspectError where there is no TPU compiler."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InspectError('libtpu, the TPU compiler, is not installed: pip install "ringjax[tpu]"', code=2)
+
+
+def compile_ring(program: Program, *, timeout: float = 600.0, libtpu_args: str = "") -> Compiled:
+    """Compiles in a child process, which is killed on a timeout and on Ctrl-C.
+
+    Args:
+      program: what to compile.
+      timeout: seconds.
+      libtpu_args: appended to LIBTPU_INIT_ARGS of the child.
+
+    Raises:
+      InspectError: no libtpu, or the compiler refused, aborted or took too long.
+    """
+    check_libtpu()
+    with tempfile.TemporaryDirectory(prefix="ringjax-") as folder:
+        request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "stderr.txt"))
+        request.write_text(json.dumps(program.to_json()), encoding="utf-8")
+        status = _run_child(request, result, log, timeout, libtpu_args)
+        said = log.read_text(encoding="utf-8", errors="replace")
+        if not result.exists():
+            raise InspectError(f"the compiler ended with {_status(status)} and no result. {_last_lines(said)}")
+        outcome = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in outcome:
+        raise _refusal(program, outcome)
+    return Compiled(**outcome)
+
+
+def _run_child(request: Path, result: Path, log: Path, timeout: float, libtpu_args: str) -> int:
+    """The exit status; negative is a signal."""
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    flags = " ".join(part for part in (os.environ.get("LIBTPU_INIT_ARGS", ""), libtpu_args) if part)
+    environment = {
+        **os.environ,
+        **_ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "LIBTPU_INIT_ARGS": flags,
+    }
+    command = [sys.executable, "-m", "ringjax.inspect.child", str(request), str(result)]
+    with log.open("w", encoding="utf-8") as stream:
+        # A session of its own, so that all of it can be ended and Ctrl-C reaches it through us alone.
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+        )
+        try:
+            return child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise InspectError(f"the compiler was stopped: it took longer than --timeout, {timeout:g} s.") from None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def _status(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:
+        return f"signal {-status}"
+
+
+def _last_lines(said: str, count: int = 3) -> str:
+    """The last lines of a log that say something."""
+    lines = [line.strip() for line in said.splitlines() if not _NOISE.search(line)]
+    # An abort is followed by its stack: what matters stands before that.
+    stack = next((i for i, line in enumerate(lines) if line.startswith(("*** ", "@ ", "Fatal Python"))), len(lines))
+    kept = lines[max(0, stack - count) : stack] or lines[-count:]
+    return "Its last words: " + " / ".join(line[:300] for line in kept) if kept else "It said nothing."
+
+
+def _refusal(program: Program, outcome: dict[str, Any]) -> InspectError:
+    """One line for an exception in the child."""
+    kind, message = outcome["error"], outcome["message"]
+    if kind == "NotImplementedError" or (kind == "ValueError" and "Got " in message):  # an argument, in our own words
+        return InspectError(_first_line(message), code=2)
+    if "limited ICI routing" in message:
+        return InspectError(
+            f"ring must divide the {program.slice.num_devices} devices of {program.slice.name}, whose generation "
+            f"compiles for whole slices only. Got {program.ring}.",
+            code=2,
+        )
+    if "RESOURCE_EXHAUSTED" in message or "Oom" in message:
+        where = "memory of a device (a larger --ring holds less on each)"
+        if "vmem" in message.lower():
+            where = "VMEM of a core (smaller tiles of a kernel, --block-q and --block-kv, need less)"
+        used = _USED.search(message)
+        detail = f"it needs {used[1]} of {used[2]}" if used else _first_line(message)
+        return InspectError(f"the program is too large for the {where}: {detail}.")
+    if kind != "JaxRuntimeError":
+        return InspectError(f"the ring could not be compiled: {kind} at {outcome['where']}: {_first_line(message)}")
+    return InspectError(f"the compiler refused: {_first_line(message)}")
+
+
+def _first_line(message: str) -> str:
+    return next((line.strip() for line in message.splitlines() if line.strip()), "it did not say why")[:400]

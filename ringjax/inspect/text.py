@@ -1,0 +1,143 @@
+"""A report as lines of text."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from .cycles import base_name
+from .report import Report
+
+
+def lines(report: Report) -> Iterator[str]:
+    """Section after section: the label of each stands in front of its first line."""
+    sections = {
+        "ring": _ring(report),
+        "order": _order(report),
+        "wire": _wire(report),
+        "memory": _memory(report),
+        "work": _work(report),
+        "cycles": _cycles(report),
+    }
+    for number, (label, body) in enumerate(sections.items()):
+        if number:
+            yield ""
+        for index, line in enumerate(body):
+            yield f"{label if index == 0 else '':<8}{line}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that leaves fewest digits."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} GiB"
+
+
+def describe_mask(report: Report) -> str:
+    """The mask in words."""
+    program = report.program
+    left, right = program.bounds
+    words = ["causal"] if program.is_causal else []
+    if left is not None or (right is not None and not program.is_causal):
+        sides = ["all" if side is None else str(side) for side in (left, right)]
+        words.append(f"window ({', '.join(sides)})")
+    words += ["segments"] if program.segments else []
+    return ", ".join(words) or "no mask"
+
+
+def _ring(report: Report) -> Iterator[str]:
+    program, slice_ = report.program, report.program.slice
+    rings = "one ring" if program.rings == 1 else f"{program.rings} rings side by side, each"
+    hbm = size(slice_.generation.hbm_bytes)
+    yield f"{slice_.name}, {slice_.num_devices} devices of {hbm}: {rings} of {program.ring}"
+    passes = "forward and backward" if program.backward else "forward"
+    values = "" if program.value_head_dim == program.head_dim else f", values of {program.value_head_dim}"
+    yield (
+        f"{passes}; {program.batch} x {program.seq_len} tokens, {program.shard_length} a device; {program.layout}; "
+        f"{describe_mask(report)}"
+    )
+    yield (
+        f"{program.heads} heads on {program.kv_heads} K/V heads of {program.head_dim}{values}, {program.dtype}; "
+        f"implementation {program.implementation or 'default'}"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in report.compiled.versions.items())
+    yield f"compiled in {report.compiled.lower_seconds + report.compiled.compile_seconds:.1f} s by {versions}"
+
+
+def _order(report: Report) -> Iterator[str]:
+    if not report.num_permutes:
+        yield "no permutes: a ring of one, or nobody needs another's block"
+        return
+    sync = report.num_synchronous
+    kind = "all asynchronous" if not sync else f"{sync} SYNCHRONOUS"
+    yield f"permutes hidden {report.num_hidden}/{report.num_permutes}, {kind}"
+    rows = [("carries", "bytes each", "executed", "asynchronous", "hidden")]
+    rows += [
+        (f"{p.carries} ({p.dtype})", size(p.bytes), str(p.times), str(p.asynchronous), str(p.hidden))
+        for p in report.payloads
+    ]
+    yield from table(rows)
+    if report.exposed:
+        names = sorted({f"{p.name} ({p.times} x {size(p.bytes)})" for p in report.exposed})
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        yield f"no kernel runs behind {', '.join(names[:6])}{more}"
+    counts: dict[str, int] = {}
+    for name, times in report.kernels.items():
+        counts[base_name(name)] = counts.get(base_name(name), 0) + times
+    yield "kernel calls: " + ", ".join(f"{name} {times}" for name, times in counts.items())
+
+
+def _wire(report: Report) -> Iterator[str]:
+    rotations = report.program.schedule().num_rotations
+    yield (
+        f"{size(report.wire_bytes_per_hop)} a hop (K, V and what belongs to them), {rotations} rotations, "
+        f"{size(report.wire_bytes)} sent by a device in all"
+    )
+    yield f"blocks worked on {report.hops_made} of {report.program.ring}, hops elided {report.hops_elided}"
+
+
+def _memory(report: Report) -> Iterator[str]:
+    peak, floor = report.compiled.peak_bytes, report.floor_bytes
+    hbm = report.program.slice.generation.hbm_bytes
+    yield f"peak {size(peak)} a device, {peak / floor:.3f} x the floor of {size(floor)}; {peak / hbm:.1%} of its memory"
+    yield from table([(term.name, size(term.bytes)) for term in report.floor_terms])
+    yield "as the ring grows and the sequence stays"
+    rows = [("devices", "floor", "peak")]
+    rows += [
+        (str(row.ring), size(row.floor_bytes), "-" if row.peak_bytes is None else size(row.peak_bytes))
+        for row in report.scaling
+    ]
+    yield from table(rows)
+
+
+def _work(report: Report) -> Iterator[str]:
+    pairs = report.pairs_per_rank
+    yield f"attended pairs of a rank, a head: mean {pairs.mean():.4g}, least {pairs.min():.4g}, most {pairs.max():.4g}"
+    yield (
+        f"imbalance {report.imbalance:.3f} (most / mean); hop by hop in lockstep {report.lockstep_imbalance:.3f} "
+        "(sum over hops of the most, / mean)"
+    )
+
+
+def _cycles(report: Report) -> Iterator[str]:
+    floors = ", ".join(f"{name} {cycles:,.0f}" for name, cycles in report.mxu_floor_cycles.items())
+    yield f"matrix units need at least, for the busiest rank: {floors}"
+    if report.cycles is None:
+        yield "static estimates of the kernels: not asked for (--cycles)"
+    elif report.cycles.reason is not None:
+        yield f"static estimates of the kernels: {report.cycles.reason}"
+    else:
+        rows = [("kernel", "cycles a call", "calls")]
+        rows += [(name, f"{n:,}", str(report.kernels[name])) for name, n in report.cycles.estimates.items()]
+        yield "static estimates of the kernels, every tile visited"
+        yield from table(rows)
+
+
+def table(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Columns under each other: the first to the left, the rest to the right."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  " + "  ".join(cells).rstrip()

@@ -1,0 +1,73 @@
+"""Who attends whom, counted exactly: (query, key) pairs of every rank at every hop, by sums in closed form.
+
+Nothing is sampled and no mask is built. A shard is a few runs of consecutive positions (contiguous, zigzag), or evenly
+spaced stripes; pairs between two runs depend on their distance and lengths alone.
+"""
+
+import numpy as np
+
+from ..layout import Contiguous, Striped, Zigzag
+from .program import Program
+
+
+def pairs(program: Program) -> np.ndarray:
+    """Attended pairs of one batch row and one head: int64 [C, hops], rank by hop of the schedule."""
+    ranks = np.arange(program.ring)
+    count = _striped_pairs(program) if isinstance(program.layout_object, Striped) else _run_pairs(program)
+    columns = [count(ranks, (ranks + hop.offset) % program.ring) for hop in program.schedule().hops]
+    return np.stack(columns, axis=1)
+
+
+def _run_pairs(program: Program):
+    """Pairs between shards that are one run or two."""
+    layout, length, ring = program.layout_object, program.shard_length, program.ring
+    if not isinstance(layout, (Contiguous, Zigzag)):
+        raise NotImplementedError(f"layout: pairs are counted for the layouts that have a name. Got {layout}.")
+    chunk = layout.chunk_length(length)
+    left, right = program.bounds
+
+    def count(ranks: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        total = np.zeros(len(ranks), np.int64)
+        for start in range(0, length, chunk):
+            for other in range(0, length, chunk):
+                queries = layout.positions(ranks, np.int64(start), length, ring)
+                keys = layout.positions(blocks, np.int64(other), length, ring)
+                total += _between(keys - queries, chunk, left, right)
+        return total
+
+    return count
+
+
+def _striped_pairs(program: Program):
+    """Pairs between two striped shards: they depend on the difference of the ranks alone."""
+    stripe, ring = program.stripe, program.ring
+    left, right = program.bounds
+    number = program.shard_length // stripe
+    apart = np.arange(1 - number, number, dtype=np.int64)
+    multiplicity = number - np.abs(apart)
+    by_difference = np.array(
+        [
+            int((multiplicity * _between((apart * ring + difference) * stripe, stripe, left, right)).sum())
+            for difference in range(1 - ring, ring)
+        ],
+        np.int64,
+    )
+    return lambda ranks, blocks: by_difference[blocks - ranks + ring - 1]
+
+
+def _between(distance: np.ndarray, length: int, left: int | None, right: int | None) -> np.ndarray:
+    """Pairs between two runs of one length, the keys starting ``distance`` after the queries."""
+    upper = length * length if right is None else _at_most(right - distance, length)
+    lower = 0 if left is None else _at_most(-left - 1 - distance, length)
+    return np.broadcast_to(upper - lower, np.shape(distance)).astype(np.int64)
+
+
+def _at_most(bound: np.ndarray, length: int) -> np.ndarray:
+    """Pairs (x, y) in [0, length)^2 with y - x <= bound: the sum over x of clip(x + bound + 1, 0, length)."""
+    return _ramp(length + bound, length) - _ramp(bound, length)
+
+
+def _ramp(top: np.ndarray, length: int) -> np.ndarray:
+    """The sum of clip(u, 0, length) over all u up to ``top``."""
+    rising = np.clip(top, 0, length)
+    return rising * (rising + 1) // 2 + np.maximum(top - length, 0) * length

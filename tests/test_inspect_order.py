@@ -1,0 +1,158 @@
+"""What inspect reads from a scheduled program: loops, trip counts, which permute hides behind which kernel."""
+
+import pytest
+
+from ringjax.inspect.hlo import HloError, Scope, num_bytes, parse, trip_count
+from ringjax.inspect.order import Done, Kernel, Loop, Start, kernels, num_kernels, permutes, read_order
+
+BLOCK = "bf16[1,2,64,128]{3,2,1,0:T(8,128)(2,1)}"
+PAIR = f"({BLOCK}, {BLOCK}, u32[]{{:S(2)}}, u32[]{{:S(2)}})"
+KERNEL = 'custom-call({}), custom_call_target="tpu_custom_call", metadata={{op_name="a (b) c"}}'
+
+
+def program(body: str, *, entry: str = "", bound: int = 4, step: int = 1, head: str = "is_scheduled=true") -> str:
+    """A ring in a loop: state is (counter, k), the body computes %next from %k."""
+    state = f"(s32[]{{:T(128)}}, {BLOCK})"
+    return f"""HloModule jit_f, {head}, entry_computation_layout={{()->()}}
+
+%body (arg: (s32[], bf16[1,2,64,128])) -> (s32[], bf16[1,2,64,128]) {{
+  %arg = {state} parameter(0)
+  %one = s32[]{{:T(128)}} constant({step})
+  %count = s32[]{{:T(128)}} get-tuple-element(%arg), index=0
+  %k = {BLOCK} get-tuple-element(%arg), index=1
+  %more = s32[]{{:T(128)}} add(%count, %one)
+{body}
+  ROOT %out = {state} tuple(%more, /*index=1*/%next)
+}}
+
+%condition (arg.1: (s32[], bf16[1,2,64,128])) -> pred[] {{
+  %arg.1 = {state} parameter(0)
+  %bound = s32[]{{:T(128)}} constant({bound})
+  %count.1 = s32[]{{:T(128)}} get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%count.1, %bound), direction=LT
+}}
+
+ENTRY %main (q: bf16[1,2,64,128], key: bf16[1,2,64,128]) -> bf16[1,2,64,128] {{
+  %q = {BLOCK} parameter(0)
+  %key = {BLOCK} parameter(1)
+  %zero = s32[]{{:T(128)}} constant(0)
+  %copied = s32[]{{:T(128)}} copy(%zero)
+{entry}
+  %init = {state} tuple(%copied, %key)
+  %loop = {state} while(%init), condition=%condition, body=%body
+  ROOT %result = {BLOCK} get-tuple-element(%loop), index=1
+}}
+"""
+
+
+START = f"  %go = {PAIR} collective-permute-start(%k), channel_id=1, source_target_pairs={{{{0,1}},{{1,0}}}}"
+DONE = f"  %next = {BLOCK} collective-permute-done(%go)"
+RUN = f"  %attend = {BLOCK} {KERNEL.format('%k')}"
+
+
+def lines(*parts: str) -> str:
+    return "\n".join(parts)
+
+
+def test_a_permute_around_a_kernel_is_hidden_as_often_as_the_loop_runs():
+    order = read_order(program(lines(START, RUN, DONE)))
+    (loop,) = order
+    assert isinstance(loop, Loop) and loop.times == 4
+    assert loop.body == (Start("go", "bf16", (1, 2, 64, 128), 32768, True, 1), Kernel("attend"), Done("go"))
+    (permute,) = permutes(order)
+    assert permute.hidden and (permute.times, permute.kernels_between, permute.bytes) == (4, 1, 32768)
+    assert permute.source == 1, "through the loop and the tuple, what travels is the program's second argument"
+    assert kernels(order) == {"attend": 4} and num_kernels(order) == 4
+
+
+@pytest.mark.parametrize("body", [(RUN, START, DONE), (START, DONE, RUN)])
+def test_a_kernel_before_or_after_hides_nothing(body):
+    (permute,) = permutes(read_order(program(lines(*body))))
+    assert permute.asynchronous and not permute.hidden and permute.kernels_between == 0
+
+
+def test_a_synchronous_permute_is_never_hidden():
+    body = lines(f"  %next = {BLOCK} collective-permute(%k), source_target_pairs={{{{0,1}},{{1,0}}}}", RUN)
+    (permute,) = permutes(read_order(program(body)))
+    assert not permute.asynchronous and not permute.hidden
+    assert (permute.bytes, permute.times) == (32768, 4)
+
+
+def test_kernels_of_a_loop_count_for_a_permute_around_it():
+    text = program(lines(START, RUN, DONE), entry=START.replace("%k)", "%q)").replace("%go", "%far"))
+    text = text.replace("  ROOT %result", f"  %landed = {BLOCK} collective-permute-done(%far)\n  ROOT %result")
+    far, near = permutes(read_order(text))
+    assert (far.name, far.times, far.kernels_between, far.source) == ("far", 1, 4, 0)
+    assert (near.name, near.times, near.kernels_between, near.source) == ("go", 4, 1, 1)
+
+
+def test_without_pallas_a_loop_of_products_is_the_kernel():
+    state = f"({BLOCK}, {BLOCK})"
+    inner = f"""
+%inner (x: {BLOCK}) -> {BLOCK} {{
+  %x = {BLOCK} parameter(0)
+  ROOT %product = {BLOCK} OPCODE(%x, %x), dim_labels=bf_io->bf
+}}
+
+%forever (y: {BLOCK}) -> pred[] {{
+  %y = {BLOCK} parameter(0)
+  ROOT %yes = pred[]{{:T(512)}} constant(true)
+}}
+
+ENTRY"""
+    run = f"  %rows = {state} while(%k), condition=%forever, body=%inner"
+    text = program(lines(START, run, DONE)).replace("\nENTRY", inner)
+    (permute,) = permutes(read_order(text.replace("OPCODE", "convolution")))
+    assert permute.hidden and permute.kernels_between == 1
+    (permute,) = permutes(read_order(text.replace("OPCODE", "add")))
+    assert not permute.hidden, "a loop that only adds is no kernel"
+
+
+@pytest.mark.parametrize(("bound", "step", "times"), [(4, 1, 4), (31, 2, 16), (1, 5, 1), (0, 1, 0)])
+def test_trip_counts(bound, step, times):
+    module = parse(program(lines(START, DONE), bound=bound, step=step))
+    assert trip_count(module, module.entry.by_name["loop"], Scope(module.entry)) == times
+
+
+def test_trip_counts_that_depend_on_data_are_not_guessed():
+    text = program(lines(START, DONE)).replace("constant(0)", "custom-call()")
+    module = parse(text)
+    assert trip_count(module, module.entry.by_name["loop"], Scope(module.entry)) is None
+    with pytest.raises(HloError, match="how often it runs cannot be read"):
+        read_order(text)
+    standing = program(lines(START, DONE), step=0)
+    with pytest.raises(HloError, match="how often it runs cannot be read"):
+        read_order(standing)
+
+
+def test_trip_count_through_fusions_and_arguments():
+    """The counter may be stepped in a fusion, and the bound may come in through the loop's state."""
+    fused = """
+%step (a: s32[]) -> s32[] {
+  %a = s32[]{:T(128)} parameter(0)
+  %two = s32[]{:T(128)} constant(2)
+  ROOT %sum = s32[]{:T(128)} add(%a, %two)
+}
+
+ENTRY"""
+    text = program(lines(START, DONE), bound=9).replace("\nENTRY", fused)
+    text = text.replace("add(%count, %one)", "fusion(%count), kind=kLoop, calls=%step")
+    module = parse(text)
+    assert trip_count(module, module.entry.by_name["loop"], Scope(module.entry)) == 5
+
+
+def test_what_was_computed_has_no_source():
+    (permute,) = permutes(read_order(program(lines(RUN, START.replace("%k)", "%attend)"), DONE))))
+    assert permute.source is None
+
+
+def test_unscheduled_text_is_refused():
+    with pytest.raises(HloError, match="is_scheduled"):
+        read_order(program(lines(START, DONE), head="x"))
+    with pytest.raises(HloError, match="ENTRY"):
+        parse("HloModule m, is_scheduled=true\n")
+
+
+def test_bytes_of_types():
+    assert num_bytes("bf16", (2, 3)) == 12 and num_bytes("f32", ()) == 4 and num_bytes("s32", (8,)) == 32
+    assert num_bytes("pred", (4,)) == 4 and num_bytes("f8e4m3fn", (4,)) == 4
