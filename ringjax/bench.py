@@ -1,4 +1,4 @@
-"""`ringjax bench`: times ring attention beside dense attention, interleaved in one process."""
+"""`ringjax bench cpu`: times ring attention beside dense attention, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ringjax
+from ringjax import _doc_table, bench_tpu
 from ringjax._simulate import simulate_cpu_devices
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -245,26 +246,19 @@ def render(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
-def _around_table(path: Path) -> tuple[str, str]:
-    """The text of a file before and after its table."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"path must be a file with the lines {BEGIN!r} and {END!r}, once each. Got {path}.")
-    return text.split(BEGIN)[0], text.split(END)[1]
-
-
 def write_docs(rows: Sequence[Row], title: str, path: Path) -> None:
     """Replaces the table between the two markers of the file at `path`."""
-    head, tail = _around_table(path)
-    lines = [title + ".", "", "| " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "--:|" * (len(COLUMNS) - 3)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    path.write_text("\n".join([head + BEGIN, "", *lines, "", END + tail]), encoding="utf-8")
+    table = _doc_table.markdown(COLUMNS, [_cells(row) for row in rows], num_left=3)
+    _doc_table.replace(path, BEGIN, END, [title + ".", "", *table])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`ringjax bench cpu [options]`; returns the exit status."""
+    """`ringjax bench cpu [options]` and `ringjax bench tpu-static [options]`; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["tpu-static"]:
+        return bench_tpu.main(argv[1:])
     parser = argparse.ArgumentParser(prog="ringjax bench", description=__doc__)
-    parser.add_argument("platform", choices=["cpu"])
+    parser.add_argument("platform", choices=["cpu", "tpu-static"], help="tpu-static has options of its own: --help")
     parser.add_argument("--length", type=int, default=Shape.length, help="sequence length (default %(default)s)")
     parser.add_argument("--heads", type=int, default=Shape.heads)
     parser.add_argument("--head-size", type=int, default=Shape.head_size)
@@ -291,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} must be at least 1. Got {getattr(options, name)}.")
     if options.write_docs is not None:
         try:
-            _around_table(options.write_docs)  # before minutes of timing, not after
+            _doc_table.around(options.write_docs, BEGIN, END)  # before minutes of timing, not after
         except ValueError as error:
             parser.error(f"--write-docs: {error}")
     shape = Shape(1, options.length, options.heads, options.head_size, options.dtype)

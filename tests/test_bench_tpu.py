@@ -1,0 +1,178 @@
+"""Static cycles: the bounds that the TPU kernels must keep, and the machinery that measures them."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from tpu import needs_libtpu
+
+from ringjax import bench, bench_tpu
+from ringjax.static_cycles import Built, Estimate, Program, _last_words, estimate
+
+KEYS = [(generation, direction) for generation in bench_tpu.TOPOLOGIES for direction in bench_tpu.PASSES]
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[tuple[str, str], bench_tpu.Row]:
+    """The table's rows for head size 128, all from one run."""
+    compared = ("ringjax", "splash")
+    found = bench_tpu.bench_tpu_static(head_sizes=(128,), implementations=compared)
+    return {(row.generation, row.direction): row for row in found}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("key", KEYS, ids="-".join)
+def test_every_estimate_is_possible(rows, key: tuple[str, str]):
+    """No program is below what its matrix products take, and none is far above: something was measured."""
+    row = rows[key]
+    for name in ("ringjax", "splash"):
+        cycles = row.cycles[name]
+        assert cycles is not None and row.floor <= cycles < 2 * row.floor, name
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_forward_cycles_on_v5e(rows):
+    assert rows["v5e", "forward"].cycles["ringjax"] <= 80_000
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", bench_tpu.TOPOLOGIES)
+def test_forward_beats_splash(rows, generation: str):
+    assert rows[generation, "forward"].ratio < 1.0
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", bench_tpu.TOPOLOGIES)
+def test_backward_beats_splash_by_five_percent(rows, generation: str):
+    assert rows[generation, "backward"].ratio <= 0.95
+
+
+def _add(x_ref, y_ref):
+    y_ref[...] = x_ref[...] + 1.0
+
+
+def plain_kernel(device, *, size: int) -> Built:
+    """A builder for the tests below."""
+    assert device.platform == "tpu"
+    x = jax.ShapeDtypeStruct((size, 128), jnp.float32)
+    return Built(lambda x: pl.pallas_call(_add, out_shape=x, name="plain")(x) * 2.0, (x,))
+
+
+def crashing(device, *, size: int) -> Built:
+    """What the profiler does on kernels that it cannot follow."""
+    os.abort()
+
+
+def broken(device, **options: int) -> Built:
+    raise RuntimeError("no such program\nand more")
+
+
+def _program(builder: str, size: int, topology: str = "v5e:2x2") -> Program:
+    return Program(f"{__name__}:{builder}", {"size": size}, topology)
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """The child finds this file's builders."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("importable")
+def test_a_child_that_aborts_or_fails_spoils_no_other_program():
+    programs = [_program("plain_kernel", 64), _program("broken", 1), _program("crashing", 64)]
+    programs += [_program("plain_kernel", 4096), _program("plain_kernel", 64, "v6e:2x2")]
+    seen = []
+    small, refused, aborted, large, other = estimate(programs, progress=lambda index, found: seen.append(index))
+    assert seen == [0, 1, 2, 3, 4]
+    assert refused == Estimate({}, "RuntimeError: no such program")
+    assert "status -6" in (aborted.reason or "") and not aborted.operations
+    assert any(name.startswith("plain") for name in small.operations)
+    assert large.total > 2 * small.total > 0
+    assert other.total > 0
+    with pytest.raises(ValueError, match="no such program"):
+        _ = refused.total
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("importable")
+def test_a_child_that_takes_too_long_is_stopped():
+    (found,) = estimate([_program("plain_kernel", 64)], timeout=0.01)
+    assert "longer than 0.01 s" in (found.reason or "")
+
+
+def test_the_reason_of_an_abort_is_found():
+    said = (
+        "E00 noise\nF11 dumper.cc:1] Static LLO profiling of x.1 failed: INTERNAL: No such node\nmore.cc:3\n*** stack\n"
+    )
+    assert _last_words(said, -6) == "the profiler aborts: Static LLO profiling of x.1 failed: INTERNAL: No such node"
+    assert _last_words("one\ntwo\n\n", 1) == "the compiler ended with status 1: two"
+
+
+def test_unknown_topology_is_refused():
+    with pytest.raises(ValueError, match="topology"):
+        estimate([_program("plain_kernel", 64, "v5x:2x2")])
+
+
+def test_floor():
+    assert bench_tpu.mxu_floor("v5e", 128, "forward", 4096) == 65_536
+    assert bench_tpu.mxu_floor("v5e", 128, "backward", 4096) == 163_840
+    assert bench_tpu.mxu_floor("v6e", 64, "backward", 4096) == 81_920  # half of each unit is idle
+
+
+def test_cases_fit_the_sequence():
+    for key in (("v5e", 128, "forward"), ("v6e", 64, "backward")):
+        names = {case.implementation for case in bench_tpu.cases(*key)}
+        assert names <= set(bench_tpu.IMPLEMENTATIONS) and {"ringjax", "ringjax, carry", "splash", "flash"} <= names
+        short = bench_tpu.cases(*key, length=1024)
+        sizes = [size for case in short for size in case.program.options.get("blocks", {}).values()]
+        assert sizes and max(sizes) == 1024
+
+
+def _fake_estimates(programs, *, timeout, progress):
+    """Ours 100 cycles, one case of the others 200, further ones more or none."""
+    found, seen = [], set()
+    for index, program in enumerate(programs):
+        kind = program.builder
+        result = Estimate({"kernel": 100}) if "ringjax_" in kind else Estimate({"a": 150, "b": 50})
+        if kind in seen and "ringjax_" not in kind:
+            result = Estimate({"a": 300}) if index % 2 else Estimate({}, "too large")
+        seen.add(kind)
+        found.append(result)
+        progress(index, result)
+    return found
+
+
+def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_tpu, "estimate", _fake_estimates)
+    docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
+    docs.write_text(f"before\n{bench_tpu.BEGIN}\nold\n{bench_tpu.END}\nafter\n", encoding="utf-8")
+    small = ["tpu-static", "--generation", "v5e", "--head-size", "128", "--pass", "backward"]
+    assert bench.main([*small, "--write-docs", str(docs), "--json", str(figures)]) == 0
+    text = docs.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| v5e")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert len(cells) == len(bench_tpu.COLUMNS)
+    assert cells[3:5] == ["163,840", "100"] and cells[6].startswith("200 (fused ") and cells[-1] == "0.500"
+    assert '"ringjax": 100' in figures.read_text(encoding="utf-8")
+    assert "0.500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--length", "0"], ["--length", "100"], ["--head-size", "0"], ["--timeout", "0"], ["--write-docs", "absent.md"]],
+)
+def test_command_refuses(arguments: list[str], capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["tpu-static", *arguments])
+    assert "error" in capsys.readouterr().err
