@@ -19,10 +19,13 @@ import oracle
 
 import ringjax
 
-# A later kernel adds its name here and inherits the whole matrix.
-IMPLEMENTATIONS = ("xla",)
+# A later kernel adds its name here and inherits the suite. Pallas kernels run in JAX's interpreter.
+IMPLEMENTATIONS = ("xla", "pallas_tpu")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 NUM_SHARDS = (1, 2, 3, 4, 8)
+# Compiling what the interpreter makes of a kernel takes long: every case, but few rings, each layout among them. The
+# ring around the kernel is the same, and the whole matrix holds it.
+INTERPRETED = (("contiguous", 1), ("zigzag", 4), ("striped", 3))
 
 # Small enough that a shard has several tiles, so that empty, partial and full tiles all occur.
 BLOCKS = {"block_q": 8, "block_kv": 8}
@@ -205,6 +208,24 @@ def value_and_gradients(attend: Any, arrays: Mapping[str, Any]) -> dict[str, Any
     return got if dsinks is None else {**got, "dsinks": dsinks}
 
 
+def is_interpreted(implementation: str) -> bool:
+    """Whether this machine can but interpret that kernel."""
+    return implementation.startswith("pallas")
+
+
+def rings(implementation: str) -> tuple[tuple[str, int], ...]:
+    """Layouts and sizes of the rings on which every case runs."""
+    if is_interpreted(implementation):
+        return INTERPRETED
+    return tuple((layout, num_shards) for layout in LAYOUTS for num_shards in NUM_SHARDS)
+
+
+def config_of(implementation: str, **config: Any) -> ringjax.RingConfig:
+    """The configuration under which tests run that kernel."""
+    interpret = is_interpreted(implementation)
+    return ringjax.RingConfig(implementation=implementation, **{**BLOCKS, "interpret": interpret, **config})
+
+
 def ring_program(case: Case, *, layout: Any, num_shards: int, implementation: str = "xla", **config: Any) -> Any:
     """The compiled program (arrays, masks) -> out, lse and gradients, all in ring order."""
     options = dict(
@@ -212,7 +233,7 @@ def ring_program(case: Case, *, layout: Any, num_shards: int, implementation: st
         mesh=mesh_of(num_shards),
         layout=layout,
         return_residual=True,
-        config=ringjax.RingConfig(implementation=implementation, **{**BLOCKS, **config}),
+        config=config_of(implementation, **config),
     )
 
     @jax.jit

@@ -49,9 +49,9 @@ def problems(draw: Any) -> cases.Case:
     )
 
 
-@everywhere
-@hypothesis.settings(max_examples=16)
+@hypothesis.settings(max_examples=24)
 @hypothesis.given(
+    implementation=st.sampled_from(cases.IMPLEMENTATIONS),
     case=problems(),
     layout=layouts,
     num_shards=st.sampled_from((1, 2, 3, 4, 5, 8)),

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from .._compat import vary_like
+from .._compat import tpu_interpreter_is_forced, vary_like
 from ..mask import EMPTY, FULL, KeySide, Mask, QuerySide, Step, tile_kinds, tile_list, unpack_step
 from .base import KernelParams
 
 LANES = 128
 LOG2_E = 1.0 / math.log(2.0)  # exp(x) = exp2(LOG2_E * x)
-LN_2 = math.log(2.0)
 
 # Entries of a tile list that go to SMEM (1 MiB on the smallest chip) at once, for all batch rows.
 _MAX_STEPS = 2**17
@@ -95,7 +94,7 @@ def _block(name: str, x: Array, largest: int, params: KernelParams) -> int:
     requested = getattr(params, name)
     if requested is None:
         return even_tile(x.shape[2], largest)
-    if requested % LANES and not params.interpret:
+    if requested % LANES and not (params.interpret or tpu_interpreter_is_forced()):
         raise ValueError(
             f"config.{name} must be a multiple of {LANES} for implementation 'pallas_tpu'. Got {requested}."
         )
@@ -221,6 +220,11 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 def is_finite(x: Array) -> Array:
     """In float32: no TPU compares bfloat16 everywhere. NaN fails the comparison."""
     return jnp.abs(x.astype(jnp.float32)) < jnp.inf
+
+
+def factor(params: KernelParams) -> float:
+    """Logits over what the kernels compare: products, or the tanh of a soft cap."""
+    return abs(params.scale) if params.logits_soft_cap is None else params.logits_soft_cap
 
 
 def clean(x: Array) -> Array:

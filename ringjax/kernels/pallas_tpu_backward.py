@@ -22,7 +22,7 @@ from jaxtyping import Array
 from .._compat import shape_like
 from ..mask import EMPTY, FULL, PARTIAL, Mask, Step, attends
 from . import _tpu
-from ._tpu import FLUSH, LANES, LOG2_E, TileSizes, Visits, clean, column, dot, is_finite, repeat_lanes
+from ._tpu import FLUSH, LANES, LOG2_E, TileSizes, Visits, clean, column, dot, factor, is_finite, repeat_lanes
 from .base import KernelParams
 
 # Queries and keys of a PARTIAL tile worked on at a time.
@@ -306,13 +306,11 @@ def _gradients(x: _Inputs, rows: Any, columns: Any, static: _Static, *, masked: 
     products = dot(k, q, (1, 1))
     cap = params.logits_soft_cap
     if cap is None:
-        slope, logits = params.scale, products * (params.scale * LOG2_E)
+        slope, scores = params.scale, products if params.scale >= 0 else -products
     else:
-        tanh = jnp.tanh(products * (params.scale / cap))
-        slope, logits = params.scale * (1.0 - tanh * tanh), tanh * (cap * LOG2_E)
-    lse = x.lse[:, columns]
-    # A query that attends nothing has p = 0 everywhere; any finite lse will do there.
-    p = jnp.exp2(logits - jnp.where(lse == -jnp.inf, 0.0, lse * LOG2_E))
+        scores = jnp.tanh(products * (params.scale / cap))
+        slope = params.scale * (1.0 - scores * scores)
+    p = _probabilities(scores, x.lse[:, columns], factor(params))
     ds = p * (dot(v, dout, (1, 1)) - x.delta[:, columns]) * slope
     allowed = None
     if masked:
@@ -326,6 +324,14 @@ def _gradients(x: _Inputs, rows: Any, columns: Any, static: _Static, *, masked: 
         dv = _mark_poison(dv, dout, allowed)
     dq = dot(k, ds, (0, 0)).T if static.tiles.dq_transposed else dot(ds, k, (0, 0))
     return dq, dot(ds, q, (1, 0)), dv
+
+
+def _probabilities(scores: Array, lse: Array, factor: float) -> Array:
+    """exp(factor * scores - lse), subtracted before it is multiplied, as in the forward kernel."""
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # a query that attends nothing is masked out everywhere: any will do
+    if factor == 0:
+        return jnp.exp(jnp.broadcast_to(-lse, scores.shape) + scores * factor)
+    return jnp.exp2((scores - lse / factor) * (factor * LOG2_E))
 
 
 def _allowed(x: _Inputs, rows: Any, columns: Any) -> Array:

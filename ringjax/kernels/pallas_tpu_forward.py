@@ -1,12 +1,13 @@
 """The forward block kernel for TPU: folds one K/V block into the running softmax, which goes in and comes out.
 
 A grid over (batch row, query head, visited tile). The running softmax of a tile of queries lives in VMEM while the
-tiles of keys that it sees pass by: FULL ones without a predicate, EMPTY ones not at all. Everything is in base 2,
+tiles of keys that it sees pass by: FULL ones without a predicate, EMPTY ones not at all. With logits = f s, where s
+are the products q.k and f the scale (with a cap: s = tanh(scale q.k / cap), f = cap),
 
-    s = LOG2_E * logits,    m = max s,    l = sum exp2(s - m),    acc = sum exp2(s - m) v,
+    m = max s,    p = exp2((s - m) f LOG2_E),    l = sum p,    acc = sum p v,    lse = f m + log(l):
 
-and so is the maximum in the carry, which only this kernel reads. Online softmax: Milakov and Gimelshein 2018,
-arXiv:1805.02867.
+one multiplication a logit, after the subtraction, so that rounding grows with s - m and not with s. The maximum in the
+carry is m, which only this kernel reads. Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from .._compat import shape_like
 from ..mask import FULL, PARTIAL, Mask, attends
 from ..partial import NO_LOGIT, Partial
 from . import _tpu
-from ._tpu import LANES, LN_2, LOG2_E, Visits, clean, column, dot, is_finite, repeat_lanes
+from ._tpu import LANES, LOG2_E, Visits, clean, column, dot, factor, is_finite, repeat_lanes
 from .base import KernelParams
 
 # Queries of a PARTIAL tile worked on at a time.
@@ -46,7 +47,7 @@ class _State(NamedTuple):
 
     acc: Any  # [block_q, Hv]
     max: Any  # [block_q, lanes], all lanes equal
-    sum: Any  # [block_q, lanes], to be summed over lanes at the end
+    sum: Any  # [block_q, lanes], without the carry's, to be summed over lanes at the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,20 +169,18 @@ class _Kernel:
             pl.when(step.kind == FULL)(lambda: _fold_full(x, state, self.static))
             pl.when(step.kind == PARTIAL)(lambda: _fold_partial(x, state, self.static))
         end = _finish if self.static.finish else _carry_on
-        pl.when(step.last)(lambda: end(x, n, state, out))
+        pl.when(step.last)(lambda: end(x, n, state, out, self.static.params))
 
 
 def _init(x: _Inputs, state: _State) -> None:
+    state.sum[...] = jnp.zeros_like(state.sum)
     if x.carry is None:
         state.acc[...] = jnp.zeros_like(state.acc)
         state.max[...] = jnp.full_like(state.max, NO_LOGIT)
-        state.sum[...] = jnp.zeros_like(state.sum)
     else:
-        lanes = state.max.shape[1]
-        acc, top, total = x.carry
+        acc, top, _ = x.carry
         state.acc[...] = acc[...]
-        state.max[...] = column(top[...], lanes)
-        state.sum[...] = column(total[...], lanes) * (1.0 / lanes)  # exact: lanes is a power of two
+        state.max[...] = column(top[...], state.max.shape[1])
 
 
 def _fold_full(x: _Inputs, state: _State, static: _Static) -> None:
@@ -206,16 +205,17 @@ def _fold_partial(x: _Inputs, state: _State, static: _Static) -> None:
 def _fold(x: _Inputs, state: _State, static: _Static, rows: Any, columns: Any, *, masked: bool) -> None:
     """One step of the online softmax for some of the tile's queries (rows) and keys (columns)."""
     k, v = x.k[columns], x.v[columns]
-    s = _logits(dot(x.q[rows], k, (1, 1)), static.params)
+    s = _scores(dot(x.q[rows], k, (1, 1)), static.params)
+    in_base_2 = factor(static.params) * LOG2_E
     old = state.max[rows]
     if masked:
         allowed = _allowed(x, rows, columns, old.shape[1])
         s = jnp.where(allowed, s, NO_LOGIT)
     new = jnp.maximum(old, jnp.max(s, axis=1, keepdims=True))
-    # While nothing is attended the maximum is NO_LOGIT: exp2(NO_LOGIT - 0) is 0, exp2(NO_LOGIT - NO_LOGIT) is not.
-    against = jnp.where(new == NO_LOGIT, 0.0, new) if masked else new
-    p = jnp.exp2(s - repeat_lanes(against, s.shape[1]))
-    rescale = jnp.exp2(old - new)
+    p = jnp.exp2((s - repeat_lanes(new, s.shape[1])) * in_base_2)
+    if masked:
+        p = jnp.where(allowed, p, 0.0)  # while nothing is attended, exp2(NO_LOGIT - NO_LOGIT) is 1
+    rescale = jnp.exp2((old - new) * in_base_2)
     state.max[rows] = new
     state.sum[rows] = rescale * state.sum[rows] + _sum_to_lanes(p, old.shape[1])
     values = dot(p.astype(v.dtype), clean(v) if masked else v, (1, 0))
@@ -224,12 +224,11 @@ def _fold(x: _Inputs, state: _State, static: _Static, rows: Any, columns: Any, *
         _mark_poison(state, v, allowed, rows)
 
 
-def _logits(products: Array, params: KernelParams) -> Array:
-    """In base 2. The scale is applied in float32: folded into a bfloat16 query it would round every logit."""
-    cap = params.logits_soft_cap
-    if cap is None:
-        return products * (params.scale * LOG2_E)
-    return jnp.tanh(products * (params.scale / cap)) * (cap * LOG2_E)
+def _scores(products: Array, params: KernelParams) -> Array:
+    """The logits without their factor, growing as they do."""
+    if params.logits_soft_cap is not None:
+        return jnp.tanh(products * (params.scale / params.logits_soft_cap))
+    return products if params.scale >= 0 else -products
 
 
 def _allowed(x: _Inputs, rows: Any, columns: Any, lanes: int) -> Array:
@@ -254,24 +253,37 @@ def _mark_poison(state: _State, v: Array, allowed: Array, rows: Any) -> None:
         state.acc[rows] = jnp.where(hits > 0.0, jnp.nan, state.acc[rows])
 
 
-def _carry_on(x: _Inputs, n: Any, state: _State, out: list[Any]) -> None:
-    del x, n  # Unused.
+def _carry_on(x: _Inputs, n: Any, state: _State, out: list[Any], params: KernelParams) -> None:
+    del n  # Unused.
     out[0][...] = state.acc[...]
-    out[1][...] = state.max[...].T[:1]
-    out[2][...] = jnp.sum(state.sum[...].T, axis=0, keepdims=True)
+    out[1][...], out[2][...] = _max_and_sum(x, state, params)
 
 
-def _finish(x: _Inputs, n: Any, state: _State, out: list[Any]) -> None:
-    """out = acc / l,  lse = LN_2 * m + log(l);  over no keys 0 and -inf. See :func:`ringjax.partial.finish`."""
-    acc, top, lanes = state.acc[...], state.max[...].T[:1], state.max.shape[1]
+def _max_and_sum(x: _Inputs, state: _State, params: KernelParams) -> tuple[Array, Array]:
+    """Both as rows [1, block_q].
+
+    The carry's sum comes in here, not into the lanes of the state: so a hop rounds it once, not once a lane.
+    """
+    top = state.max[...].T[:1]
     total = jnp.sum(state.sum[...].T, axis=0, keepdims=True)
+    if x.carry is None:
+        return top, total
+    _, old_top, old_total = x.carry
+    return top, old_total[...] * jnp.exp2((old_top[...] - top) * (factor(params) * LOG2_E)) + total
+
+
+def _finish(x: _Inputs, n: Any, state: _State, out: list[Any], params: KernelParams) -> None:
+    """out = acc / l,  lse = f m + log(l);  over no keys 0 and -inf. See :func:`ringjax.partial.finish`."""
+    acc, lanes = state.acc[...], state.max.shape[1]
+    top, total = _max_and_sum(x, state, params)
+    top = top * factor(params)
     if x.sinks is not None:
-        sink = x.sinks[n] * LOG2_E
+        sink = x.sinks[n]
         new_top = jnp.maximum(top, sink)
-        rescale = jnp.exp2(top - new_top)
-        total, top = total * rescale + jnp.exp2(sink - new_top), new_top
+        rescale = jnp.exp(top - new_top)
+        total, top = total * rescale + jnp.exp(sink - new_top), new_top
         acc = acc * repeat_lanes(column(rescale, lanes), acc.shape[1])
     some = total != 0  # NaN counts as some: a NaN logit must show
     safe = jnp.where(some, total, 1.0)
     out[0][...] = (acc / repeat_lanes(column(safe, lanes), acc.shape[1])).astype(out[0].dtype)
-    out[1][...] = jnp.where(some, LN_2 * top + jnp.log(safe), -jnp.inf)
+    out[1][...] = jnp.where(some, top + jnp.log(safe), -jnp.inf)
