@@ -34,8 +34,9 @@ def ringjax_forward(device: Any, *, length: int, head_size: int, carry: bool = F
     x = _array(1, 1, length, head_size)
     if not carry:
         return Built(forward, (x, x, x))
-    row = _array(1, 1, length, dtype=jnp.float32)
-    return Built(forward, (x, x, x, Partial(_array(*x.shape, dtype=jnp.float32), row, row)), donated=(3,))
+    row: Any = _array(1, 1, length, dtype=jnp.float32)
+    acc: Any = _array(*x.shape, dtype=jnp.float32)
+    return Built(forward, (x, x, x, Partial(acc, row, row)), donated=(3,))
 
 
 def ringjax_backward(device: Any, *, length: int, head_size: int, carry: bool = False) -> Built:

@@ -63,7 +63,7 @@ class Row:
         return None if ours is None or splash is None else ours / splash
 
 
-IMPLEMENTATIONS = ("ringjax", "ringjax, carry", "splash", "splash, raised limit", "flash")
+IMPLEMENTATIONS: tuple[str, ...] = ("ringjax", "ringjax, carry", "splash", "splash, raised limit", "flash")
 
 
 def mxu_floor(generation: str, head_size: int, direction: str, length: int) -> int:
@@ -199,7 +199,7 @@ def bench_tpu_static(
 
 def _row(generation: str, head_size: int, direction: str, length: int, results: Sequence[tuple[Case, Estimate]]) -> Row:
     cycles: dict[str, int | None] = dict.fromkeys(IMPLEMENTATIONS)
-    tiles = dict.fromkeys(IMPLEMENTATIONS, "")
+    tiles: dict[str, str] = dict.fromkeys(IMPLEMENTATIONS, "")
     for case, result in results:
         if result.reason is None:
             best = cycles[case.implementation]

@@ -26,14 +26,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from .inspect.chips import parse_topology
-from .inspect.compile import check_libtpu
+from .inspect.compile import ENVIRONMENT, check_libtpu
 
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-}
 _ENTRY = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)(?:\s+num_equivalent_hlos: (\d+))?')
 _ABORT = re.compile(r"(?:Static LLO profiling of .*? failed|Check failure|Check failed): .*")
 
@@ -157,7 +151,8 @@ def _started(folder: Path, stream: IO[str]) -> Iterator[subprocess.Popen[str]]:
     profile = f"--xla_jf_dump_static_llo_profile_to={folder / 'profile'}"
     environment = {
         **os.environ,
-        **_ENVIRONMENT,
+        **ENVIRONMENT,
+        "TPU_STDERR_LOG_LEVEL": "0",  # an abort tells its reason there
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "LIBTPU_INIT_ARGS": " ".join(part for part in (os.environ.get("LIBTPU_INIT_ARGS", ""), profile) if part),
     }
@@ -211,7 +206,8 @@ def _compile(program: Program, profile: Path) -> dict[str, int]:
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), built.arguments)
     shutil.rmtree(profile, ignore_errors=True)
     lowered = jax.jit(built.function, donate_argnums=built.donated).lower(*arguments)
-    lowered.compile(compiler_options=program.compiler_options or None)
+    flags: Any = program.compiler_options or None
+    lowered.compile(compiler_options=flags)
     operations: dict[str, int] = {}
     for file in sorted(profile.glob("*")):
         # Operations that are the same are written once, with their number.

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tpu import needs_libtpu
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -51,3 +52,14 @@ def test_example_would_fail_on_a_wrong_result():
     wrong = example().replace("is_causal=True, layout", "layout", 1)
     assert wrong != example()
     assert "AssertionError" in run(wrong).stderr
+
+
+@needs_libtpu
+def test_inspect_says_what_the_readme_shows():
+    """But for the compiler's time and version, and the memory that one version of it needs."""
+    (command, shown), *more = re.findall(r"```bash\n(ringjax inspect .*)\n```\n\n```text\n(.*?)\n```", TEXT, re.DOTALL)
+    assert not more
+    said = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True, check=True).stdout
+    kept = lambda text: [line for line in text.split("\n") if not re.search(r"compiled in|peak| {2}8 ", line)]  # noqa: E731
+    assert kept(said.rstrip("\n")) == kept(shown)
+    assert len(kept(shown)) > 20

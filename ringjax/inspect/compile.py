@@ -15,7 +15,7 @@ from typing import Any
 from .program import Program
 
 # What lets libtpu compile where there is no TPU, and several processes do so at once.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -87,7 +87,7 @@ def _run_child(request: Path, result: Path, log: Path, timeout: float, libtpu_ar
     flags = " ".join(part for part in (os.environ.get("LIBTPU_INIT_ARGS", ""), libtpu_args) if part)
     environment = {
         **os.environ,
-        **_ENVIRONMENT,
+        **ENVIRONMENT,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "LIBTPU_INIT_ARGS": flags,
     }
