@@ -122,8 +122,8 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_end_the_compiler(sent, code):
     # A shell that starts the tests in the background has them ignore Ctrl-C, which is inherited.
-    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    command = [sys.executable, "-c", heed, "-m", "ringjax", "inspect", "--topology", "v5p:16x16x16"]
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heed, sys.executable, "-m", "ringjax", "inspect", "--topology", "v5p:16x16x16"]
     command += ["--seq-len", str(2**22)]
     command += ["--heads", "8", "--head-dim", "128", "--implementation", "xla", "--unroll", "200"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
