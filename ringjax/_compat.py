@@ -3,8 +3,10 @@
 Checked with JAX 0.10.2, 0.11.2 and 0.12.0.
 """
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -79,3 +81,93 @@ def shape_like(shape: tuple[int, ...], dtype: Any, reference: Any) -> jax.ShapeD
 def tpu_interpreter_is_forced() -> bool:
     """Whether this runs under ``jax.experimental.pallas.tpu.force_tpu_interpret_mode()``."""
     return _config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def gpu_load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """Load from shared or device memory into registers laid out so. In Pallas Mosaic GPU kernels."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    load: Any = plgpu.load
+    if "idx" in inspect.signature(load).parameters:  # until JAX 0.10
+        return load(ref, (), layout=layout, optimized=optimized)
+    return load(ref, layout=layout, optimized=optimized)
+
+
+def gpu_ptx(instruction: str) -> None:
+    """One PTX instruction without operands, executed by every thread. In Pallas Mosaic GPU kernels."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    @plgpu.inline_mgpu()
+    def emit(_: Any) -> None:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], instruction, "~{memory}", has_side_effects=True)
+
+    emit()  # pyright: ignore[reportCallIssue]
+
+
+def gpu_kernel(
+    body: Any, operands: Sequence[Any], updated: jax.Array | None, *,
+    out_type: Sequence[Any], scratch_types: Sequence[Any], compiler_params: Any, grid: tuple[int, ...],
+    grid_names: tuple[Any, ...], **mesh_options: Any,
+) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:  # fmt: skip
+    """``plgpu.kernel``, but one array may be changed in place, under shard_map and vmap as well.
+
+    A kernel that is given a mutable array (``jax.new_ref``) does not work under ``shard_map(check_vma=True)``.
+
+    Args:
+      body: called with refs of the operands, of the updated array if there is one, of the outputs, and the scratch.
+      updated: what is changed in place (a copy of it, where it is used elsewhere), or None.
+
+    Returns:
+      (updated, outputs).
+    """
+    from jax._src.pallas import mpmd
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    options = {"scratch_types": scratch_types, "compiler_params": compiler_params, **mesh_options}
+    if updated is None:
+        run = plgpu.kernel(body, out_type=list(out_type), grid=grid, grid_names=grid_names, **options)
+        return None, tuple(run(*operands))
+
+    @jax.custom_batching.custom_vmap
+    def run_updating(updated: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
+        mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, **mesh_options)
+        count = len(operands)
+
+        def kernel(*refs: Any) -> None:
+            # The array that goes in and the one that comes out are the same memory.
+            given = functools.partial(body, *refs[:count], *refs[count + 1 :])
+            pl.run_scoped(given, *scratch_types, collective_axes=mesh.thread_name)
+
+        with _config._check_vma(False):  # as plgpu.kernel does; the types of the outputs say what they vary over
+            return tuple(
+                mpmd._mpmd_map(
+                    [(mesh, kernel)],
+                    [shape_like(updated.shape, updated.dtype, updated), *out_type],
+                    input_output_aliases={count: 0},
+                    compiler_params=compiler_params,
+                    name=mesh.kernel_name,
+                )(*operands, updated)
+            )
+
+    @run_updating.def_vmap
+    def _with_one_more_grid_axis(size: int, is_batched: Any, updated: jax.Array, *operands: jax.Array) -> Any:
+        axis = object()
+        updated = updated if is_batched[0] else jnp.broadcast_to(updated, (size, *updated.shape))
+        of_outputs = (True,) * (1 + len(out_type))
+
+        def at_index(*refs: Any) -> None:
+            index, flags = jax.lax.axis_index(axis), (*is_batched[1:], *of_outputs)
+            body(*(r.at[index] if f else r for r, f in zip(refs, flags, strict=False)), *refs[len(flags) :])
+
+        changed, outputs = gpu_kernel(
+            at_index, operands, updated,
+            out_type=[t.update(shape=(size, *t.shape)) for t in out_type],
+            grid=(size, *grid), grid_names=(axis, *grid_names), **options,
+        )  # fmt: skip
+        return (changed, *outputs), of_outputs
+
+    updated, *outputs = run_updating(updated, *operands)
+    return updated, tuple(outputs)

@@ -1,5 +1,7 @@
 """ring_attention: checks the call, fills in defaults, pads, wraps in shard_map and picks the block kernel."""
 
+import importlib
+import re
 from typing import Any
 
 import jax
@@ -18,8 +20,10 @@ from .ring import RingSpec, ring
 from .schedule import plan
 from .sharded import AxisNames, Call, find_mesh, sharded
 
-# The platform of each Pallas kernel; the other platforms can only interpret it.
-_PLATFORMS = {"pallas_tpu": "tpu"}
+# The platform of each Pallas kernel, and those that other platforms can interpret.
+_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_triton": "gpu"}
+_INTERPRETABLE = ("pallas_tpu", "pallas_triton")
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in the names that JAX gives devices
 
 
 def ring_attention(
@@ -99,8 +103,8 @@ def ring_attention(
     axis = _check_axis_name(axis_name)
     inside = _compat.axis_is_bound(axis)
     platform, device_kind = _device(mesh)
-    kernel = _pick_kernel(config, platform, arrays.query.dtype)
-    interpreted = kernel is not xla and (config.interpret or _compat.tpu_interpreter_is_forced())
+    kernel = _pick_kernel(config, platform, device_kind, arrays.query.dtype)
+    interpreted = kernel is not xla and _interprets(config)
     call = Call(
         axis, as_layout(layout), left, right, check_scale(scale, arrays.query.shape[3]),
         check_soft_cap(logits_soft_cap), config, kernel,
@@ -151,28 +155,40 @@ def _device(mesh: Mesh | AbstractMesh | None) -> tuple[str, str]:
     return jax.default_backend(), jax.devices()[0].device_kind
 
 
-def _pick_kernel(config: RingConfig, platform: str, dtype: jnp.dtype) -> Kernel:
+def _pick_kernel(config: RingConfig, platform: str, device_kind: str, dtype: jnp.dtype) -> Kernel:
     """The named kernel, or the best that the platform has for this dtype."""
     name = config.implementation
     if name is None:
         name = "pallas_tpu" if platform == "tpu" and dtype != jnp.float64 else "xla"
     if name == "xla":
         return xla
-    if name not in _PLATFORMS:
-        have = ", ".join(map(repr, ("xla", *_PLATFORMS)))
-        raise ValueError(f"config.implementation must be one that ringjax has: {have}, or None. Got {name!r}.")
-    if platform != _PLATFORMS[name] and not (config.interpret or _compat.tpu_interpreter_is_forced()):
+    if config.interpret and name not in _INTERPRETABLE:
+        raise NotImplementedError(
+            f"config.interpret: JAX's interpreters cannot run implementation {name!r}. Got interpret=True; they run "
+            f"{' and '.join(map(repr, _INTERPRETABLE))}."
+        )
+    if platform != _PLATFORMS[name] and not _interprets(config):
+        elsewhere = ", elsewhere only with interpret=True, in JAX's slow interpreter" * (name in _INTERPRETABLE)
         raise ValueError(
             f"config.implementation must be one that platform {platform!r} has. Got {name!r}, which runs on "
-            f"{_PLATFORMS[name]!r}, elsewhere only with interpret=True, in JAX's slow interpreter."
+            f"{_PLATFORMS[name]!r}{elsewhere}."
+        )
+    if name == "pallas_gpu" and not _HOPPER.search(device_kind):
+        raise ValueError(
+            f"config.implementation must be 'pallas_triton' or 'xla' on {device_kind!r}. Got {name!r}, which runs on "
+            "Hopper GPUs (H100, H200) alone."
         )
     if dtype == jnp.float64:
         raise NotImplementedError(
             f"config.implementation {name!r} takes float32, bfloat16 and float16. Got float64; 'xla' takes it."
         )
-    from .kernels import pallas_tpu  # here, since Pallas takes a second to import
+    module: Any = importlib.import_module(f".kernels.{name}", __package__)  # here: Pallas takes a second to import
+    return module
 
-    return pallas_tpu
+
+def _interprets(config: RingConfig) -> bool:
+    """Whether a Pallas kernel runs in an interpreter: asked for, or inside force_tpu_interpret_mode."""
+    return config.interpret or (config.implementation in (None, "pallas_tpu") and _compat.tpu_interpreter_is_forced())
 
 
 def _refuse_outside_arguments(axis: str, mesh: Any, batch_axis_name: Any, head_axis_name: Any) -> None:
@@ -206,8 +222,9 @@ def _local(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     )
     config = call.config
     params = KernelParams(
-        call.scale, call.logits_soft_cap, config.block_q, config.block_kv, call.device_kind, config.interpret
-    )
+        call.scale, call.logits_soft_cap, config.block_q, config.block_kv, call.device_kind, config.interpret,
+        config.deterministic,
+    )  # fmt: skip
     spec = RingSpec(call.axis_name, schedule, call.kernel, params, call.unroll, config.dkv_dtype)
     mask = _local_mask(call, arrays, num_shards)
     return ring(spec, arrays.query, arrays.key, arrays.value, arrays.sinks, mask)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ringjax
-from ringjax import _doc_table, bench_tpu
+from ringjax import _doc_table, bench_gpu, bench_tpu
 from ringjax._simulate import simulate_cpu_devices
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -253,12 +253,13 @@ def write_docs(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`ringjax bench cpu [options]` and `ringjax bench tpu-static [options]`; returns the exit status."""
+    """`ringjax bench cpu|gpu|tpu-static [options]`; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["tpu-static"]:
-        return bench_tpu.main(argv[1:])
+    others = {"gpu": bench_gpu.main, "tpu-static": bench_tpu.main}
+    if argv and argv[0] in others:
+        return others[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(prog="ringjax bench", description=__doc__)
-    parser.add_argument("platform", choices=["cpu", "tpu-static"], help="tpu-static has options of its own: --help")
+    parser.add_argument("platform", choices=["cpu", *others], help="each has options of its own: --help")
     parser.add_argument("--length", type=int, default=Shape.length, help="sequence length (default %(default)s)")
     parser.add_argument("--heads", type=int, default=Shape.heads)
     parser.add_argument("--head-size", type=int, default=Shape.head_size)

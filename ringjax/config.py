@@ -15,12 +15,15 @@ class RingConfig:
       implementation: the block kernel: None (the best one for the platform), "xla", "pallas_tpu", "pallas_gpu" or
         "pallas_triton". A named one that the platform lacks raises.
       direction: "forward" (every block travels the same way round) or "both" (half of K/V each way; not yet there).
-      block_q, block_kv: tile sizes in tokens; None chooses. A kernel may pad a shard up to a multiple of them.
+      block_q, block_kv: tile sizes in tokens; None chooses. A kernel may pad a shard up to a multiple of them. The
+        backward pass of "pallas_gpu" has tiles of its own, for which the registers leave no choice.
       unroll: hops per iteration of the compiled loop. None chooses: 1 on CPU, where compile time counts, else 2,
         which spares the copies of K and V that a rolled loop makes. At least the number of hops: no loop.
       dkv_dtype: dtype in which dK and dV are summed and travel. "float32" loses nothing (float64 inputs stay in
         float64); the 16-bit ones halve the bytes on the wire in backward and cost precision with every hop.
       interpret: run the named Pallas kernel in JAX's interpreter, which any platform has: slow, to debug and to test.
+      deterministic: the same bits on every run, also where that costs speed: "pallas_gpu" sums dQ in the order in which
+        its programs arrive unless it is set. All else, and every other implementation, is deterministic anyway.
     """
 
     implementation: str | None = None
@@ -30,12 +33,14 @@ class RingConfig:
     unroll: int | None = None
     dkv_dtype: str = "float32"
     interpret: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         _one_of("implementation", self.implementation, (None, *IMPLEMENTATIONS))
         _one_of("direction", self.direction, DIRECTIONS)
         _one_of("dkv_dtype", self.dkv_dtype, DKV_DTYPES)
-        _one_of("interpret", self.interpret, (False, True))
+        for name in ("interpret", "deterministic"):
+            _one_of(name, getattr(self, name), (False, True))
         if self.interpret and not str(self.implementation).startswith("pallas"):
             raise ValueError(
                 f"RingConfig: interpret=True needs implementation to name a Pallas kernel. Got {self.implementation!r}."

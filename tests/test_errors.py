@@ -171,14 +171,30 @@ def test_what_is_not_there_yet(options: dict[str, Any], words: str) -> None:
     ("name", "words"),
     [
         ("pallas_tpu", "must be one that platform 'cpu' has. Got 'pallas_tpu', which runs on 'tpu'.*interpret=True"),
-        ("pallas_gpu", "must be one that ringjax has: 'xla', 'pallas_tpu', or None. Got 'pallas_gpu'"),
-        ("pallas_triton", "must be one that ringjax has: 'xla', 'pallas_tpu', or None. Got 'pallas_triton'"),
+        ("pallas_gpu", "must be one that platform 'cpu' has. Got 'pallas_gpu', which runs on 'gpu'.$"),
+        (
+            "pallas_triton",
+            "must be one that platform 'cpu' has. Got 'pallas_triton', which runs on 'gpu'.*interpret=True",
+        ),
     ],
 )
 def test_an_implementation_that_this_platform_lacks(name: str, words: str) -> None:
     # A named implementation raises; it never falls back.
     with pytest.raises(ValueError, match=f"config.implementation {words}"):
         call(config=RingConfig(implementation=name))
+
+
+def test_mosaic_cannot_be_interpreted() -> None:
+    with pytest.raises(NotImplementedError, match="config.interpret: .* cannot run implementation 'pallas_gpu'"):
+        call(config=RingConfig(implementation="pallas_gpu", interpret=True))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA B200", "AMD Instinct MI300X"])
+def test_mosaic_on_a_gpu_that_is_no_hopper(kind: str) -> None:
+    device = jax.sharding.AbstractDevice(device_kind=kind, platform="gpu", num_cores=100)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("sp",), abstract_device=device)):
+        with pytest.raises(ValueError, match=f"'pallas_triton' or 'xla' on '{kind}'. Got 'pallas_gpu'"):
+            call(mesh=None, config=RingConfig(implementation="pallas_gpu"))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +208,7 @@ def test_an_implementation_that_this_platform_lacks(name: str, words: str) -> No
         ("unroll", -1, "unroll must be a positive integer.* -1"),
         ("block_q", True, "block_q must be a positive integer.*True"),
         ("interpret", "yes", "interpret must be one of False, True. Got 'yes'"),
+        ("deterministic", 2, "deterministic must be one of False, True. Got 2"),
     ],
 )
 def test_config(field: str, value: Any, words: str) -> None:

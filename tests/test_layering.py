@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo", "bench"),
-    ("bench_tpu",),
+    ("bench_tpu", "bench_gpu"),
     ("_tpu_programs",),
     ("static_cycles", "_doc_table"),
     ("training",),

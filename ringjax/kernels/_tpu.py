@@ -5,7 +5,6 @@ scalar memory that decides which tile comes next, HBM the device memory.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,6 @@ from ..mask import EMPTY, FULL, KeySide, Mask, QuerySide, Step, tile_kinds, tile
 from .base import KernelParams
 
 LANES = 128
-LOG2_E = 1.0 / math.log(2.0)  # exp(x) = exp2(LOG2_E * x)
 
 # Entries of a tile list that go to SMEM (1 MiB on the smallest chip) at once, for all batch rows.
 _MAX_STEPS = 2**17
@@ -215,18 +213,3 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def is_finite(x: Array) -> Array:
-    """In float32: no TPU compares bfloat16 everywhere. NaN fails the comparison."""
-    return jnp.abs(x.astype(jnp.float32)) < jnp.inf
-
-
-def factor(params: KernelParams) -> float:
-    """Logits over what the kernels compare: products, or the tanh of a soft cap."""
-    return abs(params.scale) if params.logits_soft_cap is None else params.logits_soft_cap
-
-
-def clean(x: Array) -> Array:
-    """Zero in place of NaN and Inf."""
-    return jnp.where(is_finite(x), x, jnp.zeros_like(x))

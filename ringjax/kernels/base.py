@@ -27,10 +27,14 @@ class KernelParams:
     block_kv: int | None = None
     device_kind: str = ""  # as JAX names it; tile sizes depend on it
     interpret: bool = False  # run a Pallas kernel in JAX's interpreter
+    deterministic: bool = False  # the same bits on every run, where that costs speed
 
 
 class Kernel(Protocol):
-    """One block of attention, forward and backward. Must be deterministic: the same bits on every run."""
+    """One block of attention, forward and backward.
+
+    Must be deterministic: the same bits on every run; where that costs speed, only if ``params.deterministic``.
+    """
 
     def forward(
         self,

@@ -22,7 +22,8 @@ from jaxtyping import Array
 from .._compat import shape_like
 from ..mask import EMPTY, FULL, PARTIAL, Mask, Step, attends
 from . import _tpu
-from ._tpu import FLUSH, LANES, LOG2_E, TileSizes, Visits, clean, column, dot, factor, is_finite, repeat_lanes
+from ._softmax import LOG2_E, clean, factor, is_finite, scores
+from ._tpu import FLUSH, LANES, TileSizes, Visits, column, dot, repeat_lanes
 from .base import KernelParams
 
 # Queries and keys of a PARTIAL tile worked on at a time.
@@ -36,7 +37,7 @@ class _Inputs(NamedTuple):
     k: Any
     v: Any
     dout: Any
-    lse: Any  # [B, N, 1, T]
+    lse: Any  # [B, N, 1, T], in the unit of the scores
     delta: Any  # [B, N, 1, T]
     queries: Any  # QuerySide of [B1, 1, T]
     keys: Any  # KeySide of [B1, 1, S]
@@ -91,7 +92,8 @@ def backward(
     )
     static = _Static(plan.visits, params, tiles, units)
     queries, keys = _tpu.mask_sides(mask)
-    inputs = _Inputs(q, k, v, dout, lse[:, :, None], delta[:, :, None], queries, keys, dq_carry, None, None)
+    rows = (_in_scores(lse, params)[:, :, None], delta[:, :, None])
+    inputs = _Inputs(q, k, v, dout, *rows, queries, keys, dq_carry, None, None)
     if units.count == 1:
         return _call(static, inputs, *plan.chunk(0), None)
 
@@ -303,15 +305,11 @@ def _gradients(x: _Inputs, rows: Any, columns: Any, static: _Static, *, masked: 
     """dq, dk and dv of some keys (rows) and queries (columns); logits are [keys, queries]."""
     params = static.params
     q, k, v, dout = x.q[columns], x.k[rows], x.v[rows], x.dout[columns]
-    products = dot(k, q, (1, 1))
-    cap = params.logits_soft_cap
-    if cap is None:
-        slope, scores = params.scale, products if params.scale >= 0 else -products
-    else:
-        scores = jnp.tanh(products * (params.scale / cap))
-        slope = params.scale * (1.0 - scores * scores)
-    p = _probabilities(scores, x.lse[:, columns], factor(params))
-    ds = p * (dot(v, dout, (1, 1)) - x.delta[:, columns]) * slope
+    s = scores(dot(k, q, (1, 1)), params)
+    p = _probabilities(s, x.lse[:, columns], params)
+    ds = p * (dot(v, dout, (1, 1)) - x.delta[:, columns])
+    if params.logits_soft_cap is not None:
+        ds = ds * (1.0 - s * s)
     allowed = None
     if masked:
         allowed = _allowed(x, rows, columns)
@@ -323,15 +321,21 @@ def _gradients(x: _Inputs, rows: Any, columns: Any, static: _Static, *, masked: 
     if allowed is not None:
         dv = _mark_poison(dv, dout, allowed)
     dq = dot(k, ds, (0, 0)).T if static.tiles.dq_transposed else dot(ds, k, (0, 0))
-    return dq, dot(ds, q, (1, 0)), dv
+    # The scale comes last: there are fewer of these numbers than of ds.
+    return dq * params.scale, dot(ds, q, (1, 0)) * params.scale, dv
 
 
-def _probabilities(scores: Array, lse: Array, factor: float) -> Array:
-    """exp(factor * scores - lse), subtracted before it is multiplied, as in the forward kernel."""
+def _in_scores(lse: Array, params: KernelParams) -> Array:
+    """lse in the unit of the scores, so that it is subtracted before the multiplication, as in the forward kernel."""
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # a query that attends nothing is masked out everywhere: any will do
-    if factor == 0:
-        return jnp.exp(jnp.broadcast_to(-lse, scores.shape) + scores * factor)
-    return jnp.exp2((scores - lse / factor) * (factor * LOG2_E))
+    return lse / factor(params) if factor(params) else lse
+
+
+def _probabilities(s: Array, lse: Array, params: KernelParams) -> Array:
+    """exp(logits - lse), given :func:`_in_scores`."""
+    if not factor(params):
+        return jnp.exp(s * 0.0 - lse)
+    return jnp.exp2((s - lse) * (factor(params) * LOG2_E))
 
 
 def _allowed(x: _Inputs, rows: Any, columns: Any) -> Array:

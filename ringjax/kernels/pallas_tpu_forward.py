@@ -23,7 +23,8 @@ from .._compat import shape_like
 from ..mask import FULL, PARTIAL, Mask, attends
 from ..partial import NO_LOGIT, Partial
 from . import _tpu
-from ._tpu import LANES, LOG2_E, Visits, clean, column, dot, factor, is_finite, repeat_lanes
+from ._softmax import LOG2_E, clean, factor, is_finite, scores
+from ._tpu import LANES, Visits, column, dot, repeat_lanes
 from .base import KernelParams
 
 # Queries of a PARTIAL tile worked on at a time.
@@ -205,7 +206,7 @@ def _fold_partial(x: _Inputs, state: _State, static: _Static) -> None:
 def _fold(x: _Inputs, state: _State, static: _Static, rows: Any, columns: Any, *, masked: bool) -> None:
     """One step of the online softmax for some of the tile's queries (rows) and keys (columns)."""
     k, v = x.k[columns], x.v[columns]
-    s = _scores(dot(x.q[rows], k, (1, 1)), static.params)
+    s = scores(dot(x.q[rows], k, (1, 1)), static.params)
     in_base_2 = factor(static.params) * LOG2_E
     old = state.max[rows]
     if masked:
@@ -222,13 +223,6 @@ def _fold(x: _Inputs, state: _State, static: _Static, rows: Any, columns: Any, *
     state.acc[rows] = repeat_lanes(rescale, values.shape[1]) * state.acc[rows] + values
     if masked:
         _mark_poison(state, v, allowed, rows)
-
-
-def _scores(products: Array, params: KernelParams) -> Array:
-    """The logits without their factor, growing as they do."""
-    if params.logits_soft_cap is not None:
-        return jnp.tanh(products * (params.scale / params.logits_soft_cap))
-    return products if params.scale >= 0 else -products
 
 
 def _allowed(x: _Inputs, rows: Any, columns: Any, lanes: int) -> Array:

@@ -1,0 +1,171 @@
+"""What the Mosaic GPU kernels share: tile sizes, the mask as arrays in device memory, and small pieces of a kernel.
+
+GPU terms: a warpgroup is 128 threads, the unit that multiplies (WGMMA); SMEM is the shared memory of a multiprocessor,
+GMEM the device memory; TMA copies tiles between the two behind the compute.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from .._compat import gpu_load
+from ..mask import KeySide, Mask, QuerySide
+from ._softmax import LOG2_E as LOG2_E
+from .base import KernelParams
+
+LN_2 = math.log(2.0)
+
+# Queries that one warpgroup multiplies at a time: the height of a WGMMA.
+WARPGROUP_ROWS = 64
+HEAD_SIZES = (64, 128, 256)
+# Multiprocessors of a Hopper card. On one that has fewer, the surplus blocks of a persistent grid wait their turn.
+MULTIPROCESSORS = 132
+
+SMEM_BYTES = 227 * 1024  # what a block of threads may have
+
+# Layouts of a matrix product in registers, of its rows and of its columns.
+MATRIX = plgpu.Layout.WGMMA
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSizes:
+    """How a call is cut: ``compute`` warpgroups of 64 queries each, tiles of ``block_kv`` keys in ``stages`` slots."""
+
+    compute: int
+    block_kv: int
+    stages: int
+    # Warpgroups multiply in turn, so that one does its softmax while the other multiplies: the turn passes on when all
+    # products are "issued", or when the "logits" have come; "none": no turns.
+    turns: str = "issued"
+    overlap: bool = True  # forward: a warpgroup multiplies q k^T of a tile beside p v of the one before
+    persistent: bool = True  # one block a multiprocessor, which works on many tiles of queries
+    stage_out: bool = False  # forward: SMEM of its own for the output, so that the next queries arrive earlier
+    group_heads: int = 0  # heads whose tiles of queries alternate; 0: as many as fit the L2 cache
+    registers: tuple[int, int] = (24, 240)  # of the loading and of the multiplying warpgroups
+
+    @property
+    def block_q(self) -> int:
+        return self.compute * WARPGROUP_ROWS
+
+
+def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
+    """SMEM for matrices as WGMMA and TMA want them: in tiles of 8 rows of 128 bytes, swizzled."""
+    tiling: Any = plgpu.TilingTransform
+    swizzle: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, 128 // jnp.dtype(dtype).itemsize)), swizzle(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def check_supported(q: Array, v: Array, params: KernelParams, name: str) -> None:
+    """Raises NotImplementedError for what WGMMA or the tiles cannot do."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"query: implementation {name!r} takes bfloat16 and float16, the dtypes of WGMMA. Got {q.dtype}."
+        )
+    for argument, size in (("query", q.shape[3]), ("value", v.shape[3])):
+        if size > HEAD_SIZES[-1]:
+            raise NotImplementedError(
+                f"{argument}: implementation {name!r} takes heads of at most {HEAD_SIZES[-1]}. Got {size}."
+            )
+
+
+def head_size(size: int) -> int:
+    """The next size that a kernel is written for."""
+    return min(native for native in HEAD_SIZES if native >= size)
+
+
+def pad_axis(x: Array, axis: int, length: int) -> Array:
+    """Zeros appended along one axis up to ``length``."""
+    extra = length - x.shape[axis]
+    return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)]) if extra else x
+
+
+def row_matrix(x: Array, like: Array) -> Array:
+    """A number for each row, repeated along the columns of a matrix."""
+    return jax.lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def column_matrix(x: Array, like: Array) -> Array:
+    """A number for each column, repeated along the rows of a matrix."""
+    return jax.lax.broadcast_in_dim(x, like.shape, [1])
+
+
+def is_finite(x: Array) -> Array:
+    """NaN fails the comparisons."""
+    return (x < jnp.inf) & (x > -jnp.inf)
+
+
+def batch_row(x: Any, b: Array) -> Array:
+    """The row of a mask's array that belongs to batch row b."""
+    return b if x.shape[0] > 1 else jnp.int32(0)
+
+
+def load_queries(side: QuerySide, b: Array, start: Array, shape: tuple[int, int]) -> QuerySide:
+    """The queries' side of the mask for the rows of a matrix, from GMEM."""
+
+    def load(x_gmem: Any) -> Array:
+        x = gpu_load(x_gmem.at[batch_row(x_gmem, b), pl.ds(start, shape[0])], ROWS, optimized=False)
+        return jax.lax.broadcast_in_dim(x, shape, [0])
+
+    return jax.tree.map(load, side)
+
+
+def load_keys(side: KeySide, b: Array, start: Array, shape: tuple[int, int]) -> KeySide:
+    """The keys' side of the mask for the columns of a matrix, from GMEM."""
+
+    def load(x_gmem: Any) -> Array:
+        x = gpu_load(x_gmem.at[batch_row(x_gmem, b), pl.ds(start, shape[1])], COLUMNS, optimized=False)
+        return jax.lax.broadcast_in_dim(x, shape, [1])
+
+    return jax.tree.map(load, side)
+
+
+def mask_sides(mask: Mask) -> tuple[QuerySide, KeySide]:
+    """The two sides of the mask, for GMEM: [B1, T] and [B1, S]."""
+    return (QuerySide(None, None, None), KeySide(None, None)) if mask.is_full else mask.sides()
+
+
+# What was fastest on an H100 (docs/optimisation-log.md), for heads of 64, 128 and 256. Three warpgroups hide each
+# other's waits better than two that overlap their own, but leave no SMEM for the carry of heads of 128, and a tile of
+# 192 queries has more PARTIAL tiles along the diagonal.
+_THREE = (32, 160)
+_FORWARD_FULL = {
+    64: TileSizes(3, 128, 2, registers=_THREE),
+    128: TileSizes(3, 128, 2, turns="none", overlap=False, registers=_THREE),
+    256: TileSizes(2, 64, 2),
+}
+_FORWARD = {
+    64: TileSizes(3, 128, 2, turns="none", overlap=False, registers=_THREE),
+    128: TileSizes(2, 128, 2),
+    256: TileSizes(2, 64, 2),
+}
+
+
+def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams, *, whole: bool) -> TileSizes:
+    """Tiles of a forward call: as requested, else of the table. ``whole``: no carry comes in or goes out."""
+    size = max(head_size(q.shape[3]), head_size(v.shape[3]))
+    tiles = (_FORWARD_FULL if mask.is_full and (whole or size == 64) else _FORWARD)[size]
+    if params.block_q is not None:
+        if params.block_q not in (128, 192) or (params.block_q == 192 and size == 256):
+            raise NotImplementedError(
+                "config.block_q must be 128 or 192 (heads of up to 128) for implementation 'pallas_gpu'. "
+                f"Got {params.block_q}."
+            )
+        wanted = _FORWARD[128] if params.block_q == 128 else _FORWARD_FULL[128]
+        tiles = dataclasses.replace(wanted, block_kv=tiles.block_kv)
+    if params.block_kv is not None:
+        if params.block_kv not in (64, tiles.block_kv):
+            raise NotImplementedError(
+                f"config.block_kv must be 64 or {tiles.block_kv} for implementation 'pallas_gpu' and heads of "
+                f"{size}. Got {params.block_kv}."
+            )
+        tiles = dataclasses.replace(tiles, block_kv=params.block_kv)
+    return tiles

@@ -1,0 +1,45 @@
+"""The block kernel for Hopper GPUs: chooses tile sizes and runs the Pallas Mosaic kernels, forward and backward.
+
+bfloat16 and float16, heads of up to 256. Tiles may be ragged: TMA clips at the end of an array, the mask is extended.
+"""
+
+from jaxtyping import Array, Float
+
+from ..mask import Mask
+from ..partial import Partial
+from . import _mosaic, pallas_gpu_backward, pallas_gpu_forward
+from .base import KernelParams
+
+
+def forward(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S Hv"],
+    mask: Mask,
+    params: KernelParams,
+    *,
+    carry: Partial | None,
+    finish: bool,
+    sinks: Float[Array, " N"] | None,
+) -> Partial | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
+    """See :class:`ringjax.kernels.base.Kernel`."""
+    _mosaic.check_supported(q, v, params, "pallas_gpu")
+    tiles = _mosaic.forward_tiles(q, v, mask, params, whole=carry is None and finish)
+    return pallas_gpu_forward.forward(q, k, v, mask, params, tiles, carry=carry, finish=finish, sinks=sinks)
+
+
+def backward(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S Hv"],
+    dout: Float[Array, "B N T Hv"],
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    mask: Mask,
+    params: KernelParams,
+    *,
+    dq_carry: Float[Array, "B N T H"] | None,
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
+    """See :class:`ringjax.kernels.base.Kernel`."""
+    _mosaic.check_supported(q, v, params, "pallas_gpu")
+    return pallas_gpu_backward.backward(q, k, v, dout, lse, delta, mask, params, dq_carry=dq_carry)

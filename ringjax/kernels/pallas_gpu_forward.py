@@ -1,0 +1,255 @@
+"""The forward block kernel for Hopper GPUs: folds one K/V block into the running softmax, which goes in and comes out.
+
+A block of threads is some warpgroups that multiply, 64 queries each, and one that loads: TMA brings tiles of keys and
+values into a ring of slots in SMEM. Tiles of a row come in the order of the block map: FULL ones without a predicate,
+PARTIAL ones with it, EMPTY ones not at all. Products run behind the softmax in one of two ways: three warpgroups hide
+each other's, or two also multiply p v of the previous tile beside q k^T of this one. Everything is in base 2,
+
+    s = LOG2_E * logits,    m = max s,    l = sum exp2(s - m),    acc = sum exp2(s - m) v,
+
+and so is the maximum in the carry, which only this kernel reads. Maximum and sum start from the carry, its acc joins
+at the end of a row, when it has long arrived. After Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov and
+Gimelshein 2018, arXiv:1805.02867.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from .._compat import gpu_load, shape_like
+from ..mask import Mask, block_map, tile_kinds
+from ..partial import Partial
+from . import _mosaic
+from ._gpu_forward import Compute, Inputs, Scratch, Static, Work, column, full, walk
+from ._mosaic import MATRIX, ROWS, WARPGROUP_ROWS, TileSizes
+from .base import KernelParams
+
+# Keys and values of the heads that are worked on at a time should stay in the L2 cache (50 MiB).
+_L2_BYTES = 24 * 2**20
+
+
+def forward(
+    q: Array, k: Array, v: Array, mask: Mask, params: KernelParams, tiles: TileSizes, *,
+    carry: Partial | None, finish: bool, sinks: Array | None,
+) -> Partial | tuple[Array, Array]:  # fmt: skip
+    """See :class:`ringjax.kernels.base.Kernel`."""
+    (batch, heads, q_length, _), (_, kv_heads, k_length, v_size) = q.shape, v.shape
+    dtype = q.dtype
+    num_q, num_kv = pl.cdiv(q_length, tiles.block_q), pl.cdiv(k_length, tiles.block_kv)
+    q_total, k_total = num_q * tiles.block_q, num_kv * tiles.block_kv
+    if not mask.is_full or k_length % tiles.block_kv:
+        # What lies beyond the last key of a ragged tile is nobody's key.
+        mask = mask.padded(q_length, q_total, k_length, k_total)
+    v_padded = _mosaic.head_size(v_size)
+    carry_in_smem = _carry_in_smem(tiles, _mosaic.head_size(q.shape[3]), v_padded, carry is not None, finish)
+    # TMA clips at the end of an array, a warpgroup that reads or writes GMEM itself does not.
+    acc_total = -(-q_length // 8) * 8 if carry_in_smem and q_length >= WARPGROUP_ROWS else q_total
+    reference = q
+    q, k, v = (_token_major(x, tiles) for x in (q, k, v))
+    visits = None
+    if not mask.is_full:
+        visits = block_map(tile_kinds(mask, tiles.block_q, tiles.block_kv))
+    queries, keys = _mosaic.mask_sides(mask)
+    rows = None
+    if carry is not None:
+        acc = _mosaic.pad_axis(_mosaic.pad_axis(carry.acc, 2, acc_total), 3, v_padded)
+        rows = (acc, *(_mosaic.pad_axis(x, 2, q_total) for x in (carry.max, carry.sum)))
+    inputs = Inputs(q, k, v, visits, queries, keys, rows, None if sinks is None else sinks.astype(jnp.float32))
+    # Unequal rows of tiles are dealt out evenly only if all heads take turns; else what shares the cache goes first.
+    group_heads = tiles.group_heads or batch * heads
+    if mask.is_full and not tiles.group_heads:
+        group_heads = _group_heads(batch * heads, heads // kv_heads, k)
+    num_items = batch * heads * num_q
+    num_blocks = min(num_items, _mosaic.MULTIPROCESSORS) if tiles.persistent else num_items
+    static = Static(
+        params, tiles, batch, heads, kv_heads, num_q, num_kv, math.gcd(group_heads, batch * heads), num_blocks, finish,
+        carry_in_smem, not mask.is_full,
+    )  # fmt: skip
+    row = shape_like((batch, heads, q_total), jnp.float32, reference)
+    if finish:
+        # Clipped by TMA at the true length.
+        result = (shape_like((batch, q.shape[1], heads, v_padded), dtype, reference), row)
+    else:
+        result = (shape_like((batch, heads, acc_total, v_padded), jnp.float32, reference), row, row)
+    kernel = _Kernel(static, jax.tree.structure(inputs), len(result))
+    scratch = kernel.scratch(q.shape[3], v_padded, dtype)
+    kernel = dataclasses.replace(kernel, allocated=jax.tree.structure(scratch, is_leaf=_is_type))
+    out = plgpu.kernel(
+        kernel,
+        out_type=result,
+        scratch_types=[x for x in jax.tree.leaves(scratch, is_leaf=_is_type)],
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=tiles.compute + 1,
+        thread_name="warpgroup",
+        kernel_name="ringjax_forward",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=512
+        ),
+    )(*jax.tree.leaves(inputs))
+    if finish:
+        return jnp.swapaxes(out[0], 1, 2)[:, :, :q_length, :v_size], out[1][:, :, :q_length]
+    return Partial(out[0][:, :, :q_length, :v_size], out[1][:, :, :q_length], out[2][:, :, :q_length])
+
+
+def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish: bool) -> bool:
+    """Whether the carry comes and goes by TMA, behind the compute: where the SMEM has room for it."""
+    queries = tiles.block_q * size * 2
+    ring = tiles.stages * tiles.block_kv * (size + v_size) * 2
+    out = tiles.block_q * v_size * 2 if finish and (tiles.stage_out or size != v_size) else 0
+    fits = queries + ring + out + tiles.block_q * v_size * 4 + 2048 <= _mosaic.SMEM_BYTES
+    return fits and (carry or not finish)
+
+
+def _token_major(x: Array, tiles: TileSizes) -> Array:
+    """[B, N, L, H] as [B, L, N, H], which is how the ring got it: XLA cancels the two. Heads grow to a native size.
+
+    TMA moves boxes of 8 tokens that should not be longer than the array, so odd and very short ones are padded too.
+    """
+    least = max(WARPGROUP_ROWS, tiles.block_kv)
+    x = jnp.swapaxes(x, 1, 2)
+    x = _mosaic.pad_axis(x, 3, _mosaic.head_size(x.shape[3]))
+    return _mosaic.pad_axis(x, 1, max(-(-x.shape[1] // 8) * 8, least))
+
+
+def _group_heads(num_rows: int, group: int, k: Array) -> int:
+    """How many query heads share the L2 cache: a divisor of all there are."""
+    per_kv_head = 2 * k.shape[1] * k.shape[3] * k.dtype.itemsize
+    most = max(_L2_BYTES // per_kv_head, 1) * group
+    return max(n for n in range(1, num_rows + 1) if num_rows % n == 0 and n <= most)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """The kernel's body. ``inputs`` and ``allocated`` are the structures of what there is; some may be absent."""
+
+    static: Static
+    inputs: Any
+    num_results: int
+    allocated: Any = None
+
+    def scratch(self, size: int, v_size: int, dtype: Any) -> Scratch:
+        """What to allocate; None: nothing."""
+        static, tiles = self.static, self.static.tiles
+        queries = (tiles.compute, WARPGROUP_ROWS)
+        left = plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.stages)
+        out = acc = carried = None
+        # Else the output goes through the SMEM of the queries.
+        if static.finish and (tiles.stage_out or size != v_size):
+            out = _mosaic.smem_tile((*queries, v_size), dtype)
+        if static.carry_in_smem:
+            acc = _mosaic.smem_tile((*queries, v_size), jnp.float32)
+            carried = plgpu.Barrier(num_barriers=tiles.compute)
+        return Scratch(
+            _mosaic.smem_tile((*queries, size), dtype),
+            _mosaic.smem_tile((tiles.stages, tiles.block_kv, size), dtype),
+            _mosaic.smem_tile((tiles.stages, tiles.block_kv, v_size), dtype),
+            out,
+            acc,
+            plgpu.Barrier(num_barriers=tiles.compute),
+            plgpu.Barrier(num_barriers=tiles.compute),
+            plgpu.Barrier(num_barriers=tiles.stages),
+            left,
+            plgpu.Barrier(num_barriers=tiles.stages),
+            left,
+            carried,
+            carried,
+            plgpu.Barrier(num_barriers=tiles.compute),
+            plgpu.Barrier(num_arrivals=tiles.compute),
+            plgpu.Barrier(num_barriers=tiles.stages) if static.masked else None,
+            plgpu.SMEM((tiles.stages, WARPGROUP_ROWS), jnp.float32) if static.masked else None,
+        )
+
+    def __call__(self, *refs: Any) -> None:
+        tiles = self.static.tiles
+        x = jax.tree.unflatten(self.inputs, refs[: self.inputs.num_leaves])
+        refs = refs[self.inputs.num_leaves :]
+        out, refs = refs[: self.num_results], refs[self.num_results :]
+        scratch = jax.tree.unflatten(self.allocated, refs)
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < tiles.compute)
+        def _() -> None:
+            plgpu.set_max_registers(tiles.registers[1], action="increase")
+            Compute(self.static, x, out, scratch, warpgroup).run()
+
+        @pl.when(warpgroup == tiles.compute)
+        def _() -> None:
+            plgpu.set_max_registers(tiles.registers[0], action="decrease")
+            _load(self.static, x, scratch)
+
+
+def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
+    """The loading warpgroup: keys and values into the ring as slots come free, queries behind the first of them."""
+    tiles = static.tiles
+
+    def one(work: Work, count: Array) -> Array:
+        kv_head = jax.lax.div(work.n, static.heads // static.kv_heads)
+
+        def tile(t: Array, count: Array) -> Array:
+            slot = jax.lax.rem(count, tiles.stages)
+            at = (work.b, pl.ds(column(x, work, t) * tiles.block_kv, tiles.block_kv), kv_head)
+            plgpu.barrier_wait(scratch.k_consumed.at[slot])
+            plgpu.copy_gmem_to_smem(x.k.at[at], scratch.k_smem.at[slot], scratch.k_ready.at[slot])
+
+            @pl.when(t == 0)
+            def _() -> None:
+                for w in range(tiles.compute):
+                    rows = pl.ds((work.i * tiles.compute + w) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                    plgpu.barrier_wait(scratch.q_consumed.at[w])
+                    plgpu.copy_gmem_to_smem(x.q.at[work.b, rows, work.n], scratch.q_smem.at[w], scratch.q_ready.at[w])
+
+            plgpu.barrier_wait(scratch.v_consumed.at[slot])
+            v_smem = scratch.v_smem.at[slot]
+            if x.visits is None:
+                plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_ready.at[slot])
+                return count + 1
+
+            @pl.when(t < work.full)
+            def _() -> None:
+                plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_ready.at[slot])
+
+            @pl.when(t >= work.full)
+            def _() -> None:
+                plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_landed.at[slot])
+                plgpu.barrier_wait(scratch.v_landed.at[slot])
+                _look_for_poison(v_smem, scratch.flags_smem.at[slot])
+                plgpu.barrier_arrive(scratch.v_ready.at[slot])
+
+            return count + 1
+
+        count = jax.lax.fori_loop(0, work.visit, tile, count)
+        if x.carry is not None and static.carry_in_smem:
+            for w in range(tiles.compute):
+                rows = pl.ds((work.i * tiles.compute + w) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                plgpu.barrier_wait(scratch.acc_consumed.at[w])
+                plgpu.copy_gmem_to_smem(
+                    x.carry[0].at[work.b, work.n, rows], scratch.acc_smem.at[w], scratch.acc_ready.at[w]
+                )
+        return count
+
+    walk(static, x, one)
+
+
+def _look_for_poison(v_smem: Any, flags_smem: Any) -> None:
+    """flags[0] = 0, or NaN if a tile of values holds NaN or Inf: 0 * x is NaN for these only."""
+    rows, size = v_smem.shape
+    total = full((WARPGROUP_ROWS,), 0.0, ROWS)
+    for row in range(0, rows, WARPGROUP_ROWS):
+        for start in range(0, size, WARPGROUP_ROWS):  # small pieces: this warpgroup has few registers
+            piece = v_smem.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(start, WARPGROUP_ROWS)]
+            values = gpu_load(piece, MATRIX, optimized=False)
+            total = total + jnp.sum(values.astype(jnp.float32) * 0.0, axis=1)
+    flags_smem[...] = total
+    flag = jax.lax.fori_loop(1, WARPGROUP_ROWS, lambda i, flag: flag + flags_smem[i], flags_smem[0])
+    flags_smem[0] = flag
+
+
+def _is_type(x: Any) -> bool:
+    return isinstance(x, (pl.MemoryRef, plgpu.Barrier)) or hasattr(x, "get_ref_aval")

@@ -1,0 +1,51 @@
+"""`ringjax bench gpu` without a GPU: the same measurements on the XLA kernel, small."""
+
+import json
+
+import pytest
+
+from ringjax import bench, bench_gpu
+
+SMALL = ["gpu", "--shape", "1,256,4,2,16", "--dtype", "float32", "--implementation", "xla", "--reference", "xla"]
+SMALL += ["--rounds", "2", "--ceiling", "64", "--num-shards", "4"]
+
+
+def test_command_measures_everything_and_writes_it(tmp_path, capsys):
+    docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
+    docs.write_text(f"before\n{bench_gpu.BEGIN}\nold\n{bench_gpu.END}\nafter\n", encoding="utf-8")
+    assert bench.main([*SMALL, "--write-docs", str(docs), "--json", str(figures)]) == 0
+    record = json.loads(figures.read_text(encoding="utf-8"))
+    kinds = [(row["mask"], row["direction"]) for row in record["rows"]]
+    assert kinds[:4] == [(mask, direction) for mask in ("full", "causal") for direction in bench_gpu.PASSES]
+    assert kinds[4:] == [("full", "fwd"), ("causal", "fwd"), ("causal", "fwd+bwd")], "the ring's loop, then packed"
+    assert all(row["ours_ms"] > 0 and row["reference_ms"] > 0 and row["ratio"] > 0 for row in record["rows"])
+    assert len(record["zigzag"]["rank_ms"]) == 4 and record["zigzag"]["slowest_over_mean"] >= 1
+    text = docs.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| 1 x 256 x 4/2 x 16") == 7 and "fwd: median" in text and "C = 4" in text
+    assert "4 blocks / one call" in capsys.readouterr().out
+
+
+def test_ratios_are_of_rounds_and_work_is_counted():
+    row = bench_gpu._row("x", "full", "fwd", [[1.0, 2.0, 4.0], [2.0, 2.0, 4.0]], 8e9)
+    assert (row.ours_ms, row.reference_ms, row.ratio, row.tflops) == (2.0, 2.0, 1.0, 4.0)
+    shape = bench_gpu.Shape(1, 8192, 32, 32, 128)
+    assert bench_gpu.flops(shape, "full", "fwd") == 4 * 32 * 8192**2 * 128
+    assert bench_gpu.flops(shape, "causal", "fwd+bwd") == 7 * 32 * 8192**2 * 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs an NVIDIA GPU"),
+        ([*SMALL[1:], "--shape", "1,100,1,1,8"], "T must be a multiple of 8"),
+        (["--shape", "1,2,3"], "invalid shape"),
+        (["--shape", "1,256,3,2,16"], "invalid shape"),
+        ([*SMALL[1:], "--rounds", "0"], "--rounds must be at least 1"),
+        ([*SMALL[1:], "--write-docs", "absent.md"], "--write-docs: path must be a file"),
+    ],
+)
+def test_command_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["gpu", *arguments])
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,155 @@
+"""The GPU kernels on a real GPU, every feature against the float64 oracle: JAX_PLATFORMS=cuda pytest tests/test_gpu.py.
+
+A ring of C devices runs on one as `jax.vmap(axis_name="sp")` over stacked shards, collectives included. Without a GPU
+the harness itself is tested, on the XLA kernel. Problems are 16 times as long as those of the conformance suite, so
+that tiles of a GPU's size are EMPTY, PARTIAL and FULL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ringjax
+
+ON_GPU = jax.default_backend() == "gpu"
+IS_HOPPER = ON_GPU and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+needs_gpu = pytest.mark.skipif(
+    not ON_GPU, reason="needs a GPU; on a CPU tests/test_conformance.py holds the same cases"
+)
+needs_hopper = pytest.mark.skipif(not IS_HOPPER, reason="Pallas Mosaic GPU needs a Hopper GPU")
+BF16, F16, F32 = (jnp.dtype(x) for x in (jnp.bfloat16, jnp.float16, jnp.float32))
+FACTOR = 16
+
+
+def enlarged(case: cases.Case, head_size: int) -> cases.Case:
+    """The same problem, longer and with heads that a GPU kernel is made for."""
+    times = lambda x: None if x is None else tuple(FACTOR * n for n in x) if isinstance(x, tuple) else FACTOR * x  # noqa: E731
+    wider = case.value_size > case.head_size
+    return dataclasses.replace(
+        case,
+        scale=None,  # with longer heads another one would make every softmax a choice of one key
+        query_length=FACTOR * case.query_length,
+        key_length=FACTOR * case.key_length,
+        window=times(case.window),
+        query_lengths=times(case.query_lengths),
+        key_lengths=times(case.key_lengths),
+        head_size=head_size,
+        value_size=head_size if case.value_size == case.head_size else head_size + (32 if wider else -16),
+    )
+
+
+def stacked_ring(
+    case: cases.Case, inputs: cases.Inputs, config: ringjax.RingConfig, *, layout: Any, num_shards: int
+) -> cases.Result:
+    """out, lse and all gradients of a ring whose ranks are rows of one array."""
+    orders = cases.orders(case, layout, num_shards)
+    ring = cases.to_ring(inputs, *orders)
+    stack = lambda x: jnp.stack(jnp.split(jnp.asarray(x), num_shards, axis=1))  # noqa: E731
+    arrays = {name: jnp.asarray(x) if name == "sinks" else stack(x) for name, x in ring.arrays.items()}
+    travel = ("segment_ids", "positions")  # with the tokens, lengths do not
+    rows = lambda x: x[None] if x.ndim == 1 else x  # noqa: E731
+    masks = {
+        name: jax.tree.map(lambda x: stack(rows(x)), x) if name in travel else jnp.asarray(x)
+        for name, x in ring.masks.items()
+    }
+    axes = {name: 0 if name in travel else None for name in masks}
+
+    def of_rank(query: Any, key: Any, value: Any, sinks: Any, masks: Any) -> Any:
+        return ringjax.ring_attention(
+            query, key, value, sinks=sinks, layout=layout, config=config, return_residual=True,
+            **case.static_options(), **masks,
+        )  # fmt: skip
+
+    def attend(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+        return jax.vmap(of_rank, in_axes=(0, 0, 0, None, axes), axis_name="sp")(query, key, value, sinks, masks)
+
+    got = jax.jit(lambda arrays: cases.value_and_gradients(attend, arrays))(arrays)
+    values = {}
+    for name, x in got.items():
+        whole = np.asarray(x).astype(np.float64)
+        if name != "dsinks":
+            order = orders[1] if name in ("dkey", "dvalue") else orders[0]
+            whole = np.concatenate(list(whole), axis=1)[:, np.argsort(order)]
+        values[name] = whole
+    return cases.Result(values, {name: x.dtype for name, x in got.items()})
+
+
+def assert_as_good_as_dense(case: cases.Case, inputs: cases.Inputs, result: cases.Result) -> None:
+    """The house rule, and for 16-bit inputs the stricter one: 1.2 x the error of a dense computation."""
+    cases.assert_matches(case, inputs, result)
+    dtype = inputs.arrays["query"].dtype
+    if dtype.itemsize > 2:
+        return
+    truth, dense = cases.run_oracle(case, inputs), cases.run_dense(case, inputs)
+    for name in ("out", "dquery", "dkey", "dvalue"):
+        ours, theirs = (cases.errors(x[name], truth[name])[1] for x in (result.values, dense))
+        assert ours <= 1.2 * theirs, f"{name}: {ours:.3g} against {theirs:.3g}"
+
+
+def kernels(*dtypes: Any) -> Any:
+    """Both GPU kernels with the dtypes that they take; on other machines the XLA kernel, to test the harness."""
+    found = []
+    for dtype in dtypes:
+        name = jnp.dtype(dtype).name
+        if not ON_GPU:
+            found.append(pytest.param("xla", dtype, id=f"xla-{name}"))
+            continue
+        found.append(pytest.param("pallas_triton", dtype, id=f"pallas_triton-{name}", marks=needs_gpu))
+        if dtype.itemsize == 2:
+            found.append(pytest.param("pallas_gpu", dtype, id=f"pallas_gpu-{name}", marks=needs_hopper))
+    return pytest.mark.parametrize(("implementation", "dtype"), found)
+
+
+FEW = ("causal_gqa", "causal_window_sinks", "causal_segments", "position_pair_window")
+
+
+@kernels(BF16)
+@pytest.mark.parametrize(("layout", "num_shards"), [("zigzag", 2), ("striped", 4), ("zigzag", 8)])
+@pytest.mark.parametrize("name", FEW)
+def test_ring_on_one_device(name: str, layout: str, num_shards: int, implementation: str, dtype: Any) -> None:
+    if not ON_GPU and (num_shards, name) not in ((2, "causal_window_sinks"), (4, "position_pair_window")):
+        num_shards = 2  # the harness is the same; a larger ring only compiles longer
+    case = enlarged(cases.BY_NAME[name], 64 if num_shards == 4 else 128)
+    inputs = cases.make_inputs(case, dtype)
+    config = ringjax.RingConfig(implementation=implementation)
+    result = stacked_ring(case, inputs, config, layout=layout, num_shards=num_shards)
+    assert_as_good_as_dense(case, inputs, result)
+
+
+@needs_gpu
+@kernels(BF16, F16, F32)
+@pytest.mark.parametrize("head_size", [64, 128, 80, 256])
+@pytest.mark.parametrize("name", cases.BY_NAME)
+def test_every_feature(name: str, head_size: int, implementation: str, dtype: Any) -> None:
+    case = enlarged(cases.BY_NAME[name], head_size)
+    inputs = cases.make_inputs(case, dtype)
+    result = cases.run_ring(
+        case, inputs, num_shards=1, implementation=implementation, interpret=False, block_q=None, block_kv=None
+    )
+    assert_as_good_as_dense(case, inputs, result)
+
+
+@needs_gpu
+@kernels(BF16)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_same_bits_on_two_runs(implementation: str, dtype: Any, deterministic: bool) -> None:
+    """By default all but dq, which Mosaic's backward sums in the order in which its programs arrive."""
+    case = enlarged(cases.BY_NAME["causal_gqa"], 128)
+    inputs = cases.make_inputs(case, dtype)
+    options = dict(num_shards=1, layout="contiguous")
+    program = cases.ring_program(
+        case, implementation=implementation, interpret=False, block_q=None, block_kv=None,
+        deterministic=deterministic, **options,
+    )  # fmt: skip
+    first, second = (cases.run_ring(case, inputs, program=program, **options) for _ in range(2))
+    for name, value in first.values.items():
+        if name == "dquery" and implementation == "pallas_gpu" and not deterministic:
+            continue
+        np.testing.assert_array_equal(value, second.values[name], err_msg=name)
