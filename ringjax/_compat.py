@@ -88,9 +88,9 @@ def gpu_load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     load: Any = plgpu.load
-    if "idx" in inspect.signature(load).parameters:  # until JAX 0.10
-        return load(ref, (), layout=layout, optimized=optimized)
-    return load(ref, layout=layout, optimized=optimized)
+    index = inspect.signature(load).parameters.get("idx")  # must be given in JAX 0.10, must not be later
+    required = index is not None and index.default is inspect.Parameter.empty
+    return load(ref, *([()] if required else []), layout=layout, optimized=optimized)
 
 
 def gpu_ptx(instruction: str) -> None:

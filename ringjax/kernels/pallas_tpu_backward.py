@@ -307,9 +307,8 @@ def _gradients(x: _Inputs, rows: Any, columns: Any, static: _Static, *, masked: 
     q, k, v, dout = x.q[columns], x.k[rows], x.v[rows], x.dout[columns]
     s = scores(dot(k, q, (1, 1)), params)
     p = _probabilities(s, x.lse[:, columns], params)
-    ds = p * (dot(v, dout, (1, 1)) - x.delta[:, columns])
-    if params.logits_soft_cap is not None:
-        ds = ds * (1.0 - s * s)
+    slope = params.scale if params.logits_soft_cap is None else params.scale * (1.0 - s * s)
+    ds = p * (dot(v, dout, (1, 1)) - x.delta[:, columns]) * slope
     allowed = None
     if masked:
         allowed = _allowed(x, rows, columns)
@@ -321,8 +320,7 @@ def _gradients(x: _Inputs, rows: Any, columns: Any, static: _Static, *, masked: 
     if allowed is not None:
         dv = _mark_poison(dv, dout, allowed)
     dq = dot(k, ds, (0, 0)).T if static.tiles.dq_transposed else dot(ds, k, (0, 0))
-    # The scale comes last: there are fewer of these numbers than of ds.
-    return dq * params.scale, dot(ds, q, (1, 0)) * params.scale, dv
+    return dq, dot(ds, q, (1, 0)), dv
 
 
 def _in_scores(lse: Array, params: KernelParams) -> Array:
