@@ -3,8 +3,12 @@
 bfloat16 and float16, heads of up to 256. Tiles may be ragged: TMA clips at the end of an array, the mask is extended.
 """
 
+from typing import Any
+
+import jax
 from jaxtyping import Array, Float
 
+from .._compat import vary_like
 from ..mask import Mask
 from ..partial import Partial
 from . import _mosaic, pallas_gpu_backward, pallas_gpu_forward
@@ -25,7 +29,8 @@ def forward(
     """See :class:`ringjax.kernels.base.Kernel`."""
     _mosaic.check_supported(q, v, params, "pallas_gpu")
     tiles = _mosaic.forward_tiles(q, v, mask, params, whole=carry is None and finish)
-    return pallas_gpu_forward.forward(q, k, v, mask, params, tiles, carry=carry, finish=finish, sinks=sinks)
+    result = pallas_gpu_forward.forward(q, k, v, mask, params, tiles, carry=carry, finish=finish, sinks=sinks)
+    return _typed(result, q, k, v, mask)
 
 
 def backward(
@@ -42,4 +47,10 @@ def backward(
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
     """See :class:`ringjax.kernels.base.Kernel`."""
     _mosaic.check_supported(q, v, params, "pallas_gpu")
-    return pallas_gpu_backward.backward(q, k, v, dout, lse, delta, mask, params, dq_carry=dq_carry)
+    dq, dk, dv = pallas_gpu_backward.backward(q, k, v, dout, lse, delta, mask, params, dq_carry=dq_carry)
+    return _typed((dq, dk, dv), q, k, v, mask)
+
+
+def _typed(results: Any, *references: Any) -> Any:
+    """What comes out of a Mosaic kernel is not known to vary, and a loop over hops wants one type throughout."""
+    return jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves(references)), results)

@@ -1,0 +1,76 @@
+"""The ring around the GPU kernels, traced and lowered for eight H100s: above all its types under check_vma.
+
+Kernels are opaque to the types of shard_map, so a loop over hops can only be trusted once it has been traced.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+import ringjax
+
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+MESH = AbstractMesh((8,), ("sp",), axis_types=(AxisType.Auto,), abstract_device=H100)
+# Later JAX versions say so whenever a Triton kernel is lowered.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+everywhere = pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_triton"])
+
+
+def arrays(*lead: int, length: int) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((*lead, 1, length, heads, 128), jnp.bfloat16) for heads in (4, 2, 2, 4)]
+
+
+def with_gradients(attend: Any) -> Any:
+    def run(q: Any, k: Any, v: Any, dout: Any) -> Any:
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(dout)
+
+    return run
+
+
+def lowered(run: Any, given: Any, mesh: Any) -> str:
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(run).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@everywhere
+@pytest.mark.parametrize(
+    "options",
+    [{"is_causal": True, "layout": "zigzag"}, {"local_window_size": (300, 0)}, {"deterministic": True}],
+    ids=str,
+)
+def test_a_ring_of_eight_under_check_vma(implementation: str, options: dict[str, Any]) -> None:
+    options = dict(options)
+    config = ringjax.RingConfig(implementation=implementation, deterministic=options.pop("deterministic", False))
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return ringjax.ring_attention(q, k, v, config=config, **options)
+
+    spec = P(None, "sp")
+    run = jax.shard_map(with_gradients(attend), mesh=MESH, in_specs=spec, out_specs=(spec,) * 4, check_vma=True)
+    text = lowered(run, arrays(length=8 * 256), MESH)
+    assert "collective_permute" in text
+    names = set(re.findall(r"ringjax_[a-z_]+", text))
+    assert "ringjax_forward" in names and len(names) >= 2, "kernels of both passes"
+
+
+@everywhere
+def test_a_ring_of_stacked_shards(implementation: str) -> None:
+    config = ringjax.RingConfig(implementation=implementation)
+
+    def of_rank(q: Any, k: Any, v: Any) -> Any:
+        return ringjax.ring_attention(q, k, v, config=config, is_causal=True, layout="zigzag")
+
+    text = lowered(
+        with_gradients(jax.vmap(of_rank, axis_name="sp")),
+        arrays(4, length=256),
+        AbstractMesh((), (), abstract_device=H100),
+    )
+    assert "ringjax_forward" in text and "collective_permute" not in text
