@@ -93,9 +93,10 @@ def test_a_ring_over_64_chips_of_v5e_stays_asynchronous():
     assert near.num_synchronous == 0 and near.num_hidden == near.num_permutes == 3 * 63
 
 
-@pytest.mark.parametrize(("backward", "rings"), [(False, (8, 1024)), (True, (8, 64, 256, 1024))])
-def test_memory_of_a_million_tokens_is_the_floor_and_halves_as_the_ring_doubles(backward, rings):
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_of_a_million_tokens_is_the_floor_and_halves_as_the_ring_doubles(backward):
     """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p."""
+    rings = (8, 64, 256, 1024)
     report = inspect_ring(
         "v5p:8x8x16", ring=8, sweep=rings, seq_len=2**20, heads=16, head_dim=128, is_causal=True,
         backward=backward,
