@@ -192,9 +192,11 @@ def test_mosaic_cannot_be_interpreted() -> None:
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA B200", "AMD Instinct MI300X"])
 def test_mosaic_on_a_gpu_that_is_no_hopper(kind: str) -> None:
     device = jax.sharding.AbstractDevice(device_kind=kind, platform="gpu", num_cores=100)
+    x = jax.ShapeDtypeStruct((1, 16, 2, 8), jnp.bfloat16)
+    attend = lambda x: ringjax.ring_attention(x, x, x, config=RingConfig(implementation="pallas_gpu"))  # noqa: E731
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("sp",), abstract_device=device)):
         with pytest.raises(ValueError, match=f"'pallas_triton' or 'xla' on '{kind}'. Got 'pallas_gpu'"):
-            call(mesh=None, config=RingConfig(implementation="pallas_gpu"))
+            jax.eval_shape(attend, x)
 
 
 @pytest.mark.parametrize(
