@@ -107,17 +107,17 @@ def gpu_ptx(instruction: str) -> None:
 
 
 def gpu_kernel(
-    body: Any, operands: Sequence[Any], updated: jax.Array | None, *,
+    body: Any, operands: Sequence[Any], updated: Sequence[jax.Array], *,
     out_type: Sequence[Any], scratch_types: Sequence[Any], compiler_params: Any, grid: tuple[int, ...],
     grid_names: tuple[Any, ...], **mesh_options: Any,
-) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:  # fmt: skip
-    """``plgpu.kernel``, but one array may be changed in place, under shard_map and vmap as well.
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:  # fmt: skip
+    """``plgpu.kernel``, but some arrays may be changed in place, under shard_map and vmap as well.
 
     A kernel that is given a mutable array (``jax.new_ref``) does not work under ``shard_map(check_vma=True)``.
 
     Args:
-      body: called with refs of the operands, of the updated array if there is one, of the outputs, and the scratch.
-      updated: what is changed in place (a copy of it, where it is used elsewhere), or None.
+      body: called with refs of the operands, of the updated arrays, of the outputs, and the scratch.
+      updated: what is changed in place (a copy of it, where it is used elsewhere).
 
     Returns:
       (updated, outputs).
@@ -127,47 +127,48 @@ def gpu_kernel(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     options = {"scratch_types": scratch_types, "compiler_params": compiler_params, **mesh_options}
-    if updated is None:
+    if not updated:
         run = plgpu.kernel(body, out_type=list(out_type), grid=grid, grid_names=grid_names, **options)
-        return None, tuple(run(*operands))
+        return (), tuple(run(*operands))
+    num_updated = len(updated)
 
     @jax.custom_batching.custom_vmap
-    def run_updating(updated: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    def run_updating(updated: Sequence[jax.Array], operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, **mesh_options)
         count = len(operands)
 
         def kernel(*refs: Any) -> None:
-            # The array that goes in and the one that comes out are the same memory.
-            given = functools.partial(body, *refs[:count], *refs[count + 1 :])
+            # The arrays that go in and those that come out are the same memory.
+            given = functools.partial(body, *refs[:count], *refs[count + num_updated :])
             pl.run_scoped(given, *scratch_types, collective_axes=mesh.thread_name)
 
         with _config._check_vma(False):  # as plgpu.kernel does; the types of the outputs say what they vary over
             return tuple(
                 mpmd._mpmd_map(
                     [(mesh, kernel)],
-                    [shape_like(updated.shape, updated.dtype, updated), *out_type],
-                    input_output_aliases={count: 0},
+                    [*(shape_like(x.shape, x.dtype, x) for x in updated), *out_type],
+                    input_output_aliases={count + n: n for n in range(num_updated)},
                     compiler_params=compiler_params,
                     name=mesh.kernel_name,
-                )(*operands, updated)
+                )(*operands, *updated)
             )
 
     @run_updating.def_vmap
-    def _with_one_more_grid_axis(size: int, is_batched: Any, updated: jax.Array, *operands: jax.Array) -> Any:
+    def _with_one_more_grid_axis(size: int, is_batched: Any, updated: Any, operands: Any) -> Any:
         axis = object()
-        updated = updated if is_batched[0] else jnp.broadcast_to(updated, (size, *updated.shape))
-        of_outputs = (True,) * (1 + len(out_type))
+        whole = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(updated, is_batched[0], strict=True)]
+        of_outputs = (True,) * (num_updated + len(out_type))
 
         def at_index(*refs: Any) -> None:
-            index, flags = jax.lax.axis_index(axis), (*is_batched[1:], *of_outputs)
+            index, flags = jax.lax.axis_index(axis), (*is_batched[1], *of_outputs)
             body(*(r.at[index] if f else r for r, f in zip(refs, flags, strict=False)), *refs[len(flags) :])
 
         changed, outputs = gpu_kernel(
-            at_index, operands, updated,
+            at_index, operands, whole,
             out_type=[t.update(shape=(size, *t.shape)) for t in out_type],
             grid=(size, *grid), grid_names=(axis, *grid_names), **options,
         )  # fmt: skip
-        return (changed, *outputs), of_outputs
+        return (*changed, *outputs), of_outputs
 
-    updated, *outputs = run_updating(updated, *operands)
-    return updated, tuple(outputs)
+    everything = run_updating(tuple(updated), tuple(operands))
+    return everything[:num_updated], everything[num_updated:]

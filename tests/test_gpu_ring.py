@@ -23,8 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 everywhere = pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_triton"])
 
 
-def arrays(*lead: int, length: int) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct((*lead, 1, length, heads, 128), jnp.bfloat16) for heads in (4, 2, 2, 4)]
+def arrays(*lead: int, length: int, head_size: int = 128) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((*lead, 1, length, heads, head_size), jnp.bfloat16) for heads in (4, 2, 2, 4)]
 
 
 def with_gradients(attend: Any) -> Any:
@@ -41,12 +41,13 @@ def lowered(run: Any, given: Any, mesh: Any) -> str:
 
 
 @everywhere
+@pytest.mark.parametrize("head_size", [64, 128, 256])  # each has a loop of its own kind
 @pytest.mark.parametrize(
     "options",
     [{"is_causal": True, "layout": "zigzag"}, {"local_window_size": (300, 0)}, {"deterministic": True}],
     ids=str,
 )
-def test_a_ring_of_eight_under_check_vma(implementation: str, options: dict[str, Any]) -> None:
+def test_a_ring_of_eight_under_check_vma(implementation: str, head_size: int, options: dict[str, Any]) -> None:
     options = dict(options)
     config = ringjax.RingConfig(implementation=implementation, deterministic=options.pop("deterministic", False))
 
@@ -55,7 +56,7 @@ def test_a_ring_of_eight_under_check_vma(implementation: str, options: dict[str,
 
     spec = P(None, "sp")
     run = jax.shard_map(with_gradients(attend), mesh=MESH, in_specs=spec, out_specs=(spec,) * 4, check_vma=True)
-    text = lowered(run, arrays(length=8 * 256), MESH)
+    text = lowered(run, arrays(length=8 * 256, head_size=head_size), MESH)
     assert "collective_permute" in text
     names = set(re.findall(r"ringjax_[a-z_]+", text))
     assert "ringjax_forward" in names and len(names) >= 2, "kernels of both passes"

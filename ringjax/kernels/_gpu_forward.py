@@ -98,8 +98,18 @@ class Static:
     group_heads: int
     num_blocks: int
     finish: bool
+    carried: bool
     carry_in_smem: bool
     masked: bool
+    rows_total: int  # queries in the carry and in lse
+
+    @property
+    def carry_by_tma(self) -> bool:
+        return self.carried and self.carry_in_smem
+
+    def reads_carry(self, work: Work) -> Array:
+        """A carry that goes on is left as it is where there is nothing to visit."""
+        return (work.visit > 0) | self.finish
 
 
 def column(x: Inputs, work: Work, t: Array) -> Array:
@@ -127,7 +137,7 @@ def walk(static: Static, x: Inputs, body: Any) -> None:
         full = visit = jnp.int32(static.num_kv)
         if x.visits is not None:
             at = _mosaic.batch_row(x.visits.full, b)
-            full, visit = x.visits.full[at, i], x.visits.visit[at, i]
+            full, visit = (invariant(n[at, i]) for n in (x.visits.full, x.visits.visit))
         return Work(b, n, i, full, visit)
 
     if static.num_blocks == num_items:
@@ -174,48 +184,56 @@ class Compute:
 
         @pl.when(work.visit > 0)
         def _() -> None:
-            top, total = self.rows_so_far(work)
-            self.end(work, top, *self.attend(work, count, top, total), visited=True)
+            acc, top, total = self.so_far(work)
+            self.end(work, top, *self.attend(work, count, acc, top, total), visited=True)
 
-        if self.x.visits is not None:
+        if self.static.masked and not (self.static.carried and not self.static.finish):
 
             @pl.when(work.visit == 0)
             def _() -> None:
                 self.release_carry()
-                top, total = self.rows_so_far(work)
-                nothing = full((WARPGROUP_ROWS, self.scratch.v_smem.shape[-1]), 0.0, MATRIX)
-                self.end(work, top, nothing, top, total, visited=False)
+                acc, top, total = self.so_far(work)
+                self.end(work, top, acc, top, total, visited=False)
 
         return count + work.visit
 
-    @property
-    def carry_by_tma(self) -> bool:
-        return self.x.carry is not None and self.static.carry_in_smem
-
     def release_carry(self) -> None:
         """acc of the next carry may come: that of the previous tile of queries has left, by now without a wait."""
-        if self.carry_by_tma:
+        if self.static.carry_by_tma:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(self.scratch.acc_consumed.at[self.warpgroup])
 
     def rows(self, work: Work) -> Any:
         return pl.ds((work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-    def rows_so_far(self, work: Work) -> tuple[Array, Array]:
-        """Maximum and sum of the carry, to go on from. acc joins at the end, when it has long arrived."""
-        if self.x.carry is None:
-            return full((WARPGROUP_ROWS,), NO_LOGIT, ROWS), full((WARPGROUP_ROWS,), 0.0, ROWS)
-        at = (work.b, work.n, self.rows(work))
-        top, total = (gpu_load(x.at[at], ROWS, optimized=False) for x in self.x.carry[1:])
-        return top, total
+    def rows_there(self, work: Work) -> Any:
+        """The same of the carry, which ends with the last warpgroup that has queries: then any will do."""
+        start = (work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS
+        return pl.ds(jnp.minimum(start, self.static.rows_total - WARPGROUP_ROWS), WARPGROUP_ROWS)
 
-    def attend(self, work: Work, count: Array, top: Array, total: Array) -> tuple[Array, Array, Array]:
+    def has_rows(self, work: Work) -> Any:
+        if self.static.rows_total % self.static.tiles.block_q == 0:
+            return True
+        return (work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS < self.static.rows_total
+
+    def so_far(self, work: Work) -> tuple[Array, Array, Array]:
+        """acc, maximum and sum to go on from. Loads return at once: what comes is first needed a product later."""
+        acc = full((WARPGROUP_ROWS, self.scratch.v_smem.shape[-1]), 0.0, MATRIX)
+        if self.x.carry is None:
+            return acc, full((WARPGROUP_ROWS,), NO_LOGIT, ROWS), full((WARPGROUP_ROWS,), 0.0, ROWS)
+        at = (work.b, work.n, self.rows_there(work))
+        top, total = (invariant(gpu_load(x.at[at], ROWS, optimized=False)) for x in self.x.carry[1:])
+        if not self.static.carry_in_smem:
+            acc = invariant(gpu_load(self.x.carry[0].at[at], MATRIX, optimized=False))
+        return acc, top, total
+
+    def attend(self, work: Work, count: Array, acc: Array, top: Array, total: Array) -> tuple[Array, Array, Array]:
         """acc, max and sum over the tiles of one row. Invariant: p of tile t - 1 meets v in step t."""
         scratch = self.scratch
         plgpu.barrier_wait(scratch.q_ready.at[self.warpgroup])
         if not self.static.tiles.overlap:
-            return self.attend_plainly(work, count, top, total)
-        running = self.first(work, count, top, total)
+            return self.attend_plainly(work, count, acc, top, total)
+        running = self.first(work, count, acc, top, total)
         self.release_carry()
         running = jax.lax.fori_loop(1, work.full, lambda t, r: self.step(work, count, t, r, masked=False), running)
         if self.x.visits is not None:
@@ -236,18 +254,17 @@ class Compute:
         plgpu.barrier_arrive(scratch.v_consumed.at[last])
         return acc, running.max, running.sum
 
-    def attend_plainly(self, work: Work, count: Array, top: Array, total: Array) -> tuple[Array, Array, Array]:
+    def attend_plainly(
+        self, work: Work, count: Array, acc: Array, top: Array, total: Array
+    ) -> tuple[Array, Array, Array]:
         """The same, one product after the other: fewer registers, so more warpgroups to hide each other's waits."""
         self.release_carry()
-        acc = full((WARPGROUP_ROWS, self.scratch.v_smem.shape[-1]), 0.0, MATRIX)
         state = (acc, top, total)
         state = jax.lax.fori_loop(0, work.full, lambda t, s: self.plain_step(work, count, t, s, masked=False), state)
         if self.x.visits is not None:
             state = jax.lax.fori_loop(
                 work.full, work.visit, lambda t, s: self.plain_step(work, count, t, s, masked=True), state
             )
-        if not self.through_q():
-            plgpu.barrier_arrive(self.scratch.q_consumed.at[self.warpgroup])
         return state
 
     def plain_step(self, work: Work, count: Array, t: Array, state: Any, *, masked: bool) -> Any:
@@ -264,6 +281,8 @@ class Compute:
         s = self.scaled(pl.run_scoped(logits, plgpu.WGMMAAccumulatorRef(self.tile_shape, jnp.float32)))
         self.pass_turn("logits")
         plgpu.barrier_arrive(scratch.k_consumed.at[slot])
+        if not self.through_q():  # so that the next ones arrive while this row ends
+            pl.when(t == work.visit - 1)(lambda: plgpu.barrier_arrive(scratch.q_consumed.at[self.warpgroup]))
         if masked:
             s = jnp.where(self.allowed(work, t), s, -jnp.inf)
         p, top, total, rescale = self.softmax(s, top, total)
@@ -278,7 +297,7 @@ class Compute:
         plgpu.barrier_arrive(scratch.v_consumed.at[slot])
         return acc, top, total
 
-    def first(self, work: Work, count: Array, top: Array, total: Array) -> Running:
+    def first(self, work: Work, count: Array, acc: Array, top: Array, total: Array) -> Running:
         """The first tile, whose keys have no predecessor's values to be multiplied beside them."""
         slot = self.slot(count)
         plgpu.barrier_wait(self.scratch.k_ready.at[slot])
@@ -297,8 +316,9 @@ class Compute:
             s = jax.lax.cond(
                 work.full > 0, lambda s: s, lambda s: jnp.where(self.allowed(work, jnp.int32(0)), s, -jnp.inf), s
             )
-        acc = full((WARPGROUP_ROWS, self.scratch.v_smem.shape[-1]), 0.0, MATRIX)
-        p, top, total, _ = self.softmax(s, top, total)
+        p, top, total, rescale = self.softmax(s, top, total)
+        if self.static.carried and not self.static.carry_in_smem:
+            acc = acc * row_matrix(rescale, acc)
         plgpu.barrier_wait(self.scratch.v_ready.at[slot])
         if self.x.visits is not None:
             acc = jax.lax.cond(
@@ -428,29 +448,31 @@ class Compute:
         return acc
 
     def end(self, work: Work, old_top: Array, acc: Array, top: Array, total: Array, *, visited: bool) -> None:
-        """Add the carry's acc, write a new carry, or acc / l and LN_2 * m + log(l), 0 and -inf over no keys."""
-        at = (work.b, work.n, self.rows(work))
-        acc_smem = self.scratch.acc_smem.at[self.warpgroup] if self.static.carry_in_smem else None
-        if self.x.carry is not None:
-            if self.carry_by_tma:
-                plgpu.barrier_wait(self.scratch.acc_ready.at[self.warpgroup])
-                old = gpu_load(acc_smem, MATRIX, optimized=False)
-            else:
-                old = gpu_load(self.x.carry[0].at[at], MATRIX, optimized=False)
+        """Write a new carry, or acc / l and LN_2 * m + log(l), 0 and -inf over no keys."""
+        at = (work.b, work.n, self.rows_there(work))
+        if self.static.carry_by_tma:
+            plgpu.barrier_wait(self.scratch.acc_ready.at[self.warpgroup])
+            old = gpu_load(self.scratch.acc_smem.at[self.warpgroup], MATRIX, optimized=False)
             acc = acc + old * row_matrix(jnp.exp2(old_top - top), acc)
-        if not self.static.finish:
-            self.out[1].at[at][...] = top
-            self.out[2].at[at][...] = total
-            if self.static.carry_in_smem:
-                self.store(acc, acc_smem, self.out[0].at[at])
-            else:
-                self.out[0].at[at][...] = acc
         if self.static.finish:
             self.finish(work, acc, top, total, visited=visited)
+            return
+
+        def write() -> None:
+            self.out[1].at[at][...] = top
+            self.out[2].at[at][...] = total
+            if not self.static.carry_in_smem:
+                self.out[0].at[at][...] = acc
+
+        pl.when(self.has_rows(work))(write)
+        if self.static.carry_in_smem:
+            self.store(
+                acc, self.scratch.acc_smem.at[self.warpgroup], self.out[0].at[work.b, work.n, self.rows(work)]
+            )
 
     def finish(self, work: Work, acc: Array, top: Array, total: Array, *, visited: bool) -> None:
         scratch = self.scratch
-        at = (work.b, work.n, self.rows(work))
+        at = (work.b, work.n, self.rows_there(work))
         if self.x.sinks is not None:
             sink = self.x.sinks[work.n] * LOG2_E
             new = jnp.maximum(top, sink)
@@ -460,11 +482,15 @@ class Compute:
         some = total != 0.0  # NaN counts as some: a NaN logit must show
         safe = jnp.where(some, total, 1.0)
         acc = acc * row_matrix(1.0 / safe, acc)
-        self.out[1].at[at][...] = jnp.where(some, LN_2 * top + jnp.log(safe), -jnp.inf)
+        lse = jnp.where(some, LN_2 * top + jnp.log(safe), -jnp.inf)
+
+        @pl.when(self.has_rows(work))
+        def _() -> None:
+            self.out[1].at[at][...] = lse
+
         through_q = self.through_q()
         if through_q and not visited:
-            # No queries were loaded, so their SMEM is this warpgroup's until it says that they were consumed.
-            plgpu.barrier_wait(scratch.q_consumed.at[self.warpgroup])
+            plgpu.barrier_wait(scratch.q_ready.at[self.warpgroup])  # there are none, but their SMEM is free
         stage_smem = (scratch.q_smem if through_q else scratch.out_smem).at[self.warpgroup]
         self.store(acc, stage_smem, self.out[0].at[work.b, self.rows(work), work.n])
         if through_q:
@@ -496,6 +522,11 @@ class Compute:
     def meet(self) -> None:
         plgpu.barrier_arrive(self.scratch.met)
         plgpu.barrier_wait(self.scratch.met)
+
+
+def invariant(x: Array) -> Array:
+    """For loops: under check_vma what is read from GMEM is typed as varying over a mesh, what is computed is not."""
+    return x * jnp.ones((), x.dtype)
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any) -> Array:

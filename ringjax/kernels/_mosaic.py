@@ -134,25 +134,25 @@ def mask_sides(mask: Mask) -> tuple[QuerySide, KeySide]:
 
 
 # What was fastest on an H100 (docs/optimisation-log.md), for heads of 64, 128 and 256. Three warpgroups hide each
-# other's waits better than two that overlap their own, but leave no SMEM for the carry of heads of 128, and a tile of
-# 192 queries has more PARTIAL tiles along the diagonal.
+# other's waits best, but a tile of 192 queries has more PARTIAL tiles along the diagonal, whose mask wants registers.
 _THREE = (32, 160)
 _FORWARD_FULL = {
-    64: TileSizes(3, 128, 2, registers=_THREE),
+    64: TileSizes(3, 128, 2, turns="none", registers=_THREE),
     128: TileSizes(3, 128, 2, turns="none", overlap=False, registers=_THREE),
     256: TileSizes(2, 64, 2),
 }
 _FORWARD = {
-    64: TileSizes(3, 128, 2, turns="none", overlap=False, registers=_THREE),
+    # Stages enough that the next tiles are there while the values of a PARTIAL one are looked through.
+    64: TileSizes(2, 128, 5, turns="none", stage_out=True),
     128: TileSizes(2, 128, 2),
     256: TileSizes(2, 64, 2),
 }
 
 
-def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams, *, whole: bool) -> TileSizes:
-    """Tiles of a forward call: as requested, else of the table. ``whole``: no carry comes in or goes out."""
+def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams) -> TileSizes:
+    """Tiles of a forward call: as requested, else of the table."""
     size = max(head_size(q.shape[3]), head_size(v.shape[3]))
-    tiles = (_FORWARD_FULL if mask.is_full and (whole or size == 64) else _FORWARD)[size]
+    tiles = (_FORWARD_FULL if mask.is_full else _FORWARD)[size]
     if params.block_q is not None:
         if params.block_q not in (128, 192) or (params.block_q == 192 and size == 256):
             raise NotImplementedError(

@@ -86,10 +86,10 @@ def run(static: Static, x: Inputs, dq: Any, dk: Any, dv: Any) -> tuple[Array | N
 
     batch, k_length, kv_heads, _ = x.k.shape
     num_tiles = -(-k_length // BLOCK_KV)
-    dq, results = gpu_kernel(
+    added, results = gpu_kernel(
         body,
         leaves,
-        dq,
+        () if dq is None else (dq,),
         out_type=out_types,
         grid=(batch, kv_heads, num_tiles),
         grid_names=gpu.GRID_NAMES,
@@ -99,8 +99,8 @@ def run(static: Static, x: Inputs, dq: Any, dk: Any, dv: Any) -> tuple[Array | N
         compiler_params=gpu.COMPILER_PARAMS,
         kernel_name="ringjax_backward_keys",
     )
-    rest = iter(results)
-    return dq, *(None if t is None else next(rest) for t in (dk, dv))
+    rest = iter((*added, *results))
+    return tuple(None if t is None else next(rest) for t in (dq, dk, dv))
 
 
 def _scratch(static: Static, x: Inputs, wanted: _Outputs) -> _Scratch:

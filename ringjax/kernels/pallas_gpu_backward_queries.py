@@ -32,7 +32,7 @@ class _Scratch(NamedTuple):
     keys_consumed: Any
 
 
-def run(static: Static, x: Inputs, dq: Array) -> Array | None:
+def run(static: Static, x: Inputs, dq: Array) -> Array:
     """``dq`` with the share of these keys added: once to each element."""
     leaves, structure = jax.tree.flatten(x)
 
@@ -44,10 +44,10 @@ def run(static: Static, x: Inputs, dq: Array) -> Array | None:
     dtype, size, stages = x.q.dtype, static.size, static.stages
     batch, q_length, heads, _ = x.q.shape
     each_stage = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)  # noqa: E731
-    added, _ = gpu_kernel(
+    (added,), _ = gpu_kernel(
         body,
         leaves,
-        dq,
+        (dq,),
         out_type=(),
         grid=(batch, heads, -(-q_length // BLOCK_Q)),
         grid_names=gpu.GRID_NAMES,

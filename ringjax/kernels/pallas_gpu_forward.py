@@ -7,13 +7,16 @@ each other's, or two also multiply p v of the previous tile beside q k^T of this
 
     s = LOG2_E * logits,    m = max s,    l = sum exp2(s - m),    acc = sum exp2(s - m) v,
 
-and so is the maximum in the carry, which only this kernel reads. Maximum and sum start from the carry, its acc joins
-at the end of a row, when it has long arrived. After Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov and
-Gimelshein 2018, arXiv:1805.02867.
+and so is the maximum in the carry, which only this kernel reads. It is changed in place, so a row of tiles with nothing
+to visit costs nothing. Its acc comes and goes by TMA behind the compute, joining at the end of a row, where there is
+SMEM for it; else each warpgroup starts from it and writes it back. After Shah et al. 2024, arXiv:2407.08608; online
+softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -22,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from .._compat import gpu_load, shape_like
+from .._compat import gpu_kernel, gpu_load, shape_like
 from ..mask import Mask, block_map, tile_kinds
 from ..partial import Partial
 from . import _mosaic
@@ -48,8 +51,8 @@ def forward(
         mask = mask.padded(q_length, q_total, k_length, k_total)
     v_padded = _mosaic.head_size(v_size)
     carry_in_smem = _carry_in_smem(tiles, _mosaic.head_size(q.shape[3]), v_padded, carry is not None, finish)
-    # TMA clips at the end of an array, a warpgroup that reads or writes GMEM itself does not.
-    acc_total = -(-q_length // 8) * 8 if carry_in_smem and q_length >= WARPGROUP_ROWS else q_total
+    # Whole warpgroups; those of the last tile that have no queries leave it alone.
+    rows_total = -(-q_length // WARPGROUP_ROWS) * WARPGROUP_ROWS
     reference = q
     q, k, v = (_token_major(x, tiles) for x in (q, k, v))
     visits = None
@@ -58,9 +61,12 @@ def forward(
     queries, keys = _mosaic.mask_sides(mask)
     rows = None
     if carry is not None:
-        acc = _mosaic.pad_axis(_mosaic.pad_axis(carry.acc, 2, acc_total), 3, v_padded)
-        rows = (acc, *(_mosaic.pad_axis(x, 2, q_total) for x in (carry.max, carry.sum)))
-    inputs = Inputs(q, k, v, visits, queries, keys, rows, None if sinks is None else sinks.astype(jnp.float32))
+        acc = _mosaic.pad_axis(carry.acc, 3, v_padded)
+        rows = tuple(_mosaic.pad_axis(x, 2, rows_total) for x in (acc, carry.max, carry.sum))
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    # A carry that goes on is changed in place: rows of tiles that have nothing to visit cost nothing.
+    updated = rows if rows is not None and not finish else ()
+    inputs = Inputs(q, k, v, visits, queries, keys, None if updated else rows, sinks)
     # Unequal rows of tiles are dealt out evenly only if all heads take turns; else what shares the cache goes first.
     group_heads = tiles.group_heads or batch * heads
     if mask.is_full and not tiles.group_heads:
@@ -69,21 +75,25 @@ def forward(
     num_blocks = min(num_items, _mosaic.MULTIPROCESSORS) if tiles.persistent else num_items
     static = Static(
         params, tiles, batch, heads, kv_heads, num_q, num_kv, math.gcd(group_heads, batch * heads), num_blocks, finish,
-        carry_in_smem, not mask.is_full,
+        rows is not None, carry_in_smem, not mask.is_full, rows_total,
     )  # fmt: skip
-    row = shape_like((batch, heads, q_total), jnp.float32, reference)
+    row = shape_like((batch, heads, rows_total), jnp.float32, reference)
     if finish:
         # Clipped by TMA at the true length.
         result = (shape_like((batch, q.shape[1], heads, v_padded), dtype, reference), row)
+    elif updated:
+        result = ()
     else:
-        result = (shape_like((batch, heads, acc_total, v_padded), jnp.float32, reference), row, row)
-    kernel = _Kernel(static, jax.tree.structure(inputs), len(result))
+        result = (shape_like((batch, heads, rows_total, v_padded), jnp.float32, reference), row, row)
+    kernel = _Kernel(static, jax.tree.structure(inputs), len(updated), len(result))
     scratch = kernel.scratch(q.shape[3], v_padded, dtype)
     kernel = dataclasses.replace(kernel, allocated=jax.tree.structure(scratch, is_leaf=_is_type))
-    out = plgpu.kernel(
+    changed, results = gpu_kernel(
         kernel,
+        jax.tree.leaves(inputs),
+        updated,
         out_type=result,
-        scratch_types=[x for x in jax.tree.leaves(scratch, is_leaf=_is_type)],
+        scratch_types=jax.tree.leaves(scratch, is_leaf=_is_type),
         grid=(num_blocks,),
         grid_names=("block",),
         num_threads=tiles.compute + 1,
@@ -92,10 +102,12 @@ def forward(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=512
         ),
-    )(*jax.tree.leaves(inputs))
+    )
     if finish:
-        return jnp.swapaxes(out[0], 1, 2)[:, :, :q_length, :v_size], out[1][:, :, :q_length]
-    return Partial(out[0][:, :, :q_length, :v_size], out[1][:, :, :q_length], out[2][:, :, :q_length])
+        out, lse = results
+        return jnp.swapaxes(out, 1, 2)[:, :, :q_length, :v_size], lse[:, :, :q_length]
+    acc, top, total = (x[:, :, :q_length] for x in (*changed, *results))
+    return Partial(acc[..., :v_size], top, total)
 
 
 def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish: bool) -> bool:
@@ -131,6 +143,7 @@ class _Kernel:
 
     static: Static
     inputs: Any
+    num_updated: int
     num_results: int
     allocated: Any = None
 
@@ -170,7 +183,9 @@ class _Kernel:
         tiles = self.static.tiles
         x = jax.tree.unflatten(self.inputs, refs[: self.inputs.num_leaves])
         refs = refs[self.inputs.num_leaves :]
-        out, refs = refs[: self.num_results], refs[self.num_results :]
+        out, refs = refs[: self.num_updated + self.num_results], refs[self.num_updated + self.num_results :]
+        if self.num_updated:
+            x = x._replace(carry=out)
         scratch = jax.tree.unflatten(self.allocated, refs)
         warpgroup = jax.lax.axis_index("warpgroup")
 
@@ -225,13 +240,27 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
             return count + 1
 
         count = jax.lax.fori_loop(0, work.visit, tile, count)
-        if x.carry is not None and static.carry_in_smem:
+        if static.masked and static.finish and scratch.out_smem is None:
+
+            @pl.when(work.visit == 0)
+            def _() -> None:
+                # The output goes through the SMEM of the queries, and only this warpgroup knows when it is free.
+                for w in range(tiles.compute):
+                    plgpu.barrier_wait(scratch.q_consumed.at[w])
+                    plgpu.barrier_arrive(scratch.q_ready.at[w])
+
+        if not static.carry_by_tma:
+            return count
+
+        @pl.when(static.reads_carry(work))
+        def _() -> None:
             for w in range(tiles.compute):
                 rows = pl.ds((work.i * tiles.compute + w) * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 plgpu.barrier_wait(scratch.acc_consumed.at[w])
                 plgpu.copy_gmem_to_smem(
                     x.carry[0].at[work.b, work.n, rows], scratch.acc_smem.at[w], scratch.acc_ready.at[w]
                 )
+
         return count
 
     walk(static, x, one)
@@ -247,8 +276,9 @@ def _look_for_poison(v_smem: Any, flags_smem: Any) -> None:
             values = gpu_load(piece, MATRIX, optimized=False)
             total = total + jnp.sum(values.astype(jnp.float32) * 0.0, axis=1)
     flags_smem[...] = total
-    flag = jax.lax.fori_loop(1, WARPGROUP_ROWS, lambda i, flag: flag + flags_smem[i], flags_smem[0])
-    flags_smem[0] = flag
+    # By eights: their loads do not wait for each other.
+    eight = lambda i: functools.reduce(operator.add, [flags_smem[8 * i + n] for n in range(8)])  # noqa: E731
+    flags_smem[0] = jax.lax.fori_loop(1, WARPGROUP_ROWS // 8, lambda i, flag: flag + eight(i), eight(0))
 
 
 def _is_type(x: Any) -> bool:
