@@ -17,14 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from .._compat import gpu_load, gpu_ptx
-from ..mask import attends
-from ._mosaic import LOG2_E, is_finite, smem_tile
+from ._mosaic import LOG2_E, MATRIX, WARPGROUP_ROWS, batch_row, is_finite
 from .base import KernelParams
 
-ROWS = 64  # of a WGMMA: what one warpgroup computes at a time
 COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = 2
-BLOCK_KV = ROWS * COMPUTE_WARPGROUPS
+BLOCK_KV = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 _COMPUTE_BARRIER = 8  # of the 16 named ones; the first few are Mosaic's
 
 # The last one runs fastest: programs of one head share in the cache what passes by.
@@ -35,10 +33,6 @@ COMPILER_PARAMS = plgpu.CompilerParams(
     unsafe_no_auto_barriers=True,  # every store to SMEM is followed by a barrier here
     lowering_semantics=plgpu.LoweringSemantics.Lane,
 )
-
-WGMMA = plgpu.Layout.WGMMA
-COLUMN = plgpu.Layout.WGMMA.reduce(1)  # one number a row of a WGMMA result
-ROW = plgpu.Layout.WGMMA.reduce(0)  # one number a column
 
 
 class Inputs(NamedTuple):
@@ -62,6 +56,11 @@ class Place(NamedTuple):
     head: Any  # K/V head of the kernel that owns keys, query head of the one that owns queries
     tile: Any
     warpgroup: int
+
+    @property
+    def own(self) -> Any:
+        """This warpgroup's part of the tile that the program owns."""
+        return pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ def rows_of(lse: Array, delta: Array, scale: float, length: int) -> Array:
 
 def counts(x: Inputs, place: Place) -> tuple[Any, Any]:
     """How many columns of this row are FULL, and how many are visited."""
-    b = place.batch if x.counts.shape[0] > 1 else 0
+    b = batch_row(x.counts, place.batch)
     return x.counts[b, 0, place.tile], x.counts[b, 1, place.tile]
 
 
@@ -100,7 +99,7 @@ def column(x: Inputs, place: Place, n: Any) -> Any:
     """The n-th column that this row visits."""
     if x.order is None:
         return n
-    return x.order[place.batch if x.order.shape[0] > 1 else 0, place.tile, n]
+    return x.order[batch_row(x.order, place.batch), place.tile, n]
 
 
 def visit(
@@ -129,18 +128,8 @@ def run_program(memory: Callable[[Place], None], compute: Callable[[Place], None
         pl.when(warpgroup == w)(lambda w=w: compute(Place(batch, head, tile, w)))
 
 
-def tiled(rows: int, columns: int, dtype: Any, *lead: int) -> Any:
-    """As many matrices as ``lead`` says, in the form that TMA writes and WGMMA reads."""
-    return smem_tile((*lead, rows, columns), dtype)
-
-
 def zeros(rows: int, columns: int) -> Array:
-    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), WGMMA)
-
-
-def along(x: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """One number a row (axis 0) or a column (axis 1), repeated to a matrix."""
-    return jax.lax.broadcast_in_dim(x, shape, [axis])
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), MATRIX)
 
 
 def softmax(static: Static, products: Array, lse: Array) -> tuple[Array, Array | float | None]:
@@ -158,23 +147,9 @@ def softmax(static: Static, products: Array, lse: Array) -> tuple[Array, Array |
     return jnp.exp2(logits - lse), slope
 
 
-def allowed(x: Inputs, batch: Any, q_start: Any, k_start: Any, shape: tuple[int, int], q_axis: int) -> Array:
-    """The predicate of one tile; queries lie along ``q_axis`` of it."""
-
-    def read(ref: Any, start: Any, axis: int) -> Array:
-        layout = COLUMN if axis == 0 else ROW
-        row = batch if ref.shape[0] > 1 else 0
-        values = gpu_load(ref.at[row, pl.ds(start, shape[axis])], layout, optimized=False)
-        return along(values, shape, axis)
-
-    queries = jax.tree.map(lambda ref: read(ref, q_start, q_axis), x.queries)
-    keys = jax.tree.map(lambda ref: read(ref, k_start, 1 - q_axis), x.keys)
-    return attends(queries, keys)
-
-
 def clean(x_smem: Any) -> None:
     """Zero in place of NaN and Inf."""
-    x = gpu_load(x_smem, WGMMA)
+    x = gpu_load(x_smem, MATRIX)
     x_smem[...] = jnp.where(is_finite(x.astype(jnp.float32)), x, jnp.zeros_like(x))
 
 

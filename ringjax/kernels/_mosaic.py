@@ -108,24 +108,21 @@ def batch_row(x: Any, b: Array) -> Array:
     return b if x.shape[0] > 1 else jnp.int32(0)
 
 
-def load_queries(side: QuerySide, b: Array, start: Array, shape: tuple[int, int]) -> QuerySide:
-    """The queries' side of the mask for the rows of a matrix, from GMEM."""
-
-    def load(x_gmem: Any) -> Array:
-        x = gpu_load(x_gmem.at[batch_row(x_gmem, b), pl.ds(start, shape[0])], ROWS, optimized=False)
-        return jax.lax.broadcast_in_dim(x, shape, [0])
-
-    return jax.tree.map(load, side)
+def load_queries(side: QuerySide, b: Array, start: Array, shape: tuple[int, ...], axis: int = 0) -> QuerySide:
+    """The queries' side of the mask from GMEM, for a matrix that has queries along ``axis``."""
+    return jax.tree.map(lambda x_gmem: _load_matrix(x_gmem, b, start, shape, axis), side)
 
 
-def load_keys(side: KeySide, b: Array, start: Array, shape: tuple[int, int]) -> KeySide:
-    """The keys' side of the mask for the columns of a matrix, from GMEM."""
+def load_keys(side: KeySide, b: Array, start: Array, shape: tuple[int, ...], axis: int = 1) -> KeySide:
+    """The keys' side of the mask from GMEM, for a matrix that has keys along ``axis``."""
+    return jax.tree.map(lambda x_gmem: _load_matrix(x_gmem, b, start, shape, axis), side)
 
-    def load(x_gmem: Any) -> Array:
-        x = gpu_load(x_gmem.at[batch_row(x_gmem, b), pl.ds(start, shape[1])], COLUMNS, optimized=False)
-        return jax.lax.broadcast_in_dim(x, shape, [1])
 
-    return jax.tree.map(load, side)
+def _load_matrix(x_gmem: Any, b: Array, start: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """A number for each row (axis 0) or column (axis 1), repeated to a matrix."""
+    values_gmem = x_gmem.at[batch_row(x_gmem, b), pl.ds(start, shape[axis])]
+    x = gpu_load(values_gmem, (ROWS, COLUMNS)[axis], optimized=False)
+    return jax.lax.broadcast_in_dim(x, shape, [axis])
 
 
 def mask_sides(mask: Mask) -> tuple[QuerySide, KeySide]:

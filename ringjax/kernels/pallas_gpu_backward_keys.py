@@ -25,9 +25,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from .._compat import gpu_kernel, gpu_load, gpu_ptx
+from ..mask import attends
 from . import _gpu_backward as gpu
-from ._gpu_backward import BLOCK_KV, COMPUTE_WARPGROUPS, ROW, ROWS, Inputs, Place, Static
-from ._mosaic import is_finite
+from ._gpu_backward import BLOCK_KV, COMPUTE_WARPGROUPS, Inputs, Place, Static
+from ._mosaic import COLUMNS, WARPGROUP_ROWS, column_matrix, is_finite, load_keys, load_queries, smem_tile
 
 
 class _Outputs(NamedTuple):
@@ -107,15 +108,15 @@ def _scratch(static: Static, x: Inputs, wanted: _Outputs) -> _Scratch:
     dtype, size, stages, block_q = x.q.dtype, static.size, static.stages, static.block_q
     needs_ds = wanted.dq or wanted.dk
     each_stage = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)  # noqa: E731
-    unused = gpu.tiled(8, 128 // jnp.dtype(dtype).itemsize, dtype)
+    unused = smem_tile((8, 128 // jnp.dtype(dtype).itemsize), dtype)
     return _Scratch(
-        gpu.tiled(BLOCK_KV, size, dtype),
-        gpu.tiled(BLOCK_KV, size, dtype) if needs_ds else unused,
-        gpu.tiled(block_q, size, dtype, stages),
-        gpu.tiled(block_q, size, dtype, stages),
+        smem_tile((BLOCK_KV, size), dtype),
+        smem_tile((BLOCK_KV, size), dtype) if needs_ds else unused,
+        smem_tile((stages, block_q, size), dtype),
+        smem_tile((stages, block_q, size), dtype),
         plgpu.SMEM((stages, 2, block_q), jnp.float32),
-        gpu.tiled(BLOCK_KV, block_q, dtype, 2) if wanted.dq else unused,
-        gpu.tiled(ROWS, ROWS, jnp.float32, 2 if wanted.dq else 1, COMPUTE_WARPGROUPS),
+        smem_tile((2, BLOCK_KV, block_q), dtype) if wanted.dq else unused,
+        smem_tile((2 if wanted.dq else 1, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, WARPGROUP_ROWS), jnp.float32),
         plgpu.Barrier(num_arrivals=2 if needs_ds else 1),
         each_stage(3),
         each_stage(COMPUTE_WARPGROUPS),
@@ -160,13 +161,13 @@ class _Program:
     @property
     def ahead(self) -> bool:
         """Whether the logits of a tile are computed while the one before is at work. Needs 32 registers of room."""
-        return self.out.dq is not None and self.static.block_q == ROWS
+        return self.out.dq is not None and self.static.block_q == WARPGROUP_ROWS
 
     def compute(self, place: Place) -> None:
         static, x = self.static, self.x
         plgpu.set_max_registers(240, action="increase")
         dq, dk, dv = self.out
-        zeros = lambda ref: None if ref is None else gpu.zeros(ROWS, static.size)  # noqa: E731
+        zeros = lambda ref: None if ref is None else gpu.zeros(WARPGROUP_ROWS, static.size)  # noqa: E731
         plgpu.barrier_wait(self.scratch.keys_ready)
         full, visit = gpu.counts(x, place)
         total = visit * static.group
@@ -194,7 +195,6 @@ class _Program:
         """One tile of queries: dk and dv with its share added, its dq in SMEM, that of the tile before sent off."""
         s, dtype = self.scratch, self.x.q.dtype
         slot = jax.lax.rem(now.index, jnp.int32(self.static.stages))
-        own = pl.ds(place.warpgroup * ROWS, ROWS)
         q_smem, dout_smem = s.q_smem.at[slot], s.dout_smem.at[slot]
         if not self.ahead:
             plgpu.barrier_wait(s.queries_ready.at[slot])
@@ -203,7 +203,7 @@ class _Program:
             dk_acc, dv_acc, logits_acc, dp_acc, dq_acc = refs
             if not self.ahead:
                 self._products(place, logits_acc, slot)
-            multiply_dp = lambda: plgpu.wgmma(dp_acc, s.v_smem.at[own], dout_smem.transpose((1, 0)))  # noqa: E731
+            multiply_dp = lambda: plgpu.wgmma(dp_acc, s.v_smem.at[place.own], dout_smem.transpose((1, 0)))  # noqa: E731
             if self.needs_ds and not now.masked:
                 multiply_dp()
             p, slope = self._probabilities(now, place, slot, logits_acc, state)
@@ -216,7 +216,7 @@ class _Program:
                 dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0 if now.masked or dv_acc is None else 1)
                 ds = self._ds(now, slot, p, dp, slope)
             if dq_acc is not None:
-                s.ds_smem.at[now.index & 1, own][...] = ds
+                s.ds_smem.at[now.index & 1, place.own][...] = ds
                 # Before the barrier: the half of sums_smem that is written next has been read.
                 gpu_ptx("cp.async.bulk.wait_group.read 0;")
             if dq_acc is not None or now.masked:
@@ -241,14 +241,14 @@ class _Program:
                 self._sums(place, now.index)[...] = dq
 
         start = lambda x: None if x is None else plgpu.WGMMAAccumulatorRef.init(x)  # noqa: E731
-        logits = (ROWS, self.static.block_q)
+        logits = (WARPGROUP_ROWS, self.static.block_q)
         dk, dv, following, *_ = pl.run_state(products)(
             (
                 start(state.dk),
                 start(state.dv),
                 start(gpu.zeros(*logits)),
                 start(gpu.zeros(*logits)) if self.needs_ds else None,
-                start(None if self.out.dq is None else gpu.zeros(ROWS, ROWS)),
+                start(None if self.out.dq is None else gpu.zeros(WARPGROUP_ROWS, WARPGROUP_ROWS)),
             )
         )
         plgpu.barrier_arrive(s.queries_consumed.at[slot])
@@ -258,32 +258,32 @@ class _Program:
     def _probabilities(
         self, now: _Tile, place: Place, slot: Any, logits_acc: Any, state: _State
     ) -> tuple[Array, Array | float | None]:
-        static, shape = self.static, (ROWS, self.static.block_q)
-        lse = gpu_load(self.scratch.rows_smem.at[slot, 0], ROW)
+        static, x = self.static, self.x
+        lse = gpu_load(self.scratch.rows_smem.at[slot, 0], COLUMNS)
         products = state.products
         if not self.ahead:
             products = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1 if self.needs_ds and not now.masked else 0)
-        p, slope = gpu.softmax(static, products, gpu.along(lse, shape, 1))
+        p, slope = gpu.softmax(static, products, column_matrix(lse, products))
         if now.masked:
-            tile = gpu.column(self.x, place, now.n)
-            k_start = place.tile * BLOCK_KV + place.warpgroup * ROWS
-            may = gpu.allowed(self.x, place.batch, tile * static.block_q, k_start, shape, 1)
+            q_start = gpu.column(x, place, now.n) * static.block_q
+            k_start = place.tile * BLOCK_KV + place.own.start
+            queries = load_queries(x.queries, place.batch, q_start, p.shape, axis=1)
+            may = attends(queries, load_keys(x.keys, place.batch, k_start, p.shape, axis=0))
             # A NaN or Inf in dout is taken out later on. It has left its trace in delta: NaN to all that it reaches.
-            delta = gpu_load(self.scratch.rows_smem.at[slot, 1], ROW)
-            p = jnp.where(gpu.along(is_finite(delta), shape, 1), p, jnp.nan)
+            delta = gpu_load(self.scratch.rows_smem.at[slot, 1], COLUMNS)
+            p = jnp.where(column_matrix(is_finite(delta), p), p, jnp.nan)
             p = jnp.where(may, p, 0.0)
         return p, slope
 
     def _ds(self, now: _Tile, slot: Any, p: Array, dp: Array, slope: Array | float | None) -> Array:
-        delta = gpu_load(self.scratch.rows_smem.at[slot, 1], ROW)
-        ds = p * (dp - gpu.along(delta, p.shape, 1))
+        delta = gpu_load(self.scratch.rows_smem.at[slot, 1], COLUMNS)
+        ds = p * (dp - column_matrix(delta, p))
         ds = ds if slope is None else ds * slope
         # A NaN of an attended pair is in p already, so p = 0 is where the query does not see the key.
         return (jnp.where(p == 0.0, 0.0, ds) if now.masked else ds).astype(self.x.q.dtype)
 
     def _products(self, place: Place, acc: Any, slot: Any) -> None:
-        own = pl.ds(place.warpgroup * ROWS, ROWS)
-        plgpu.wgmma(acc, self.scratch.k_smem.at[own], self.scratch.q_smem.at[slot].transpose((1, 0)))
+        plgpu.wgmma(acc, self.scratch.k_smem.at[place.own], self.scratch.q_smem.at[slot].transpose((1, 0)))
 
     def _first_products(self, place: Place, total: Any) -> Array | None:
         if not self.ahead:
@@ -294,7 +294,7 @@ class _Program:
             self._products(place, acc, 0)
             return acc[...]
 
-        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, self.static.block_q), jnp.float32))
+        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, self.static.block_q), jnp.float32))
 
     def _next_products(self, now: _Tile, place: Place, acc: Any) -> None:
         """After the last tile those of whatever lies there: nobody will look at them."""
@@ -307,8 +307,8 @@ class _Program:
 
     def _half(self, place: Place) -> tuple[Any, Any]:
         """Which queries and columns of a tile's dq this warpgroup computes: 64 x 64."""
-        own = pl.ds(place.warpgroup * ROWS, ROWS)
-        return (own, pl.ds(0, ROWS)) if self.static.size == ROWS else (pl.ds(0, ROWS), own)
+        first = pl.ds(0, WARPGROUP_ROWS)
+        return (place.own, first) if self.static.size == WARPGROUP_ROWS else (first, place.own)
 
     def _sums(self, place: Place, index: Any) -> Any:
         """Where dq of the index-th tile waits in SMEM."""
@@ -317,32 +317,31 @@ class _Program:
     def _send_dq(self, place: Place, index: Any, state: _State, tile: Any) -> None:
         """Adds dq of the tile before the index-th: a barrier later, every thread has stored its part."""
         queries, columns = self._half(place)
-        rows = pl.ds(tile * self.static.block_q + queries.start, ROWS)
+        rows = pl.ds(tile * self.static.block_q + queries.start, WARPGROUP_ROWS)
         out_gmem = self.out.dq.at[place.batch, rows, state.head, columns]
         plgpu.copy_smem_to_gmem(self._sums(place, index - 1), out_gmem, state.n >= 0, reduction_op="add")
 
     def _store(self, place: Place, total: Array, out_gmem: Any) -> None:
         """This warpgroup's rows of dk or dv, 64 columns at a time."""
         sums_smem = self.scratch.sums_smem.at[0, place.warpgroup]
-        keys = pl.ds(place.tile * BLOCK_KV + place.warpgroup * ROWS, ROWS)
-        for start in range(0, self.static.size, ROWS):
+        keys = pl.ds(place.tile * BLOCK_KV + place.own.start, WARPGROUP_ROWS)
+        for start in range(0, self.static.size, WARPGROUP_ROWS):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            sums_smem[...] = jax.lax.slice(total, (0, start), (ROWS, start + ROWS))
+            sums_smem[...] = jax.lax.slice(total, (0, start), (WARPGROUP_ROWS, start + WARPGROUP_ROWS))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums_smem, out_gmem.at[place.batch, keys, place.head, pl.ds(start, ROWS)])
+            plgpu.copy_smem_to_gmem(sums_smem, out_gmem.at[place.batch, keys, place.head, pl.ds(start, WARPGROUP_ROWS)])
 
     def _clean_keys(self, place: Place) -> None:
         """Before PARTIAL tiles: a masked NaN or Inf in k must not meet ds = 0. Where it is attended lse has it."""
         gpu.join_compute_warpgroups()
-        own = pl.ds(place.warpgroup * ROWS, ROWS)
-        for start in range(0, self.static.size, ROWS):
-            gpu.clean(self.scratch.k_smem.at[own, pl.ds(start, ROWS)])
+        for start in range(0, self.static.size, WARPGROUP_ROWS):
+            gpu.clean(self.scratch.k_smem.at[place.own, pl.ds(start, WARPGROUP_ROWS)])
         gpu.join_compute_warpgroups()
 
     def _clean_queries(self, place: Place, q_smem: Any, dout_smem: Any) -> None:
         """The same of a tile of queries, which are right operands of dk and dv. Each warpgroup does one half."""
-        for start in range(0, self.static.size, 2 * ROWS):
+        for start in range(0, self.static.size, 2 * WARPGROUP_ROWS):
             queries, columns = self._half(place)
-            part = (queries, pl.ds(start + columns.start, ROWS))
+            part = (queries, pl.ds(start + columns.start, WARPGROUP_ROWS))
             gpu.clean(q_smem.at[part])
             gpu.clean(dout_smem.at[part])

@@ -15,10 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from .._compat import gpu_kernel, gpu_load
+from ..mask import attends
 from . import _gpu_backward as gpu
-from ._gpu_backward import COLUMN, COMPUTE_WARPGROUPS, ROWS, Inputs, Place, Static
+from ._gpu_backward import COMPUTE_WARPGROUPS, Inputs, Place, Static
+from ._mosaic import ROWS, WARPGROUP_ROWS, load_keys, load_queries, row_matrix, smem_tile
 
-BLOCK_Q = ROWS * COMPUTE_WARPGROUPS
+BLOCK_Q = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 
 
 class _Scratch(NamedTuple):
@@ -55,11 +57,11 @@ def run(static: Static, x: Inputs, dq: Array) -> Array:
         thread_name="warpgroup",
         scratch_types=tuple(
             _Scratch(
-                gpu.tiled(ROWS, size, dtype, COMPUTE_WARPGROUPS),
-                gpu.tiled(ROWS, size, dtype, COMPUTE_WARPGROUPS),
-                gpu.tiled(static.block_kv, size, dtype, stages),
-                gpu.tiled(static.block_kv, size, dtype, stages),
-                gpu.tiled(ROWS, ROWS, jnp.float32, COMPUTE_WARPGROUPS),
+                smem_tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, size), dtype),
+                smem_tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, size), dtype),
+                smem_tile((stages, static.block_kv, size), dtype),
+                smem_tile((stages, static.block_kv, size), dtype),
+                smem_tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, WARPGROUP_ROWS), jnp.float32),
                 plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
                 each_stage(2),
                 each_stage(COMPUTE_WARPGROUPS),
@@ -79,7 +81,7 @@ class _Program:
     scratch: _Scratch
 
     def _queries(self, place: Place) -> Any:
-        return pl.ds(place.tile * BLOCK_Q + place.warpgroup * ROWS, ROWS)
+        return pl.ds(place.tile * BLOCK_Q + place.own.start, WARPGROUP_ROWS)
 
     def memory(self, place: Place) -> None:
         static, x, s = self.static, self.x, self.scratch
@@ -108,28 +110,29 @@ class _Program:
         plgpu.set_max_registers(240, action="increase")
         plgpu.barrier_wait(self.scratch.queries_ready.at[place.warpgroup])
         rows_gmem = x.rows.at[place.batch, place.head, :, self._queries(place)]
-        lse, delta = (gpu_load(rows_gmem.at[n], COLUMN, optimized=False) for n in range(2))
+        lse, delta = (gpu_load(rows_gmem.at[n], ROWS, optimized=False) for n in range(2))
         full, visit = gpu.counts(x, place)
 
         def step(masked: bool) -> Any:
             return lambda index, head, n, dq: self._add(place, index, n, lse, delta, dq, masked)
 
-        dq = gpu.visit(static, place, jnp.int32(0), full, step(False), jnp.int32(0), gpu.zeros(ROWS, static.size))
+        dq = gpu.zeros(WARPGROUP_ROWS, static.size)
+        dq = gpu.visit(static, place, jnp.int32(0), full, step(False), jnp.int32(0), dq)
         if x.order is not None:
             dq = gpu.visit(static, place, full, visit, step(True), full, dq)
         sums_smem = self.scratch.sums_smem.at[place.warpgroup]
-        for start in range(0, static.size, ROWS):
+        for start in range(0, static.size, WARPGROUP_ROWS):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            sums_smem[...] = jax.lax.slice(dq, (0, start), (ROWS, start + ROWS))
+            sums_smem[...] = jax.lax.slice(dq, (0, start), (WARPGROUP_ROWS, start + WARPGROUP_ROWS))
             plgpu.commit_smem()
-            out_gmem = self.dq_gmem.at[place.batch, self._queries(place), place.head, pl.ds(start, ROWS)]
+            out_gmem = self.dq_gmem.at[place.batch, self._queries(place), place.head, pl.ds(start, WARPGROUP_ROWS)]
             plgpu.copy_smem_to_gmem(sums_smem, out_gmem, reduction_op="add")
         plgpu.wait_smem_to_gmem(0)
 
     def _add(self, place: Place, index: Any, n: Any, lse: Array, delta: Array, dq: Array, masked: bool) -> Array:
         """dq with the share of one tile of keys."""
-        static, s, dtype = self.static, self.scratch, self.x.q.dtype
-        shape = (ROWS, static.block_kv)
+        static, x, s, dtype = self.static, self.x, self.scratch, self.x.q.dtype
+        shape = (WARPGROUP_ROWS, static.block_kv)
         slot = jax.lax.rem(index, jnp.int32(static.stages))
         q_smem, dout_smem = s.q_smem.at[place.warpgroup], s.dout_smem.at[place.warpgroup]
         k_smem, v_smem = s.k_smem.at[slot], s.v_smem.at[slot]
@@ -140,15 +143,15 @@ class _Program:
             plgpu.wgmma(logits_acc, q_smem, k_smem.transpose((1, 0)))
             plgpu.wgmma(dp_acc, dout_smem, v_smem.transpose((1, 0)))
             product = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
-            p, slope = gpu.softmax(static, product, gpu.along(lse, shape, 0))
+            p, slope = gpu.softmax(static, product, row_matrix(lse, product))
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-            ds = p * (dp - gpu.along(delta, shape, 0))
+            ds = p * (dp - row_matrix(delta, p))
             ds = ds if slope is None else ds * slope
             if masked:
-                tile = gpu.column(self.x, place, n)
-                start = self._queries(place).start
-                may = gpu.allowed(self.x, place.batch, start, tile * static.block_kv, shape, 0)
-                ds = jnp.where(may, ds, 0.0)
+                k_start = gpu.column(x, place, n) * static.block_kv
+                queries = load_queries(x.queries, place.batch, self._queries(place).start, shape)
+                keys = load_keys(x.keys, place.batch, k_start, shape)
+                ds = jnp.where(attends(queries, keys), ds, 0.0)
                 # Both warpgroups have used the raw k. A NaN or Inf in it must not meet ds = 0.
                 gpu.join_compute_warpgroups()
                 self._clean_keys(place, k_smem)
@@ -163,6 +166,6 @@ class _Program:
     def _clean_keys(self, place: Place, k_smem: Any) -> None:
         """Each warpgroup does every other part of 64 x 64."""
         size = self.static.size
-        parts = [(i, j) for i in range(0, self.static.block_kv, ROWS) for j in range(0, size, ROWS)]
+        parts = [(i, j) for i in range(0, self.static.block_kv, WARPGROUP_ROWS) for j in range(0, size, WARPGROUP_ROWS)]
         for i, j in parts[place.warpgroup :: COMPUTE_WARPGROUPS]:
-            gpu.clean(k_smem.at[pl.ds(i, ROWS), pl.ds(j, ROWS)])
+            gpu.clean(k_smem.at[pl.ds(i, WARPGROUP_ROWS), pl.ds(j, WARPGROUP_ROWS)])
