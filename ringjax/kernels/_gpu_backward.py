@@ -128,10 +128,6 @@ def run_program(memory: Callable[[Place], None], compute: Callable[[Place], None
         pl.when(warpgroup == w)(lambda w=w: compute(Place(batch, head, tile, w)))
 
 
-def zeros(rows: int, columns: int) -> Array:
-    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), MATRIX)
-
-
 def softmax(static: Static, products: Array, lse: Array) -> tuple[Array, Array | float | None]:
     """From q.k and lse: p (times the scale, if it is folded), and what ds has on top of p (dp - delta), if anything."""
     scale, cap = static.params.scale, static.params.logits_soft_cap

@@ -26,6 +26,7 @@ from ._mosaic import (
     WARPGROUP_ROWS,
     TileSizes,
     column_matrix,
+    full,
     is_finite,
     row_matrix,
 )
@@ -527,10 +528,6 @@ class Compute:
 def invariant(x: Array) -> Array:
     """For loops: under check_vma what is read from GMEM is typed as varying over a mesh, what is computed is not."""
     return x * jnp.ones((), x.dtype)
-
-
-def full(shape: tuple[int, ...], value: float, layout: Any) -> Array:
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def _halved(op: Any, x: Array) -> Array:

@@ -88,6 +88,24 @@ def pad_axis(x: Array, axis: int, length: int) -> Array:
     return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)]) if extra else x
 
 
+def token_major(x: Array, size: int, least: int = 0) -> Array:
+    """[B, N, L, H] as [B, L, N, H], which is how the ring got it: XLA cancels the two. Heads grow to ``size``.
+
+    TMA moves boxes of 8 tokens: there will be a multiple of them, and at least ``least``.
+    """
+    x = pad_axis(jnp.swapaxes(x, 1, 2), 3, size)
+    return pad_axis(x, 1, max(-(-x.shape[1] // 8) * 8, least))
+
+
+def full(shape: tuple[int, ...], value: float, layout: Any) -> Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def zeros(shape: tuple[int, ...]) -> Array:
+    """To add products to."""
+    return full(shape, 0.0, MATRIX)
+
+
 def row_matrix(x: Array, like: Array) -> Array:
     """A number for each row, repeated along the columns of a matrix."""
     return jax.lax.broadcast_in_dim(x, like.shape, [0])

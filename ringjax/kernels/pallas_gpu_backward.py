@@ -16,7 +16,7 @@ from ..mask import Mask, block_map, tile_kinds
 from . import _gpu_backward as gpu
 from . import pallas_gpu_backward_keys, pallas_gpu_backward_queries
 from ._gpu_backward import BLOCK_KV, Inputs, Static
-from ._mosaic import head_size
+from ._mosaic import head_size, token_major
 from .base import KernelParams
 from .pallas_gpu_backward_queries import BLOCK_Q
 
@@ -37,9 +37,9 @@ def backward(
     (_, _, q_length, q_size), (_, k_length, v_size) = q.shape, v.shape[1:]
     size = max(head_size(q.shape[3]), head_size(v.shape[3]))
     rows = gpu.rows_of(lse, delta, params.scale, -(-q_length // BLOCK_Q) * BLOCK_Q)
-    q, k, v, dout = (_token_major(x, size) for x in (q, k, v, dout))
+    q, k, v, dout = (token_major(x, size) for x in (q, k, v, dout))
     x = Inputs(q, k, v, dout, rows, None, None, None, None)
-    dq = jnp.zeros(q.shape, jnp.float32) if dq_carry is None else _token_major(dq_carry, size)
+    dq = jnp.zeros(q.shape, jnp.float32) if dq_carry is None else token_major(dq_carry, size)
     dq = vary_like(dq, q, k, v, dout, *jax.tree.leaves(mask))
     dk, dv = (shape_like(t.shape, jnp.float32, t) for t in (k, v))
 
@@ -80,10 +80,3 @@ def _plan(
     stages = 2 if size <= 128 else 1
     static = Static(params, block_q, block_kv, stages, size, group)
     return static, x._replace(queries=queries, keys=keys, order=order, counts=counts)
-
-
-def _token_major(x: Array, size: int) -> Array:
-    """[B, N, L, H] as [B, L, N, H], with zeros for heads of ``size``, and for tokens that TMA can address: eights."""
-    x = jnp.swapaxes(x, 1, 2)
-    extra = (-x.shape[1] % 8, size - x.shape[3])
-    return jnp.pad(x, ((0, 0), (0, extra[0]), (0, 0), (0, extra[1]))) if any(extra) else x

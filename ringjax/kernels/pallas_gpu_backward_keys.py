@@ -28,7 +28,7 @@ from .._compat import gpu_kernel, gpu_load, gpu_ptx
 from ..mask import attends
 from . import _gpu_backward as gpu
 from ._gpu_backward import BLOCK_KV, COMPUTE_WARPGROUPS, Inputs, Place, Static
-from ._mosaic import COLUMNS, WARPGROUP_ROWS, column_matrix, is_finite, load_keys, load_queries, smem_tile
+from ._mosaic import COLUMNS, WARPGROUP_ROWS, column_matrix, is_finite, load_keys, load_queries, smem_tile, zeros
 
 
 class _Outputs(NamedTuple):
@@ -167,12 +167,12 @@ class _Program:
         static, x = self.static, self.x
         plgpu.set_max_registers(240, action="increase")
         dq, dk, dv = self.out
-        zeros = lambda ref: None if ref is None else gpu.zeros(WARPGROUP_ROWS, static.size)  # noqa: E731
+        nothing = lambda ref: None if ref is None else zeros((WARPGROUP_ROWS, static.size))  # noqa: E731
         plgpu.barrier_wait(self.scratch.keys_ready)
         full, visit = gpu.counts(x, place)
         total = visit * static.group
         before = (None, None) if dq is None else (jnp.int32(-1), jnp.int32(-1))
-        state = _State(zeros(dk), zeros(dv), *before, self._first_products(place, total))
+        state = _State(nothing(dk), nothing(dv), *before, self._first_products(place, total))
 
         def step(masked: bool) -> Any:
             return lambda index, head, n, state: self._add(_Tile(index, head, n, total, masked), place, state)
@@ -246,9 +246,9 @@ class _Program:
             (
                 start(state.dk),
                 start(state.dv),
-                start(gpu.zeros(*logits)),
-                start(gpu.zeros(*logits)) if self.needs_ds else None,
-                start(None if self.out.dq is None else gpu.zeros(WARPGROUP_ROWS, WARPGROUP_ROWS)),
+                start(zeros(logits)),
+                start(zeros(logits)) if self.needs_ds else None,
+                start(None if self.out.dq is None else zeros((WARPGROUP_ROWS, WARPGROUP_ROWS))),
             )
         )
         plgpu.barrier_arrive(s.queries_consumed.at[slot])

@@ -18,7 +18,7 @@ from .._compat import gpu_kernel, gpu_load
 from ..mask import attends
 from . import _gpu_backward as gpu
 from ._gpu_backward import COMPUTE_WARPGROUPS, Inputs, Place, Static
-from ._mosaic import ROWS, WARPGROUP_ROWS, load_keys, load_queries, row_matrix, smem_tile
+from ._mosaic import ROWS, WARPGROUP_ROWS, load_keys, load_queries, row_matrix, smem_tile, zeros
 
 BLOCK_Q = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 
@@ -116,7 +116,7 @@ class _Program:
         def step(masked: bool) -> Any:
             return lambda index, head, n, dq: self._add(place, index, n, lse, delta, dq, masked)
 
-        dq = gpu.zeros(WARPGROUP_ROWS, static.size)
+        dq = zeros((WARPGROUP_ROWS, static.size))
         dq = gpu.visit(static, place, jnp.int32(0), full, step(False), jnp.int32(0), dq)
         if x.order is not None:
             dq = gpu.visit(static, place, full, visit, step(True), full, dq)
@@ -159,7 +159,7 @@ class _Program:
             plgpu.wgmma(dq_acc, ds.astype(dtype), k_smem)
 
         start = plgpu.WGMMAAccumulatorRef.init
-        results: Any = pl.run_state(products)((start(dq), start(gpu.zeros(*shape)), start(gpu.zeros(*shape))))
+        results: Any = pl.run_state(products)((start(dq), start(zeros(shape)), start(zeros(shape))))
         plgpu.barrier_arrive(s.keys_consumed.at[slot])
         return results[0]
 

@@ -29,8 +29,8 @@ from .._compat import gpu_kernel, gpu_load, shape_like
 from ..mask import Mask, block_map, tile_kinds
 from ..partial import Partial
 from . import _mosaic
-from ._gpu_forward import Compute, Inputs, Scratch, Static, Work, column, full, walk
-from ._mosaic import MATRIX, ROWS, WARPGROUP_ROWS, TileSizes
+from ._gpu_forward import Compute, Inputs, Scratch, Static, Work, column, walk
+from ._mosaic import MATRIX, ROWS, WARPGROUP_ROWS, TileSizes, full
 from .base import KernelParams
 
 # Keys and values of the heads that are worked on at a time should stay in the L2 cache (50 MiB).
@@ -54,7 +54,9 @@ def forward(
     # Whole warpgroups; those of the last tile that have no queries leave it alone.
     rows_total = -(-q_length // WARPGROUP_ROWS) * WARPGROUP_ROWS
     reference = q
-    q, k, v = (_token_major(x, tiles) for x in (q, k, v))
+    # A box of TMA should not be longer than the array.
+    least = max(WARPGROUP_ROWS, tiles.block_kv)
+    q, k, v = (_mosaic.token_major(x, _mosaic.head_size(x.shape[3]), least) for x in (q, k, v))
     visits = None
     if not mask.is_full:
         visits = block_map(tile_kinds(mask, tiles.block_q, tiles.block_kv))
@@ -117,17 +119,6 @@ def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish
     out = tiles.block_q * v_size * 2 if finish and (tiles.stage_out or size != v_size) else 0
     fits = queries + ring + out + tiles.block_q * v_size * 4 + 2048 <= _mosaic.SMEM_BYTES
     return fits and (carry or not finish)
-
-
-def _token_major(x: Array, tiles: TileSizes) -> Array:
-    """[B, N, L, H] as [B, L, N, H], which is how the ring got it: XLA cancels the two. Heads grow to a native size.
-
-    TMA moves boxes of 8 tokens that should not be longer than the array, so odd and very short ones are padded too.
-    """
-    least = max(WARPGROUP_ROWS, tiles.block_kv)
-    x = jnp.swapaxes(x, 1, 2)
-    x = _mosaic.pad_axis(x, 3, _mosaic.head_size(x.shape[3]))
-    return _mosaic.pad_axis(x, 1, max(-(-x.shape[1] // 8) * 8, least))
 
 
 def _group_heads(num_rows: int, group: int, k: Array) -> int:
