@@ -1,8 +1,6 @@
 """What the two backward kernels for Hopper GPUs share: what goes in, tile sizes, and small pieces of their bodies.
 
-GPU terms: SMEM is the shared memory next to a multiprocessor's cores, GMEM the device memory. TMA copies tiles between
-them. WGMMA multiplies matrices: a warpgroup of 128 threads issues it, the left operand from SMEM or registers, the
-right one from SMEM, the float32 result in registers.
+GPU terms: see :mod:`ringjax.kernels._mosaic`.
 """
 
 import dataclasses

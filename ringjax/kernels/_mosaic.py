@@ -1,7 +1,8 @@
 """What the Mosaic GPU kernels share: tile sizes, the mask as arrays in device memory, and small pieces of a kernel.
 
-GPU terms: a warpgroup is 128 threads, the unit that multiplies (WGMMA); SMEM is the shared memory of a multiprocessor,
-GMEM the device memory; TMA copies tiles between the two behind the compute.
+GPU terms: a warpgroup is 128 threads, the unit that multiplies (WGMMA): the left operand comes from SMEM or registers,
+the right one from SMEM, the float32 result goes to registers. SMEM is the shared memory of a multiprocessor, GMEM the
+device memory; TMA copies tiles between the two behind the compute.
 """
 
 import dataclasses
@@ -64,16 +65,16 @@ def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def check_supported(q: Array, v: Array, params: KernelParams, name: str) -> None:
+def check_supported(q: Array, v: Array) -> None:
     """Raises NotImplementedError for what WGMMA or the tiles cannot do."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
-            f"query: implementation {name!r} takes bfloat16 and float16, the dtypes of WGMMA. Got {q.dtype}."
+            f"query: implementation 'pallas_gpu' takes bfloat16 and float16, the dtypes of WGMMA. Got {q.dtype}."
         )
     for argument, size in (("query", q.shape[3]), ("value", v.shape[3])):
         if size > HEAD_SIZES[-1]:
             raise NotImplementedError(
-                f"{argument}: implementation {name!r} takes heads of at most {HEAD_SIZES[-1]}. Got {size}."
+                f"{argument}: implementation 'pallas_gpu' takes heads of at most {HEAD_SIZES[-1]}. Got {size}."
             )
 
 
@@ -117,7 +118,7 @@ def column_matrix(x: Array, like: Array) -> Array:
 
 
 def is_finite(x: Array) -> Array:
-    """NaN fails the comparisons."""
+    """NaN fails the comparisons. Not by ``abs``: the compiler then no longer compares bfloat16 in pairs."""
     return (x < jnp.inf) & (x > -jnp.inf)
 
 
@@ -141,11 +142,6 @@ def _load_matrix(x_gmem: Any, b: Array, start: Array, shape: tuple[int, ...], ax
     values_gmem = x_gmem.at[batch_row(x_gmem, b), pl.ds(start, shape[axis])]
     x = gpu_load(values_gmem, (ROWS, COLUMNS)[axis], optimized=False)
     return jax.lax.broadcast_in_dim(x, shape, [axis])
-
-
-def mask_sides(mask: Mask) -> tuple[QuerySide, KeySide]:
-    """The two sides of the mask, for GMEM: [B1, T] and [B1, S]."""
-    return (QuerySide(None, None, None), KeySide(None, None)) if mask.is_full else mask.sides()
 
 
 # What was fastest on an H100 (docs/optimisation-log.md), for heads of 64, 128 and 256. Three warpgroups hide each

@@ -27,7 +27,7 @@ def forward(
     sinks: Float[Array, " N"] | None,
 ) -> Partial | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """See :class:`ringjax.kernels.base.Kernel`."""
-    _mosaic.check_supported(q, v, params, "pallas_gpu")
+    _mosaic.check_supported(q, v)
     tiles = _mosaic.forward_tiles(q, v, mask, params)
     result = pallas_gpu_forward.forward(q, k, v, mask, params, tiles, carry=carry, finish=finish, sinks=sinks)
     return _typed(result, q, k, v, mask)
@@ -46,7 +46,7 @@ def backward(
     dq_carry: Float[Array, "B N T H"] | None,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
     """See :class:`ringjax.kernels.base.Kernel`."""
-    _mosaic.check_supported(q, v, params, "pallas_gpu")
+    _mosaic.check_supported(q, v)
     dq, dk, dv = pallas_gpu_backward.backward(q, k, v, dout, lse, delta, mask, params, dq_carry=dq_carry)
     return _typed((dq, dk, dv), q, k, v, mask)
 

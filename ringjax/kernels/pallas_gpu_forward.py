@@ -60,7 +60,7 @@ def forward(
     visits = None
     if not mask.is_full:
         visits = block_map(tile_kinds(mask, tiles.block_q, tiles.block_kv))
-    queries, keys = _mosaic.mask_sides(mask)
+    queries, keys = mask.sides()
     rows = None
     if carry is not None:
         acc = _mosaic.pad_axis(carry.acc, 3, v_padded)
