@@ -23,6 +23,7 @@ from .sharded import AxisNames, Call, find_mesh, sharded
 # The platform of each Pallas kernel, and those that other platforms can interpret.
 _PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_triton": "gpu"}
 _INTERPRETABLE = ("pallas_tpu", "pallas_triton")
+_LARGEST_MOSAIC_HEAD = 256  # see kernels/_mosaic.py, which is only imported where it is used
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in the names that JAX gives devices
 
 
@@ -102,8 +103,8 @@ def ring_attention(
     left, right = check_window(local_window_size, is_causal)
     axis = _check_axis_name(axis_name)
     inside = _compat.axis_is_bound(axis)
-    platform, device_kind = _device(mesh)
-    kernel = _pick_kernel(config, platform, device_kind, arrays.query.dtype)
+    platform, device_kind, capability = _device(mesh)
+    kernel = _pick_kernel(config, platform, device_kind, capability, arrays)
     interpreted = kernel is not xla and _interprets(config)
     call = Call(
         axis, as_layout(layout), left, right, check_scale(scale, arrays.query.shape[3]),
@@ -143,23 +144,41 @@ def _check_axis_name(axis_name: Any) -> str:
     return axis_name
 
 
-def _device(mesh: Mesh | AbstractMesh | None) -> tuple[str, str]:
-    """The platform that the call is compiled for, and the kind of its devices."""
+def _device(mesh: Mesh | AbstractMesh | None) -> tuple[str, str, str | None]:
+    """The platform that the call is compiled for, the kind of its devices, and the capability of an NVIDIA GPU."""
     if isinstance(mesh, Mesh) and mesh.devices.size:
-        device = mesh.devices.flat[0]
-        return device.platform, device.device_kind
-    context = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
-    device = getattr(context, "abstract_device", None)
-    if device is not None and getattr(device, "platform", None):
-        return device.platform, device.device_kind
-    return jax.default_backend(), jax.devices()[0].device_kind
+        device: Any = mesh.devices.flat[0]
+    else:
+        context = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
+        device = getattr(context, "abstract_device", None)
+        if device is None or not getattr(device, "platform", None):
+            device = jax.devices()[0]
+    return device.platform, device.device_kind, getattr(device, "compute_capability", None)
 
 
-def _pick_kernel(config: RingConfig, platform: str, device_kind: str, dtype: jnp.dtype) -> Kernel:
-    """The named kernel, or the best that the platform has for this dtype."""
-    name = config.implementation
+def _best_kernel(platform: str, device_kind: str, capability: str | None, arrays: Arrays) -> str:
+    """What runs where no kernel is named."""
+    dtype = arrays.query.dtype
+    if dtype == jnp.float64:
+        return "xla"
+    if platform == "tpu":
+        return "pallas_tpu"
+    # Triton has no products for what came before Ampere; what is not from NVIDIA has no such kernel here.
+    if platform != "gpu" or not device_kind.startswith("NVIDIA") or float(capability or 8) < 8:
+        return "xla"
+    largest_head = max(arrays.query.shape[3], arrays.value.shape[3])
+    if _HOPPER.search(device_kind) and dtype.itemsize == 2 and largest_head <= _LARGEST_MOSAIC_HEAD:
+        return "pallas_gpu"
+    return "pallas_triton"
+
+
+def _pick_kernel(
+    config: RingConfig, platform: str, device_kind: str, capability: str | None, arrays: Arrays
+) -> Kernel:  # fmt: skip
+    """The named kernel, or the best that the platform has for these arrays."""
+    name, dtype = config.implementation, arrays.query.dtype
     if name is None:
-        name = "pallas_tpu" if platform == "tpu" and dtype != jnp.float64 else "xla"
+        name = _best_kernel(platform, device_kind, capability, arrays)
     if name == "xla":
         return xla
     if config.interpret and name not in _INTERPRETABLE:

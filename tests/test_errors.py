@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -14,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ringjax
-from ringjax import RingConfig
+from ringjax import RingConfig, attention
 
 
 def call(query: Any = (2, 16, 4, 8), key: Any = (2, 16, 2, 8), value: Any = (2, 16, 2, 8), **options: Any) -> Any:
@@ -197,6 +198,35 @@ def test_mosaic_on_a_gpu_that_is_no_hopper(kind: str) -> None:
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("sp",), abstract_device=device)):
         with pytest.raises(ValueError, match=f"'pallas_triton' or 'xla' on '{kind}'. Got 'pallas_gpu'"):
             jax.eval_shape(attend, x)
+
+
+H100, A100, L40S, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA T4"
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "capability", "dtype", "head_size", "name"),
+    [
+        ("gpu", H100, "9.0", "bfloat16", 128, "pallas_gpu"),
+        ("gpu", "NVIDIA H200", None, "float16", 256, "pallas_gpu"),
+        ("gpu", H100, "9.0", "float32", 128, "pallas_triton"),
+        ("gpu", H100, "9.0", "bfloat16", 288, "pallas_triton"),
+        ("gpu", A100, "8.0", "bfloat16", 128, "pallas_triton"),
+        ("gpu", L40S, None, "float32", 64, "pallas_triton"),
+        ("gpu", T4, "7.5", "float16", 64, "xla"),
+        ("gpu", "AMD Instinct MI300X", None, "bfloat16", 128, "xla"),
+        ("gpu", H100, "9.0", "float64", 128, "xla"),
+        ("tpu", "TPU v5p", None, "bfloat16", 128, "pallas_tpu"),
+        ("cpu", "cpu", None, "bfloat16", 128, "xla"),
+    ],
+)
+def test_what_runs_where_no_kernel_is_named(
+    platform: str, kind: str, capability: str | None, dtype: str, head_size: int, name: str
+) -> None:
+    query = jax.ShapeDtypeStruct((1, 16, 2, 64), jnp.dtype(dtype))
+    arrays = SimpleNamespace(query=query, value=query.update(shape=(1, 16, 2, head_size)))
+    assert (
+        attention._pick_kernel(RingConfig(), platform, kind, capability, arrays).__name__ == f"ringjax.kernels.{name}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -250,10 +250,10 @@ class Compute:
             plgpu.wgmma(acc_ref, running.p, scratch.v_smem.at[last])
             self.pass_turn("issued")
 
-        acc: Any = pl.run_state(values)(plgpu.WGMMAAccumulatorRef.init(running.acc))
+        summed: Any = pl.run_state(values)(plgpu.WGMMAAccumulatorRef.init(running.acc))
         self.pass_turn("logits")
         plgpu.barrier_arrive(scratch.v_consumed.at[last])
-        return acc, running.max, running.sum
+        return summed, running.max, running.sum
 
     def attend_plainly(
         self, work: Work, count: Array, acc: Array, top: Array, total: Array
@@ -467,9 +467,7 @@ class Compute:
 
         pl.when(self.has_rows(work))(write)
         if self.static.carry_in_smem:
-            self.store(
-                acc, self.scratch.acc_smem.at[self.warpgroup], self.out[0].at[work.b, work.n, self.rows(work)]
-            )
+            self.store(acc, self.scratch.acc_smem.at[self.warpgroup], self.out[0].at[work.b, work.n, self.rows(work)])
 
     def finish(self, work: Work, acc: Array, top: Array, total: Array, *, visited: bool) -> None:
         scratch = self.scratch
