@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -116,14 +117,33 @@ def _ours(config: ringjax.RingConfig, **options: Any) -> Callable[..., Any]:
     return attend
 
 
-def compile_all(programs: Sequence[Program]) -> list[Program]:
-    """The compiler works on several at once."""
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Programs to be timed in turns, and what their times mean: from one list of times for each to a result."""
 
-    def compiled(program: Program) -> Program:
-        return Program(jax.jit(program.run).lower(*program.arguments).compile(), program.arguments)
+    programs: tuple[Program, ...]
+    conclude: Callable[[list[list[float]]], Any]
+
+    def result(self, rounds: int) -> Any:
+        return self.conclude(in_turns(self.programs, rounds))
+
+
+def compile_all(programs: Sequence[Program]) -> list[Program]:
+    """The compiler works on several at once. Programs of one function, whose arguments look alike, share the result."""
+    unique = {id(program.run): program for program in programs}
+
+    def compiled(program: Program) -> Any:
+        return jax.jit(program.run).lower(*program.arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return list(pool.map(compiled, programs))
+        runs = dict(zip(unique, pool.map(compiled, unique.values()), strict=True))
+    return [Program(runs[id(program.run)], program.arguments) for program in programs]
+
+
+def compile_measurements(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """All their programs at once."""
+    rest = iter(compile_all([program for measurement in measurements for program in measurement.programs]))
+    return [dataclasses.replace(m, programs=tuple(next(rest) for _ in m.programs)) for m in measurements]
 
 
 def in_turns(programs: Sequence[Program], rounds: int, budget_ms: float = 60.0) -> list[list[float]]:
@@ -145,7 +165,7 @@ def flops(shape: Shape, mask: str, direction: str) -> float:
     return forward * (0.5 if mask == "causal" else 1.0) * (3.5 if direction == "fwd+bwd" else 1.0)
 
 
-def _row(what: str, mask: str, direction: str, times: Sequence[Sequence[float]], work: float) -> Row:
+def _row(what: str, mask: str, direction: str, times: Sequence[Sequence[float]], *, work: float) -> Row:
     ours, theirs = times
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     a, b = statistics.median(ours), statistics.median(theirs)
@@ -160,23 +180,19 @@ def ceiling(dtype: Any, rounds: int, side: int = CEILING) -> float:
     return 2.0 * side**3 / statistics.median(times) / 1e9
 
 
-def attention(shape: Shape, config: ringjax.RingConfig, *, dtype: Any, reference: str, rounds: int) -> list[Row]:
+def attention(shape: Shape, config: ringjax.RingConfig, *, dtype: Any, reference: str) -> list[Measurement]:
     """One call of ring_attention on one device beside jax.nn.dot_product_attention."""
-    inputs, keys, programs = draw(shape, dtype), [], []
-    for mask in ("full", "causal"):
+    inputs, found = draw(shape, dtype), []
+    for mask, direction in itertools.product(("full", "causal"), PASSES):
         causal = mask == "causal"
         of_jax: Any = jax.nn.dot_product_attention
         dense = functools.partial(of_jax, is_causal=causal, implementation=reference)
-        for direction in PASSES:
-            keys.append((mask, direction))
-            programs.append(Program(_directed(_ours(config, is_causal=causal), direction), inputs))
-            programs.append(Program(_directed(dense, direction), inputs))
-    compiled = compile_all(programs)
-    rows = []
-    for index, (mask, direction) in enumerate(keys):
-        times = in_turns(compiled[2 * index : 2 * index + 2], rounds)
-        rows.append(_row(str(shape), mask, direction, times, flops(shape, mask, direction)))
-    return rows
+        ours = Program(_directed(_ours(config, is_causal=causal), direction), inputs)
+        theirs = Program(_directed(dense, direction), inputs)
+        work = flops(shape, mask, direction)
+        row = functools.partial(_row, str(shape), mask, direction, work=work)
+        found.append(Measurement((ours, theirs), row))
+    return found
 
 
 def _params(shape: Shape) -> KernelParams:
@@ -194,23 +210,21 @@ def _loop(kernel: Kernel, params: KernelParams, q: Any, blocks: Any, masks: Sequ
     return jnp.swapaxes(out, 1, 2), lse
 
 
-def ring_cost(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int, rounds: int) -> Row:
+def ring_cost(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -> Measurement:
     """Full attention as a loop over blocks with the carry, beside one call over the whole sequence."""
     q, k, v, _ = draw(shape, dtype)
     blocks = tuple(zip(jnp.split(k, num_shards, axis=1), jnp.split(v, num_shards, axis=1), strict=True))
     full = Mask(None, None, None, None)
     run = functools.partial(_loop, kernel, _params(shape))
-    programs = compile_all(
-        [
-            Program(lambda q, blocks: run(q, blocks, [full] * num_shards), (q, blocks)),
-            Program(lambda q, k, v: run(q, [(k, v)], [full]), (q, k, v)),
-        ]
+    programs = (
+        Program(lambda q, blocks: run(q, blocks, [full] * num_shards), (q, blocks)),
+        Program(lambda q, k, v: run(q, [(k, v)], [full]), (q, k, v)),
     )
     what = f"{shape}: {num_shards} blocks / one call"
-    return _row(what, "full", "fwd", in_turns(programs, rounds), flops(shape, "full", "fwd"))
+    return Measurement(programs, functools.partial(_row, what, "full", "fwd", work=flops(shape, "full", "fwd")))
 
 
-def zigzag_ranks(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int, rounds: int) -> dict[str, Any]:
+def zigzag_ranks(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -> Measurement:
     """A causal zigzag ring, rank by rank, beside one causal call: all times in milliseconds."""
     q, k, v, _ = draw(shape, dtype)
     order = np.asarray(ringjax.ring_positions(shape.length, layout="zigzag", num_shards=num_shards))
@@ -227,22 +241,27 @@ def zigzag_ranks(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int, r
 
     whole = jnp.arange(shape.length, dtype=jnp.int32)[None]
     one_call = Program(lambda q, k, v, at: run(q, [(k, v)], [Mask(at, at, None, None, right=0)]), (q, k, v, whole))
-    first, one = compile_all([Program(rank, arguments(0)), one_call])
-    programs = [Program(first.run, arguments(r)) for r in range(num_shards)]
-    *ranks, whole_times = (statistics.median(times) for times in in_turns([*programs, one], rounds))
-    mean = statistics.mean(ranks)
-    return {
-        "shape": str(shape),
-        "num_shards": num_shards,
-        "rank_ms": ranks,
-        "one_call_ms": whole_times,
-        "slowest_over_mean": max(ranks) / mean,
-        "sum_over_one_call": sum(ranks) / whole_times,
-    }
+
+    def conclude(times: list[list[float]]) -> dict[str, Any]:
+        *ranks, whole_times = (statistics.median(x) for x in times)
+        mean = statistics.mean(ranks)
+        return {
+            "shape": str(shape),
+            "num_shards": num_shards,
+            "rank_ms": ranks,
+            "one_call_ms": whole_times,
+            "slowest_over_mean": max(ranks) / mean,
+            "sum_over_one_call": sum(ranks) / whole_times,
+        }
+
+    return Measurement((*(Program(rank, arguments(r)) for r in range(num_shards)), one_call), conclude)
 
 
-def packed(shape: Shape, config: ringjax.RingConfig, *, dtype: Any, rounds: int) -> list[Row]:
-    """Documents of 1/32 to 1/4 of the sequence, causal, beside the same call with the predicate in every tile."""
+def packed(shape: Shape, config: ringjax.RingConfig, *, dtype: Any) -> list[Measurement]:
+    """Documents of 1/32 to 1/4 of the sequence, causal, beside the same call with the predicate in every tile.
+
+    The latter programs are compiled here, the others not yet.
+    """
     rng, segments = np.random.default_rng(0), np.zeros((shape.batch, shape.length), np.int32)
     start, document = 0, 0
     while start < shape.length:
@@ -250,17 +269,14 @@ def packed(shape: Shape, config: ringjax.RingConfig, *, dtype: Any, rounds: int)
         segments[:, start:stop] = document
         start, document = stop, document + 1
     arguments = (*draw(shape, dtype), jnp.asarray(segments))
-    rows = []
-    for direction in PASSES:
-        # Two functions, or the second would be served from the cache of what was traced for the first.
-        sparse, dense = (Program(_directed(_ours(config, is_causal=True), direction), arguments) for _ in range(2))
-        (sparse,) = compile_all([sparse])
-        with _every_tile_partial():
-            (dense,) = compile_all([dense])
-        what = f"{shape}, {document} documents: block map / predicate everywhere"
-        times = in_turns([sparse, dense], rounds)
-        rows.append(_row(what, "causal", direction, times, flops(shape, "causal", direction)))
-    return rows
+    # Two functions each, or the second would be served from the cache of what was traced for the first.
+    programs = lambda: [Program(_directed(_ours(config, is_causal=True), each), arguments) for each in PASSES]  # noqa: E731
+    with _every_tile_partial():
+        everywhere = compile_all(programs())
+    what = f"{shape}, {document} documents: block map / predicate everywhere"
+    rows = [functools.partial(_row, what, "causal", each, work=flops(shape, "causal", each)) for each in PASSES]
+    pairs = zip(programs(), everywhere, strict=True)
+    return [Measurement(pair, row) for pair, row in zip(pairs, rows, strict=True)]
 
 
 @contextlib.contextmanager
@@ -318,20 +334,27 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         "TFLOP/s"
     )
     say(title)
-    rows: list[Row] = []
-
-    def add(more: list[Row]) -> None:
-        rows.extend(more)
-        for row in more:
-            say("  ".join(_cells(row)))
-
-    for shape in shapes:
-        add(attention(shape, config, dtype=dtype, reference=options.reference, rounds=rounds))
     long = max(shapes, key=lambda shape: (shape.length, shape.heads == shape.kv_heads))
-    add([ring_cost(long, kernel, dtype=dtype, num_shards=options.num_shards, rounds=rounds)])
-    zigzag = zigzag_ranks(long, kernel, dtype=dtype, num_shards=options.num_shards, rounds=rounds)
+    of_packed = packed(long, config, dtype=dtype)  # first, since what it traces must not be mixed with the rest
+    *of_rows, of_zigzag = compile_measurements(
+        [
+            *(m for shape in shapes for m in attention(shape, config, dtype=dtype, reference=options.reference)),
+            ring_cost(long, kernel, dtype=dtype, num_shards=options.num_shards),
+            *(dataclasses.replace(m, programs=m.programs[:1]) for m in of_packed),
+            zigzag_ranks(long, kernel, dtype=dtype, num_shards=options.num_shards),
+        ]
+    )
+    count = len(of_packed)
+    of_rows[-count:] = [
+        dataclasses.replace(m, programs=(*m.programs, *done.programs[1:]))
+        for m, done in zip(of_rows[-count:], of_packed, strict=True)
+    ]
+    rows = []
+    for measurement in of_rows:
+        rows.append(measurement.result(rounds))
+        say("  ".join(_cells(rows[-1])))
+    zigzag = of_zigzag.result(rounds)
     say(f"zigzag: slowest / mean {zigzag['slowest_over_mean']:.3f}, sum / one call {zigzag['sum_over_one_call']:.3f}")
-    add(packed(long, config, dtype=dtype, rounds=rounds))
     return {"title": title, "ceiling_tflops": top, "rows": [dataclasses.asdict(row) for row in rows], "zigzag": zigzag}
 
 

@@ -27,7 +27,7 @@ def test_command_measures_everything_and_writes_it(tmp_path, capsys):
 
 
 def test_ratios_are_of_rounds_and_work_is_counted():
-    row = bench_gpu._row("x", "full", "fwd", [[1.0, 2.0, 4.0], [2.0, 2.0, 4.0]], 8e9)
+    row = bench_gpu._row("x", "full", "fwd", [[1.0, 2.0, 4.0], [2.0, 2.0, 4.0]], work=8e9)
     assert (row.ours_ms, row.reference_ms, row.ratio, row.tflops) == (2.0, 2.0, 1.0, 4.0)
     shape = bench_gpu.Shape(1, 8192, 32, 32, 128)
     assert bench_gpu.flops(shape, "full", "fwd") == 4 * 32 * 8192**2 * 128
