@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from .._compat import gpu_load
 from ..mask import KeySide, Mask, QuerySide
+from . import _tile_table
 from ._softmax import LOG2_E as LOG2_E
 from .base import KernelParams
 
@@ -160,10 +161,13 @@ _FORWARD = {
 }
 
 
-def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams) -> TileSizes:
-    """Tiles of a forward call: as requested, else of the table."""
+def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams, *, whole: bool) -> TileSizes:
+    """Tiles of a forward call: as requested, else of the tables, the user's first. ``whole``: without a carry."""
     size = max(head_size(q.shape[3]), head_size(v.shape[3]))
     tiles = (_FORWARD_FULL if mask.is_full else _FORWARD)[size]
+    if params.block_q is None and params.block_kv is None:
+        kernel = "forward" + ("" if whole else ", carry") + ("" if mask.is_full else ", masked")
+        return _tile_table.chosen(tiles, "pallas_gpu", kernel, q.dtype, size, params.device_kind)
     if params.block_q is not None:
         if params.block_q not in (128, 192) or (params.block_q == 192 and size == 256):
             raise NotImplementedError(

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
 from ..mask import BlockMap, Mask, block_map, tile_kinds
+from . import _tile_table
 from ._softmax import is_finite
 from .base import KernelParams
 
@@ -61,10 +62,13 @@ _LEAST_SHARED_MEMORY = 99 * 1024
 
 
 def tile_sizes(kernel: str, q: Array, k: Array, v: Array, params: KernelParams) -> TileSizes:
-    """Tiles of "forward", "dkv" or "dq": as requested, else of the table, no larger than the shard needs."""
+    """Tiles of "forward", "dkv" or "dq": as requested, else of the tables, the user's first; no larger than needed."""
     size = max(padded_size(q.shape[3]), padded_size(v.shape[3]))
     table = (_FLOAT32 if q.dtype == jnp.float32 else _HALF)[kernel]
-    largest = table[min(max(size, 64), 256)]
+    native = min(max(size, 64), 256)
+    largest = table[native]
+    if params.block_q is None and params.block_kv is None:
+        largest = _tile_table.chosen(largest, "pallas_triton", kernel, q.dtype, native, params.device_kind)
     tiles = dataclasses.replace(
         largest,
         block_q=_block("block_q", q.shape[2], largest.block_q, params),

@@ -28,7 +28,7 @@ def forward(
 ) -> Partial | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
     """See :class:`ringjax.kernels.base.Kernel`."""
     _mosaic.check_supported(q, v)
-    tiles = _mosaic.forward_tiles(q, v, mask, params)
+    tiles = _mosaic.forward_tiles(q, v, mask, params, whole=carry is None and finish)
     result = pallas_gpu_forward.forward(q, k, v, mask, params, tiles, carry=carry, finish=finish, sinks=sinks)
     return _typed(result, q, k, v, mask)
 

@@ -1,0 +1,242 @@
+"""Tiles that `ringjax tune` found on this machine, in a file of the user's: they take the place of the built-in ones.
+
+The file is that of the environment variable RINGJAX_TILES (set and empty: none), else ringjax/tiles.json in the user's
+configuration directory. It is read once a process, when a kernel is first traced; a later process sees what has
+changed. All processes of one job should see the same table. Whatever is wrong with the file, a run goes on with the
+built-in tiles and one warning says what. Knows neither JAX nor the kernels, but for what values a tile may have.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+# To be raised when a kernel changes so much that tiles found for the old one mean little.
+FORMAT = 1
+VARIABLE = "RINGJAX_TILES"
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What tiles are looked up by."""
+
+    device_kind: str  # as JAX names it
+    implementation: str
+    kernel: str  # which one of the implementation, and how it is called: "dq", or "forward, carry, masked"
+    dtype: str  # "half" or "float32"
+    head_size: int  # the next one of 64, 128 and 256
+
+    def __str__(self) -> str:
+        return " / ".join(str(part) for part in dataclasses.astuple(self))
+
+
+def dtype_class(dtype: Any) -> str:
+    """16-bit dtypes take the same tiles."""
+    return "float32" if str(dtype) == "float32" else "half"
+
+
+def path() -> Path | None:
+    """The user's file, whether there is one or not; None: none is to be read."""
+    named = os.environ.get(VARIABLE)
+    if named is not None:
+        return Path(os.path.expanduser(named)) if named else None
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.config")) / "ringjax" / "tiles.json"
+
+
+def chosen(built_in: T, implementation: str, kernel: str, dtype: Any, size: int, device_kind: str) -> T:
+    """The user's tiles for a call whose configuration fixes none, else ``built_in``, a dataclass of the same type."""
+    if _instead:
+        return built_in if _instead[-1] is None else _instead[-1]
+    file = path()
+    if file is None:
+        return built_in
+    return _found(file, VARIABLE in os.environ, Key(device_kind, implementation, kernel, dtype_class(dtype), size), built_in)
+
+
+_instead: list[Any] = []
+
+
+@contextlib.contextmanager
+def instead(tiles: Any) -> Iterator[None]:
+    """Inside, every lookup gives these tiles; None: the built-in ones. The file is not read."""
+    _instead.append(tiles)
+    try:
+        yield
+    finally:
+        _instead.pop()
+
+
+def forget() -> None:
+    """The file is read again at the next lookup. What JAX has traced stays as it is, see jax.clear_caches."""
+    _entries.cache_clear()
+    _found.cache_clear()
+
+
+@functools.cache
+def _found(file: Path, named: bool, key: Key, built_in: Any) -> Any:
+    entry = _entries(file, named).get(str(key))
+    if entry is None:
+        return built_in
+    try:
+        return parse(entry, key, built_in)
+    except ValueError as error:
+        _warn(file, f"tiles for {str(key)!r}: {error}")
+        return built_in
+
+
+@functools.cache
+def _entries(file: Path, named: bool) -> Mapping[str, Any]:
+    try:
+        if named and not file.exists():
+            raise ValueError(f"{VARIABLE} must name a file, or be empty: no table. There is no such file.")
+        return read(file)
+    except (ValueError, OSError) as error:
+        _warn(file, str(error))
+        return {}
+
+
+def _warn(file: Path, what: str) -> None:
+    warnings.warn(f"{file}: {what} The built-in tiles are used.", stacklevel=2)
+
+
+# ----------------------------------------------------------------------------------------------------- the file
+
+
+def read(file: Path) -> dict[str, Any]:
+    """All entries by key; none if there is no file. Raises ValueError for what is not a table, and OSError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"must be JSON, as `ringjax tune` writes it. Got {error}.") from None
+    if not isinstance(table, dict) or "format" not in table:
+        raise ValueError("must be a table of `ringjax tune`, an object with a format. Got other JSON.")
+    if table["format"] != FORMAT:
+        raise ValueError(f"format must be {FORMAT}; `ringjax tune --table` another file. Got {table['format']!r}.")
+    if not isinstance(table.get("tiles"), dict):
+        raise ValueError(f"tiles must be an object. Got {type(table.get('tiles')).__name__}.")
+    return table["tiles"]
+
+
+def merge(file: Path, changes: Mapping[Key, Any]) -> None:
+    """Entries of the file replaced or added, and those that are None dropped; others stay. All of it or nothing."""
+    entries = read(file)
+    before = dict(entries)
+    for key, entry in changes.items():
+        entries.pop(str(key), None)
+        if entry is not None:
+            entries[str(key)] = entry
+    if entries == before:
+        return
+    file = file.resolve()  # a link stays a link
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with open(unfinished, "w", encoding="utf-8") as out:
+            json.dump({"format": FORMAT, "tiles": dict(sorted(entries.items()))}, out, indent=1)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(unfinished, file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    forget()
+
+
+def parse(entry: Any, key: Key, like: T) -> T:
+    """Tiles of an entry, of the type of ``like``. Raises ValueError for what the kernel does not know."""
+    values = entry.get("tiles") if isinstance(entry, dict) else None
+    if not isinstance(values, dict):
+        raise ValueError("must be an object with tiles.")
+    fields = {field.name: field for field in dataclasses.fields(like)}  # pyright: ignore[reportArgumentType]
+    for name in [*values, *fields]:
+        if name not in fields:
+            raise ValueError(f"{name} is not known to this version of ringjax.")
+        if name not in values and fields[name].default is dataclasses.MISSING:
+            raise ValueError(f"{name} is missing.")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in given.items():
+        if _shape(value) != _shape(getattr(like, name)):
+            raise ValueError(f"{name} must be of the type of {getattr(like, name)!r}. Got {value!r}.")
+    tiles = type(like)(**given)
+    refusal = RULES[key.implementation](tiles, key.head_size)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return tiles
+
+
+def _shape(value: Any) -> Any:
+    """The type, of a tuple those of its elements: True is not 1."""
+    return tuple(map(_shape, value)) if isinstance(value, tuple) else type(value)
+
+
+# -------------------------------------------------------------------------------------- what a kernel can work with
+
+_HOPPER_SMEM = 227 * 1024
+# Registers of a thread of each warpgroup, summed over warpgroups, that a block of so many multiplying ones starts
+# with: 65536 dealt out to all threads in eights. Who asks for more than there are waits for ever.
+_REGISTERS = {2: 3 * 168, 3: 4 * 128}
+
+
+def _mosaic_refusal(tiles: Any, size: int) -> str | None:
+    """What keeps the Mosaic forward kernel from running with these tiles; None: nothing."""
+    for name, allowed in (
+        ("compute", (2,) if size == 256 else (2, 3)),
+        ("block_kv", (64, 128)),
+        ("stages", (2, 3, 4)),
+        ("turns", ("issued", "logits", "none")),
+    ):
+        if getattr(tiles, name) not in allowed:
+            choices = ", ".join(map(repr, allowed))
+            raised = f"{name} must be one of {choices} for heads of {size}."
+            return f"{raised} Got {getattr(tiles, name)!r}."
+    if tiles.group_heads < 0:
+        return f"group_heads must be 0 or more. Got {tiles.group_heads}."
+    loading, multiplying = tiles.registers
+    if any(n % 8 or not 24 <= n <= 256 for n in tiles.registers):
+        return f"registers must be multiples of 8 from 24 to 256. Got {tiles.registers}."
+    if loading + tiles.compute * multiplying > _REGISTERS[tiles.compute]:
+        return (
+            f"registers: of one loading and {tiles.compute} multiplying warpgroups must be at most "
+            f"{_REGISTERS[tiles.compute]} together. Got {tiles.registers}."
+        )
+    if mosaic_smem(tiles, size) > _HOPPER_SMEM:
+        return f"block_kv x stages must fit {_HOPPER_SMEM} bytes of SMEM. They take {mosaic_smem(tiles, size)}."
+    return None
+
+
+def mosaic_smem(tiles: Any, size: int) -> int:
+    """Bytes for keys and queries of this head size or values of it, whichever take more. Carry aside: it may stay out."""
+    most = 0
+    for other in (n for n in (64, 128, 256) if n <= size):
+        for q, v in ((size, other), (other, size)):
+            out = v if tiles.stage_out or q != v else 0
+            most = max(most, tiles.block_q * (q + out) + tiles.stages * tiles.block_kv * (q + v))
+    return 2 * most + 2048  # barriers, and room for reductions
+
+
+def _triton_refusal(tiles: Any, size: int) -> str | None:
+    """The same of the Triton kernels, which shrink what does not fit."""
+    del size  # Unused.
+    for name, least, most in (("block_q", 16, 256), ("block_kv", 16, 256), ("num_warps", 1, 16)):
+        value = getattr(tiles, name)
+        if not least <= value <= most or value & (value - 1):
+            return f"{name} must be a power of two from {least} to {most}. Got {value}."
+    if not 1 <= tiles.num_stages <= 8:
+        return f"num_stages must be 1 to 8. Got {tiles.num_stages}."
+    return None
+
+
+RULES = {"pallas_gpu": _mosaic_refusal, "pallas_triton": _triton_refusal}
