@@ -1,4 +1,4 @@
-"""What `ringjax tune` searches: the keys of the table, the tiles worth trying for each, and the calls that are timed."""
+"""What `ringjax tune` searches: keys of the table, the tiles worth a try for each, and the calls that are timed."""
 
 import dataclasses
 import itertools
@@ -54,7 +54,7 @@ class Problem:
         return self._settled(None)
 
     def candidates(self) -> list[Any]:
-        """Tiles worth a try, the built-in ones first. All of them are such as the kernel would use if the table said so."""
+        """Tiles worth a try, the built-in ones first. Each is what the kernel would use if the table said so."""
         built_in = self.built_in()
         options = _mosaic_options(self) if self.implementation == "pallas_gpu" else _triton_options(self, built_in)
         return [built_in, *(tiles for tiles in options if tiles != built_in and self.accepts(tiles))][:MOST_CANDIDATES]
@@ -104,25 +104,24 @@ class Problem:
         def call(q: Any, k: Any, v: Any, positions: Any, carry: Any) -> Any:
             mask = _causal(positions)
             q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-            result = module.forward(
-                q, k, v, mask, self.params, tiles, carry=carry, finish=carry is None, sinks=None
-            )  # fmt: skip
+            options = {"carry": carry, "finish": carry is None, "sinks": None}
+            result = module.forward(q, k, v, mask, self.params, tiles, **options)
             return result if carries else (jnp.swapaxes(result[0], 1, 2), result[1])
 
         return call, (q, k, v, positions if masked else None, carry if carries else None)
 
     def _backward(self, tiles: Any, arrays: Sequence[Any], masked: bool) -> Call:
         q, k, v, dout, positions, carry = arrays
-        lse = carry.max * math.log(self.length)
 
-        def call(q: Any, k: Any, v: Any, dout: Any, lse: Any, positions: Any) -> Any:
+        def call(q: Any, k: Any, v: Any, dout: Any, ones: Any, positions: Any) -> Any:
+            lse = ones * math.log(self.length)  # about what it is
             q, k, v, dout = (jnp.swapaxes(x, 1, 2) for x in (q, k, v, dout))
             rows = (q, k, v, dout, lse, jnp.zeros_like(lse), _causal(positions), self.params, tiles)
             if self.kernel == "dkv":
-                return pallas_triton_backward.dkv(*rows)
-            return pallas_triton_backward.dq(*rows, dq_carry=None)
+                return jax.tree.map(_triton.token_major, pallas_triton_backward.dkv(*rows))
+            return _triton.token_major(pallas_triton_backward.dq(*rows, dq_carry=None))
 
-        return call, (q, k, v, dout, lse, positions if masked else None)
+        return call, (q, k, v, dout, carry.max, positions if masked else None)
 
 
 def _causal(positions: Any) -> Mask:

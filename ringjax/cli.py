@@ -96,6 +96,14 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
+def tune(context: typer.Context) -> None:
+    """Finds the fastest tiles of the kernels on this GPU, for later runs to use. See `ringjax tune --help`."""
+    from . import tune as command
+
+    raise typer.Exit(command.main(context.args))
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
 def inspect(context: typer.Context) -> None:
     """Compiles a ring for a TPU, without one, and reads its order and memory. See `ringjax inspect --help`."""
     from .inspect import command

@@ -15,8 +15,9 @@ class RingConfig:
       implementation: the block kernel: None (the best one for the platform), "xla", "pallas_tpu", "pallas_gpu" or
         "pallas_triton". A named one that the platform lacks raises.
       direction: "forward" (every block travels the same way round) or "both" (half of K/V each way; not yet there).
-      block_q, block_kv: tile sizes in tokens; None chooses. A kernel may pad a shard up to a multiple of them. The
-        backward pass of "pallas_gpu" has tiles of its own, for which the registers leave no choice.
+      block_q, block_kv: tile sizes in tokens; None chooses, on GPU from the table that `ringjax tune` has written, if
+        there is one. A kernel may pad a shard up to a multiple of them. The backward pass of "pallas_gpu" has tiles of
+        its own, for which the registers leave no choice.
       unroll: hops per iteration of the compiled loop. None chooses: 1 on CPU, where compile time counts, else 2,
         which spares the copies of K and V that a rolled loop makes. At least the number of hops: no loop.
       dkv_dtype: dtype in which dK and dV are summed and travel. "float32" loses nothing (float64 inputs stay in

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["RINGJAX_TILES"] = ""  # no tiles that this machine's user has tuned
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

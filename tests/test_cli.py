@@ -19,7 +19,7 @@ def invoke(*arguments: object):
 def test_help_names_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("train", "demo", "bench"))
+    assert all(name in result.output for name in ("train", "demo", "bench", "tune"))
 
 
 def test_bad_keys_are_one_line_each_and_nothing_is_written(tmp_path):
@@ -49,7 +49,7 @@ def test_missing_text_is_an_error(tmp_path, monkeypatch):
     assert result.stderr.startswith("error: data.paths: each entry must match at least one file. Got 'no/such/file'")
 
 
-@pytest.mark.parametrize("command", ["demo", "bench"])
+@pytest.mark.parametrize("command", ["demo", "bench", "tune"])
 def test_other_commands_get_their_arguments_untouched(monkeypatch, command):
     import ringjax
 

@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parents[1] / "ringjax"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo", "bench"),
+    ("demo", "bench", "tune"),
     ("bench_tpu", "bench_gpu"),
     ("_tpu_programs",),
-    ("static_cycles", "_doc_table"),
+    ("static_cycles", "_doc_table", "_tune_space"),
     ("training",),
     ("nnx", "linen"),
     ("decoder",),

@@ -58,7 +58,9 @@ def chosen(built_in: T, implementation: str, kernel: str, dtype: Any, size: int,
     file = path()
     if file is None:
         return built_in
-    return _found(file, VARIABLE in os.environ, Key(device_kind, implementation, kernel, dtype_class(dtype), size), built_in)
+    return _found(
+        file, VARIABLE in os.environ, Key(device_kind, implementation, kernel, dtype_class(dtype), size), built_in
+    )
 
 
 _instead: list[Any] = []
@@ -130,16 +132,16 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def merge(file: Path, changes: Mapping[Key, Any]) -> None:
-    """Entries of the file replaced or added, and those that are None dropped; others stay. All of it or nothing."""
+    """Replaces or adds entries of the file and drops those that are None; others stay. Writes all of it or nothing."""
     entries = read(file)
     before = dict(entries)
     for key, entry in changes.items():
         entries.pop(str(key), None)
         if entry is not None:
             entries[str(key)] = entry
-    if entries == before:
-        return
     file = file.resolve()  # a link stays a link
+    if entries == before and file.exists():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -218,7 +220,7 @@ def _mosaic_refusal(tiles: Any, size: int) -> str | None:
 
 
 def mosaic_smem(tiles: Any, size: int) -> int:
-    """Bytes for keys and queries of this head size or values of it, whichever take more. Carry aside: it may stay out."""
+    """Bytes where keys or values have this head size, at most. Without the carry, which need not be in SMEM."""
     most = 0
     for other in (n for n in (64, 128, 256) if n <= size):
         for q, v in ((size, other), (other, size)):

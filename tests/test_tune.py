@@ -1,0 +1,592 @@
+"""Tables of tiles, and `ringjax tune` without a GPU: toy problems and a timer that knows what it will say."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import test_pallas_gpu_forward as mosaic_cases
+import test_pallas_triton as triton_cases
+
+import ringjax
+from ringjax import _tune_space, tune
+from ringjax._tune_space import Problem
+from ringjax.kernels import _mosaic, _tile_table, _triton, pallas_gpu, pallas_gpu_forward
+from ringjax.kernels._tile_table import FORMAT, Key
+from ringjax.kernels.base import KernelParams
+from ringjax.mask import Mask
+
+KIND = mosaic_cases.KIND
+FULL = Mask(None, None, None, None)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's table, empty."""
+    file = tmp_path / "tiles.json"
+    monkeypatch.setenv(_tile_table.VARIABLE, str(file))
+    _tile_table.merge(file, {})
+    return file
+
+
+def key(implementation: str, kernel: str, size: int = 128, kind: str = KIND) -> Key:
+    return Key(kind, implementation, kernel, "half", size)
+
+
+def entry(tiles: Any, **changes: Any) -> dict[str, Any]:
+    return {"tiles": {**dataclasses.asdict(tiles), **changes}}
+
+
+def operand(length: int = 8192, size: int = 128, dtype: Any = jnp.bfloat16) -> Any:
+    return jax.ShapeDtypeStruct((1, 4, length, size), dtype)
+
+
+def mosaic_tiles(size: int = 128, *, mask: Mask = FULL, whole: bool = True, **config: Any) -> _mosaic.TileSizes:
+    x = operand(size=size)
+    return _mosaic.forward_tiles(x, x, mask, KernelParams(1.0, device_kind=KIND, **config), whole=whole)
+
+
+def triton_tiles(kernel: str, size: int = 128, dtype: Any = jnp.bfloat16, **config: Any) -> _triton.TileSizes:
+    x = operand(size=size, dtype=dtype)
+    return _triton.tile_sizes(kernel, x, x, x, KernelParams(1.0, device_kind=KIND, **config))
+
+
+MOSAIC = _mosaic.TileSizes(2, 64, 3, turns="logits")
+TRITON = _triton.TileSizes(32, 32, 4, 2)
+
+# ------------------------------------------------------------------------------------------------------ looking up
+
+
+def test_the_table_goes_before_the_built_in_tiles_and_after_the_configuration(table: Path):
+    fixed = mosaic_tiles(block_q=128), triton_tiles("dq", block_kv=16)
+    built_in = mosaic_tiles(whole=False), triton_tiles("dq", 64), triton_tiles("dq", dtype=jnp.float32)
+    at = jnp.arange(8)[None]
+    _tile_table.merge(table, {key("pallas_gpu", "forward"): entry(MOSAIC), key("pallas_triton", "dq"): entry(TRITON)})
+    assert mosaic_tiles() == mosaic_tiles(size=100) == MOSAIC
+    assert triton_tiles("dq") == triton_tiles("dq", dtype=jnp.float16) == TRITON
+    assert (mosaic_tiles(block_q=128), triton_tiles("dq", block_kv=16)) == fixed
+    assert (mosaic_tiles(whole=False), triton_tiles("dq", 64), triton_tiles("dq", dtype=jnp.float32)) == built_in
+    assert mosaic_tiles(mask=Mask(at, at, None, None, right=0)) != MOSAIC
+    with _tile_table.instead(None):
+        assert mosaic_tiles() != MOSAIC
+
+
+def test_every_way_of_calling_has_a_key_of_its_own(table: Path):
+    at = jnp.arange(8)[None]
+    ways = [
+        ("forward", FULL, True),
+        ("forward, masked", Mask(at, at, None, None, right=0), True),
+        ("forward, carry", FULL, False),
+        ("forward, carry, masked", Mask(at, at, None, None, right=0), False),
+    ]
+    assert tuple(name for name, *_ in ways) == _tune_space.KERNELS["pallas_gpu", "forward"]
+    entries = {key("pallas_gpu", name): entry(MOSAIC, group_heads=n + 1) for n, (name, *_) in enumerate(ways)}
+    _tile_table.merge(table, entries)
+    assert [mosaic_tiles(mask=mask, whole=whole).group_heads for _, mask, whole in ways] == [1, 2, 3, 4]
+
+
+def test_the_table_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(_tile_table.VARIABLE, "")
+    assert _tile_table.path() is None
+    monkeypatch.delenv(_tile_table.VARIABLE)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert _tile_table.path() == tmp_path / "ringjax" / "tiles.json"
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _tile_table.path() == tmp_path / ".config" / "ringjax" / "tiles.json"
+    assert triton_tiles("dq") != TRITON, "no file, no warning"
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no JSON": ('{"format": 1, "tiles"', "must be JSON"),
+    "no text": (b"\xff\xfe\x00", "decode"),
+    "other JSON": ([1], "must be a table of `ringjax tune`"),
+    "another format": ({"format": FORMAT + 1, "tiles": {}}, f"format must be {FORMAT}.* Got {FORMAT + 1}"),
+    "no tiles": ({"format": FORMAT}, "tiles must be an object. Got NoneType"),
+    "missing": (None, "RINGJAX_TILES must name a file.*no such file"),
+    "no entry": (3, "must be an object with tiles"),
+    "unknown field": (entry(MOSAIC, clusters=2), "clusters is not known to this version"),
+    "missing field": ({"tiles": {"compute": 2}}, "block_kv is missing"),
+    "wrong type": (entry(MOSAIC, stages="3"), "stages must be of the type of 2. Got '3'"),
+    "bool for int": (entry(MOSAIC, stages=True), "stages must be of the type of 2. Got True"),
+    "wrong tuple": (entry(MOSAIC, registers=[24, "x"]), "registers must be of the type"),
+    "unknown value": (entry(MOSAIC, turns="never"), "turns must be one of 'issued'.* Got 'never'"),
+    "too large": (entry(MOSAIC, block_kv=128, stages=4), "must fit 232448 bytes of SMEM"),
+    "three warpgroups": (entry(MOSAIC, compute=3), "registers: .* at most 512 together"),
+    "register steps": (entry(MOSAIC, registers=[20, 240]), "registers must be multiples of 8"),
+    "negative": (entry(MOSAIC, group_heads=-1), "group_heads must be 0 or more"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_table_warns_once_and_the_built_in_tiles_are_used(table: Path, name: str):
+    with _tile_table.instead(None):
+        built_in = mosaic_tiles()
+    content, what = BROKEN[name]
+    if isinstance(content, bytes):
+        table.write_bytes(content)
+    elif content is None:
+        table.unlink()
+    else:
+        one = isinstance(content, int) or (isinstance(content, dict) and "format" not in content)
+        content = {"format": FORMAT, "tiles": {str(key("pallas_gpu", "forward")): content}} if one else content
+        table.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    with pytest.warns(UserWarning, match=f"{re.escape(str(table))}: .*{what}.* The built-in tiles are used") as warned:
+        assert mosaic_tiles() == built_in
+        assert mosaic_tiles() == built_in
+    assert len(warned) == 1
+
+
+def test_triton_says_what_it_does_not_know(table: Path):
+    for field, value in (("block_q", 48), ("num_warps", 32), ("num_stages", 0)):
+        _tile_table.merge(table, {key("pallas_triton", "dq"): entry(TRITON, **{field: value})})
+        with pytest.warns(UserWarning, match=f"{field} must be .* Got {value}"):
+            assert triton_tiles("dq") != TRITON
+
+
+def test_built_in_tiles_keep_the_rules_of_tables():
+    for implementation, direction in _tune_space.KERNELS:
+        for kernel in _tune_space.KERNELS[implementation, direction]:
+            for size in _tune_space.HEAD_SIZES:
+                problem = Problem(implementation, kernel, "bfloat16", size, 8192, 16, KIND)
+                assert _tile_table.RULES[implementation](problem.built_in(), size) is None
+
+
+# ------------------------------------------------------------------------------------------------------- real calls
+
+
+def lowered_forward(call: Callable[..., Any]) -> str:
+    case = mosaic_cases.CASES["hop"]
+    with jax.sharding.use_abstract_mesh(mosaic_cases.H100):
+        traced = jax.jit(lambda *args: call(case, *args)).trace(*mosaic_cases.arguments(case))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_mosaic_picks_the_table_up(table: Path, monkeypatch: pytest.MonkeyPatch):
+    used = []
+    forward = pallas_gpu_forward.forward
+
+    def spy(q: Any, k: Any, v: Any, mask: Any, params: Any, tiles: Any, **options: Any) -> Any:
+        used.append(tiles)
+        return forward(q, k, v, mask, params, tiles, **options)
+
+    monkeypatch.setattr(pallas_gpu.pallas_gpu_forward, "forward", spy)
+    with _tile_table.instead(None):
+        before = lowered_forward(mosaic_cases.run)
+    _tile_table.merge(table, {key("pallas_gpu", "forward, carry, masked"): entry(MOSAIC)})
+    after = lowered_forward(mosaic_cases.run)
+    assert used[1] == MOSAIC != used[0]
+    assert after != before, "another program"
+
+
+@triton_cases.lowers_triton
+def test_triton_picks_the_table_up(table: Path):
+    def launches(config: Any = None) -> list[tuple[str, int, int, int]]:
+        """Name, programs, stages and warps of each Triton call."""
+        config = config or ringjax.RingConfig(implementation="pallas_triton")
+        text = triton_cases.lowered(jnp.bfloat16, 128, backward=True, config=config)
+        grid = r"grid_x = (\d+) : i32, grid_y = (\d+) : i32, grid_z = (\d+) : i32"
+        how = r"name = \"(ringjax_\w+)\", num_stages = (\d+) : i32, num_warps = (\d+) : i32"
+        found = re.findall(rf"{grid}, ir = [^\n]*?, {how}", text)
+        return sorted({(name, int(x) * int(y) * int(z), int(s), int(w)) for x, y, z, name, s, w in found})
+
+    before = launches()
+    for kernel in ("forward", "dkv", "dq"):
+        _tile_table.merge(table, {key("pallas_triton", kernel): entry(TRITON)})
+    # Two shards of 200 tokens are 14 tiles of 32; four heads of queries, two of keys.
+    wanted = [("ringjax_dkv", 28, 2, 4), ("ringjax_dq", 56, 2, 4), ("ringjax_forward", 56, 2, 4)]
+    assert launches() == wanted != before
+    fixed = ringjax.RingConfig(implementation="pallas_triton", block_q=64, block_kv=64)
+    with _tile_table.instead(None):
+        without = launches(fixed)
+    assert launches(fixed) == without
+
+
+# ------------------------------------------------------------------------------------------------------ the file
+
+
+def test_merging_keeps_what_others_have_found(table: Path):
+    first, second = key("pallas_triton", "dq"), key("pallas_triton", "dkv")
+    foreign = {"format": FORMAT, "tiles": {"of another GPU": {"tiles": "whatever"}}}
+    table.write_text(json.dumps(foreign), encoding="utf-8")
+    _tile_table.merge(table, {first: entry(TRITON)})
+    _tile_table.merge(table, {second: entry(TRITON)})
+    _tile_table.merge(table, {first: None})
+    assert _tile_table.read(table) == {**foreign["tiles"], str(second): entry(TRITON)}
+    before = table.stat().st_mtime_ns, table.read_bytes()
+    _tile_table.merge(table, {first: None, second: entry(TRITON)})
+    assert (table.stat().st_mtime_ns, table.read_bytes()) == before, "nothing has changed, nothing is written"
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_a_failed_write_leaves_the_table_as_it_was(table: Path, monkeypatch: pytest.MonkeyPatch, step: str):
+    _tile_table.merge(table, {key("pallas_triton", "dq"): entry(TRITON)})
+    before = table.read_bytes()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    module, name = (json, "dump") if step == "write" else (os, step)
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        _tile_table.merge(table, {key("pallas_triton", "dkv"): entry(TRITON)})
+    assert table.read_bytes() == before
+    assert list(table.parent.iterdir()) == [table]
+
+
+def test_a_link_stays_a_link(table: Path):
+    elsewhere = table.with_name("elsewhere") / "real.json"
+    elsewhere.parent.mkdir()
+    table.unlink()
+    table.symlink_to(elsewhere)
+    _tile_table.merge(table, {key("pallas_triton", "dq"): entry(TRITON)})
+    assert table.is_symlink() and elsewhere.is_file()
+    assert triton_tiles("dq") == TRITON
+
+
+def test_nobody_overwrites_what_is_no_table(table: Path):
+    table.write_text("precious", encoding="utf-8")
+    with pytest.raises(ValueError, match="must be JSON"):
+        _tile_table.merge(table, {key("pallas_triton", "dq"): entry(TRITON)})
+    assert table.read_text(encoding="utf-8") == "precious"
+
+
+# ----------------------------------------------------------------------------------------------------- searching
+
+
+def tiles(block: int) -> _triton.TileSizes:
+    return _triton.TileSizes(block, 16, 4, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy(Problem):
+    """A problem whose tiles of 64 do not compile and whose tiles of 128 are wrong."""
+
+    tried: tuple[int, ...] = (16, 32, 64, 128)
+    finer: tuple[int, ...] = ()
+
+    def built_in(self) -> Any:
+        return tiles(16)
+
+    def candidates(self) -> list[Any]:
+        return [tiles(block) for block in self.tried]
+
+    def refinements(self, best: Any) -> list[Any]:
+        return [tiles(block) for block in self.finer]
+
+    def accepts(self, tiles: Any) -> bool:
+        return True
+
+    def arrays(self) -> tuple[Any, ...]:
+        return (jnp.arange(8.0),)
+
+    def calls(self, tiles: Any, arrays: Any) -> list[Any]:
+        if tiles.block_q == 64:
+            raise NotImplementedError("no registers left\nand a long explanation")
+        wrong = 1.0 if tiles.block_q == 128 else 0.0
+        return [(lambda x: (x + wrong, x * 2.0), arrays), (lambda x: -x, arrays)]
+
+
+def toy(kernel: str = "dq", size: int = 128, **options: Any) -> Toy:
+    return Toy("pallas_triton", kernel, "bfloat16", size, 256, 2, KIND, **options)
+
+
+def timer(*, asked: list[list[int]] | None = None, **milliseconds: Any) -> tune.Timer:
+    """Times by block_q, one for each round of a list."""
+
+    def time(programs: Any, rounds: int) -> dict[Any, list[float]]:
+        if asked is not None:
+            asked.append([tiles.block_q for tiles in programs])
+        times = {tiles: milliseconds[f"ms{tiles.block_q}"] for tiles in programs}
+        return {tiles: list(ms) if isinstance(ms, list) else [ms] * rounds for tiles, ms in times.items()}
+
+    return time
+
+
+def search(problem: Problem, said: list[str] | None = None, known: Any = None, **milliseconds: Any) -> tune.Outcome:
+    say = [] if said is None else said
+    return tune.search(problem, rounds=3, say=say.append, known=known, timer=timer(**milliseconds))
+
+
+def test_the_fastest_wins_and_failures_are_dropped():
+    said: list[str] = []
+    outcome = search(toy(), said, ms16=4.0, ms32=2.0)
+    assert (outcome.best, outcome.ratio, outcome.built_in_ms, outcome.best_ms) == (tiles(32), 2.0, 4.0, 2.0)
+    assert outcome.dropped == 2
+    assert [line.split(": ", 1) for line in said] == [
+        ["  dropped block_q=64 block_kv=16 num_warps=4 num_stages=1", "no registers left"],
+        [
+            "  dropped block_q=128 block_kv=16 num_warps=4 num_stages=1",
+            "differs from the built-in tiles by 1.4e-01 of the largest number",
+        ],
+    ]
+    assert outcome.entry is not None and outcome.entry["tiles"] == dataclasses.asdict(tiles(32))
+    assert outcome.entry["found"]["ms"] == 2.0
+
+
+def test_two_percent_are_noise():
+    outcome = search(toy(), ms16=1.0, ms32=1.0 / 1.019)
+    assert (outcome.best, outcome.ratio, outcome.entry) == (tiles(16), 1.0, None)
+    assert search(toy(), ms16=1.0, ms32=1.0 / 1.021).best == tiles(32)
+    # The median of the rounds' ratios counts, not one lucky round.
+    assert search(toy(), ms16=[1.0, 1.0, 1.0], ms32=[0.1, 1.0, 1.0]).entry is None
+
+
+def test_the_winner_must_win_alone_too():
+    calls = []
+
+    def lucky(programs: Any, rounds: int) -> dict[Any, list[float]]:
+        calls.append(len(programs))
+        return {x: [0.5 if x == tiles(32) and len(calls) == 1 else 1.0] * rounds for x in programs}
+
+    outcome = tune.search(toy(tried=(16, 32, 48)), rounds=3, say=[].append, timer=lucky)
+    assert calls == [3, 1, 2] and outcome.entry is None
+
+
+def test_refinements_and_what_the_table_has_are_tried_too():
+    asked: list[list[int]] = []
+    times = {"ms16": 4.0, "ms32": 2.0, "ms48": 1.99, "ms80": 1.0}
+    assert search(toy(tried=(16, 32), finer=(48,)), asked=asked, **times).best == tiles(32), "by noise only"
+    assert search(toy(tried=(16, 32), finer=(80,)), **times).best == tiles(80)
+    assert search(toy(tried=(16, 32)), known=tiles(80), asked=asked, **times).best == tiles(80)
+    assert asked == [[16, 32], [32, 48], [16, 32], [16, 80, 32], [80], [16, 80]]
+
+
+def test_built_in_tiles_that_fail_are_the_end_of_a_key_only(table: Path):
+    said: list[str] = []
+    problems = [toy("dkv", tried=(64, 16)), toy("dq", tried=(16, 32))]
+    outcomes, failed = tune.tune(
+        problems, table, rounds=3, seconds=None, say=said.append, timer=timer(ms16=2.0, ms32=1.0)
+    )
+    assert [outcome.problem.kernel for outcome in outcomes] == ["dq"] and failed == 1
+    assert "  not searched: the built-in tiles fail" in said
+
+
+def test_a_lost_gpu_is_said(monkeypatch: pytest.MonkeyPatch):
+    lost = []
+
+    check = tune._Trial._check
+
+    def dies(self: Any, programs: Any) -> None:
+        if self._standard:
+            lost.append(1)
+            self._standard = [tune.Program(lambda *_: 1 / 0, program.arguments) for program in self._standard]
+            raise RuntimeError("an illegal memory access was encountered")
+        check(self, programs)
+
+    monkeypatch.setattr(tune._Trial, "_check", dies)
+    with pytest.raises(tune.DeviceLost, match="nothing runs on the GPU any more after block_q=32 "):
+        search(toy(), ms16=1.0)
+    assert lost == [1]
+
+
+def test_what_was_found_is_used_later(table: Path):
+    outcomes, failed = tune.tune(
+        [toy(tried=(16, 32))], table, rounds=3, seconds=None, say=[].append, timer=timer(ms16=2.0, ms32=1.0)
+    )
+    assert (len(outcomes), failed) == (1, 0)
+    assert triton_tiles("dq") == tiles(32)
+    # The built-in tiles win now: the entry goes.
+    tune.tune([toy()], table, rounds=3, seconds=None, say=[].append, timer=timer(ms16=1.0, ms32=1.0))
+    assert _tile_table.read(table) == {}
+    assert triton_tiles("dq") != tiles(32)
+
+
+def test_nothing_is_written_where_nothing_was_found(table: Path):
+    tune.tune([toy()], table, rounds=3, seconds=None, say=[].append, timer=timer(ms16=1.0, ms32=1.0))
+    assert _tile_table.read(table) == {}
+
+
+def test_an_interrupted_search_keeps_finished_keys(table: Path):
+    def interrupted(programs: Any, rounds: int) -> Any:
+        if "dkv" in said[-1]:
+            raise KeyboardInterrupt
+        return timer(ms16=2.0, ms32=1.0)(programs, rounds)
+
+    said: list[str] = []
+    problems = [toy("dq", tried=(16, 32)), toy("dkv", tried=(16, 32))]
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(problems, table, rounds=3, seconds=None, say=said.append, timer=interrupted)
+    assert list(_tile_table.read(table)) == [str(problems[0].key)]
+
+
+def test_keys_that_the_table_lacks_come_first_and_time_is_kept(table: Path, monkeypatch: pytest.MonkeyPatch):
+    problems = [toy("dq", tried=(16, 32)), toy("dkv", tried=(16, 32)), toy("forward", tried=(16, 32))]
+    _tile_table.merge(table, {problems[0].key: entry(tiles(32))})
+    clock = iter([0.0, 0.0, 5.0, 11.0])
+    monkeypatch.setattr(tune, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    said: list[str] = []
+    outcomes, _ = tune.tune(problems, table, rounds=3, seconds=10.0, say=said.append, timer=timer(ms16=2.0, ms32=1.0))
+    assert [outcome.problem.kernel for outcome in outcomes] == ["dkv", "forward"]
+    assert said[-1] == "10 seconds have passed: 1 of 3 keys were not searched"
+    assert len(_tile_table.read(table)) == 3
+
+
+def test_times_of_the_calls_of_one_candidate_are_added(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "in_turns", lambda programs, rounds: [[float(p)] * rounds for p in programs])
+    programs: Any = {"a": [1, 2], "b": [3]}
+    assert tune.time_in_turns(programs, 2) == {"a": [3.0, 3.0], "b": [3.0, 3.0]}
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dkv", "dq"])
+def test_a_real_kernel_interpreted(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_tune_space, "MOST_CANDIDATES", 2)
+    problem = Problem("pallas_triton", kernel, "float32", 64, 64, 1, "cpu", interpret=True)
+    built_in, other = problem.candidates()
+    said: list[str] = []
+    faster = lambda programs, rounds: {x: [1.0 if x == other else 2.0] * rounds for x in programs}  # noqa: E731
+    outcome = tune.search(problem, rounds=2, say=said.append, timer=faster)
+    assert (said, outcome.best, outcome.built_in) == ([], other, built_in)
+
+
+# ---------------------------------------------------------------------------------------------------- candidates
+
+
+def every_problem(length: int, heads: int, **options: Any) -> list[Problem]:
+    return [
+        Problem(implementation, kernel, dtype, size, length, heads, KIND, **options)
+        for (implementation, _), kernels in _tune_space.KERNELS.items()
+        for kernel in kernels
+        for size in _tune_space.HEAD_SIZES
+        for dtype in (["bfloat16"] if implementation == "pallas_gpu" else ["bfloat16", "float32"])
+    ]
+
+
+def test_candidates_are_few_and_what_a_call_would_use(table: Path):
+    for problem in every_problem(8192, 16):
+        candidates = problem.candidates()
+        assert candidates[0] == problem.built_in()
+        assert 4 < len(set(candidates)) == len(candidates) <= 24
+        for found in [candidates[-1], *problem.refinements(candidates[-1])]:
+            _tile_table.merge(table, {problem.key: entry(found)})
+            x = operand(8192, problem.head_size, problem.dtype)
+            params = KernelParams(1.0, device_kind=KIND)
+            if problem.implementation == "pallas_triton":
+                assert _triton.tile_sizes(problem.kernel, x, x, x, params) == found
+            else:
+                at = jnp.arange(8)[None]
+                mask = Mask(at, at, None, None, right=0) if "masked" in problem.kernel else FULL
+                whole = "carry" not in problem.kernel
+                assert _mosaic.forward_tiles(x, x, mask, params, whole=whole) == found
+
+
+@pytest.mark.slow
+@triton_cases.lowers_triton
+@pytest.mark.parametrize("problem", every_problem(512, 2), ids=lambda problem: str(problem.key))
+def test_candidates_lower(problem: Problem):
+    """All of whole and full Mosaic calls, which take the least time; of others some."""
+    arrays = jax.eval_shape(problem.arrays)
+    every = 1 if problem.kernel == "forward" and problem.implementation == "pallas_gpu" else 8
+    texts = set()
+    candidates = problem.candidates()[every // 2 :: every]
+    for found in candidates:
+        call, arguments = problem.calls(found, arrays)[-1]
+        with jax.sharding.use_abstract_mesh(mosaic_cases.H100):
+            texts.add(jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())
+    assert len(texts) == len(candidates) > 0, "each is a program of its own"
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+HOPPER = ("--dry-run", "--device-kind", KIND)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ((), "needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'"),
+        (("--dry-run",), "needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'"),
+        (("--device-kind", KIND), "--device-kind needs --dry-run"),
+        ((*HOPPER, "--head-size", "96"), "--head-size"),
+        ((*HOPPER, "--seq-len", "1000"), "--seq-len must be a multiple of 256. Got 1000"),
+        ((*HOPPER, "--rounds", "0"), "--rounds must be at least 1. Got 0"),
+        ((*HOPPER, "--seconds", "-1"), "--seconds must be at least 0. Got -1"),
+        ((*HOPPER, "--direction", "backward"), "backward kernels of pallas_gpu have nothing to tune"),
+        ((*HOPPER, "--implementation", "pallas_gpu", "--dtype", "float32"), "needs --dtype bfloat16 or float16"),
+        (
+            ("--dry-run", "--device-kind", "NVIDIA A100-SXM4-40GB", "--implementation", "pallas_gpu"),
+            "needs a Hopper GPU .*Got 'NVIDIA A100-SXM4-40GB'",
+        ),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], what: str):
+    assert re.search(what, refused(capsys, *arguments))
+
+
+def test_dry_run_prints_candidates_and_writes_nothing(table: Path, capsys: pytest.CaptureFixture[str]):
+    assert tune.main([*HOPPER, "--head-size", "128"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "pallas_gpu: forward only, its backward kernels have nothing to tune"
+    assert [line.split(" / ")[2] for line in said if line.startswith(KIND)] == list(
+        _tune_space.KERNELS["pallas_gpu", "forward"]
+    )
+    assert tune.main(["--dry-run", "--device-kind", "NVIDIA A100-SXM4-40GB", "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(" candidates, the built-in tiles first") == 9
+    assert "NVIDIA A100-SXM4-40GB / pallas_triton / dkv / float32 / 64: 24 candidates" in said
+    assert _tile_table.read(table) == {}
+
+
+@pytest.fixture
+def on_toys(monkeypatch: pytest.MonkeyPatch) -> list[Toy]:
+    """The command searches these, by a timer that finds tiles of 32 twice as fast as those of 16."""
+    problems = [toy("dq", tried=(16, 32)), toy("dkv", tried=(16,))]
+    monkeypatch.setattr(tune, "_problems", lambda options, parser, say: problems)
+    found = functools.partial(tune.tune, timer=timed_by_block)
+    monkeypatch.setattr(tune, "tune", found)
+    return problems
+
+
+def timed_by_block(programs: Any, rounds: int) -> dict[Any, list[float]]:
+    return {tiles: [32.0 / tiles.block_q] * rounds for tiles in programs}
+
+
+def test_the_command_writes_the_table_and_shows_it(table: Path, on_toys: list[Toy], capsys: pytest.CaptureFixture[str]):
+    assert tune.main([]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"dq .* 128 .* 2\.000 .* 1\.000 .* 2\.000 .* block_q=32", said)
+    assert re.search(r"dkv .* 128 .* 2\.000 .* 2\.000 .* 1\.000 .* as built in", said)
+    assert f"1 of 2 keys have faster tiles than the built-in ones; later processes find them in {table}" in said
+    assert list(_tile_table.read(table)) == [str(on_toys[0].key)]
+
+
+def test_another_table(table: Path, on_toys: list[Toy], capsys: pytest.CaptureFixture[str]):
+    other = table.with_name("deep") / "other.json"
+    assert tune.main(["--table", str(other)]) == 0
+    assert f"RINGJAX_TILES={other}" in capsys.readouterr().out
+    assert list(_tile_table.read(other)) == [str(on_toys[0].key)] and _tile_table.read(table) == {}
+
+
+def test_tables_that_cannot_be_written(table: Path, on_toys: list[Toy], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    table.write_text("precious", encoding="utf-8")
+    assert "must be JSON" in refused(capsys)
+    monkeypatch.setenv(_tile_table.VARIABLE, "")
+    assert "--table must name a file where RINGJAX_TILES is empty" in refused(capsys)
+    assert "--table" in refused(capsys, "--table", str(table / "below.json"))
+
+
+def test_the_command_interrupted(table: Path, on_toys: list[Toy], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(Toy, "arrays", lambda self: (jnp.arange(8.0),) if self.kernel == "dq" else stop())
+
+    def stop() -> Any:
+        raise KeyboardInterrupt
+
+    assert tune.main([]) == 130
+    assert f"interrupted; what was found before is in {table}" in capsys.readouterr().out
+    assert list(_tile_table.read(table)) == [str(on_toys[0].key)]
