@@ -115,8 +115,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no entry": (3, "must be an object with tiles"),
     "unknown field": (entry(MOSAIC, clusters=2), "clusters is not known to this version"),
     "missing field": ({"tiles": {"compute": 2}}, "block_kv is missing"),
-    "wrong type": (entry(MOSAIC, stages="3"), "stages must be of the type of 2. Got '3'"),
-    "bool for int": (entry(MOSAIC, stages=True), "stages must be of the type of 2. Got True"),
+    "wrong type": (entry(MOSAIC, stages="3"), r"stages must be of the type of \d. Got '3'"),
+    "bool for int": (entry(MOSAIC, stages=True), r"stages must be of the type of \d. Got True"),
     "wrong tuple": (entry(MOSAIC, registers=[24, "x"]), "registers must be of the type"),
     "unknown value": (entry(MOSAIC, turns="never"), "turns must be one of 'issued'.* Got 'never'"),
     "too large": (entry(MOSAIC, block_kv=128, stages=4), "must fit 232448 bytes of SMEM"),
@@ -325,11 +325,22 @@ def test_the_fastest_wins_and_failures_are_dropped():
         ["  dropped block_q=64 block_kv=16 num_warps=4 num_stages=1", "no registers left"],
         [
             "  dropped block_q=128 block_kv=16 num_warps=4 num_stages=1",
-            "differs from the built-in tiles by 1.4e-01 of the largest number",
+            "the result differs from that of the built-in tiles by 1.0e+00 times its size",
         ],
     ]
     assert outcome.entry is not None and outcome.entry["tiles"] == dataclasses.asdict(tiles(32))
     assert outcome.entry["found"]["ms"] == 2.0
+
+
+def test_differences_are_those_of_rows():
+    large = jnp.concatenate([jnp.full((1, 1, 1, 8), 100.0), jnp.full((1, 1, 1, 8), 0.1)], axis=1)
+    assert tune._difference(large, large) == 0.0
+    assert tune._difference(large.at[0, 1, 0, 3].set(0.2), large) == pytest.approx(1.0)
+    lse = jnp.array([[[-jnp.inf, 5.0, 0.0]]])
+    assert tune._difference(lse, lse) == 0.0
+    assert tune._difference(lse.at[0, 0, 2].set(0.5), lse) == 0.5
+    assert not tune._difference(jnp.zeros_like(lse), lse) <= 1.0
+    assert not tune._difference(lse.at[0, 0, 1].set(jnp.nan), lse) <= 1.0
 
 
 def test_two_percent_are_noise():
@@ -368,6 +379,22 @@ def test_built_in_tiles_that_fail_are_the_end_of_a_key_only(table: Path):
     )
     assert [outcome.problem.kernel for outcome in outcomes] == ["dq"] and failed == 1
     assert "  not searched: the built-in tiles fail" in said
+
+
+def test_no_memory_is_the_end_of_a_key_only(table: Path, monkeypatch: pytest.MonkeyPatch):
+    def arrays(self: Toy) -> Any:
+        if self.kernel == "dkv":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand where")
+        return (jnp.arange(8.0),)
+
+    monkeypatch.setattr(Toy, "arrays", arrays)
+    said: list[str] = []
+    problems = [toy("dkv"), toy("dq", tried=(16, 32))]
+    outcomes, failed = tune.tune(
+        problems, table, rounds=3, seconds=None, say=said.append, timer=timer(ms16=2.0, ms32=1.0)
+    )
+    assert (len(outcomes), failed) == (1, 1)
+    assert said[1] == "  not searched: RESOURCE_EXHAUSTED: out of memory"
 
 
 def test_a_lost_gpu_is_said(monkeypatch: pytest.MonkeyPatch):
@@ -482,9 +509,9 @@ def test_candidates_are_few_and_what_a_call_would_use(table: Path):
 @triton_cases.lowers_triton
 @pytest.mark.parametrize("problem", every_problem(512, 2), ids=lambda problem: str(problem.key))
 def test_candidates_lower(problem: Problem):
-    """All of whole and full Mosaic calls, which take the least time; of others some."""
+    """Every other one of whole and full Mosaic calls, which take the least time; of others some."""
     arrays = jax.eval_shape(problem.arrays)
-    every = 1 if problem.kernel == "forward" and problem.implementation == "pallas_gpu" else 8
+    every = 2 if problem.kernel == "forward" and problem.implementation == "pallas_gpu" else 8
     texts = set()
     candidates = problem.candidates()[every // 2 :: every]
     for found in candidates:
