@@ -224,9 +224,8 @@ def test_what_runs_where_no_kernel_is_named(
 ) -> None:
     query = jax.ShapeDtypeStruct((1, 16, 2, 64), jnp.dtype(dtype))
     arrays = SimpleNamespace(query=query, value=query.update(shape=(1, 16, 2, head_size)))
-    assert (
-        attention._pick_kernel(RingConfig(), platform, kind, capability, arrays).__name__ == f"ringjax.kernels.{name}"
-    )
+    kernel: Any = attention._pick_kernel(RingConfig(), platform, kind, capability, arrays)
+    assert kernel.__name__ == f"ringjax.kernels.{name}"
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,19 @@ def test_ring_on_one_device(name: str, layout: str, num_shards: int, implementat
     assert_as_good_as_dense(case, inputs, result)
 
 
+@pytest.mark.skipif(not ON_GPU or len(jax.devices()) < 2, reason="needs two GPUs: collectives between them")
+@pytest.mark.parametrize(
+    ("name", "layout", "implementation", "dtype"),
+    on_kernels(("causal_gqa", "zigzag", BF16), ("causal_segments", "striped", BF16), ("lengths", "contiguous", BF16)),
+)
+def test_ring_of_two_gpus(name: str, layout: str, implementation: str, dtype: Any) -> None:
+    case = enlarged(cases.BY_NAME[name], 128)
+    inputs = cases.make_inputs(case, dtype)
+    options = dict(interpret=False, block_q=None, block_kv=None)
+    result = cases.run_ring(case, inputs, layout=layout, num_shards=2, implementation=implementation, **options)
+    assert_as_good_as_dense(case, inputs, result)
+
+
 FEATURES = [(name, size, BF16) for name in cases.BY_NAME for size in (64, 128)]
 FEATURES += [(name, 128, F16) for name in cases.BY_NAME]
 FEATURES += [(name, 64, F32) for name in cases.BY_NAME]

@@ -197,7 +197,7 @@ def _mosaic_refusal(tiles: Any, size: int) -> str | None:
     for name, allowed in (
         ("compute", (2,) if size == 256 else (2, 3)),
         ("block_kv", (64, 128)),
-        ("stages", (2, 3, 4)),
+        ("stages", (2, 3, 4, 5)),
         ("turns", ("issued", "logits", "none")),
     ):
         if getattr(tiles, name) not in allowed:
