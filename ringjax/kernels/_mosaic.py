@@ -30,6 +30,7 @@ HEAD_SIZES = (64, 128, 256)
 MULTIPROCESSORS = 132
 
 SMEM_BYTES = 227 * 1024  # what a block of threads may have
+SMALL_SMEM_BYTES = 4096  # of it for barriers, flags and reductions
 
 # Layouts of a matrix product in registers, of its rows and of its columns.
 MATRIX = plgpu.Layout.WGMMA

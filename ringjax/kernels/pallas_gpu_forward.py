@@ -117,7 +117,7 @@ def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish
     queries = tiles.block_q * size * 2
     ring = tiles.stages * tiles.block_kv * (size + v_size) * 2
     out = tiles.block_q * v_size * 2 if finish and (tiles.stage_out or size != v_size) else 0
-    fits = queries + ring + out + tiles.block_q * v_size * 4 + 2048 <= _mosaic.SMEM_BYTES
+    fits = queries + ring + out + tiles.block_q * v_size * 4 + _mosaic.SMALL_SMEM_BYTES <= _mosaic.SMEM_BYTES
     return fits and (carry or not finish)
 
 
