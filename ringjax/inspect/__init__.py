@@ -1,12 +1,11 @@
-"""`ringjax inspect`: compiles a ring for a TPU topology, without a TPU, and reads what the compiler made of it.
+"""`ringjax inspect`: compiles a ring for TPUs or GPUs that are not there, and reads what the compiler made of it.
 
 The order in which permutes and kernels are issued, memory against its floor, bytes on the wire, work of every rank.
-The compiler runs in a child process. Nothing runs on a TPU, so nothing here is a speed.
+The compiler runs in a child process. Nothing runs on a device, so nothing here is a speed.
 """
 
 from collections.abc import Sequence
 
-from .chips import parse_topology
 from .compile import Compiled as Compiled
 from .compile import InspectError as InspectError
 from .compile import compile_ring
@@ -17,6 +16,7 @@ from .order import kernels, read_order
 from .program import Program as Program
 from .report import Report as Report
 from .report import Scaling
+from .topology import parse_topology
 from .work import pairs
 
 __all__ = ["Compiled", "Cycles", "InspectError", "Program", "Report", "floor_bytes", "floor_terms", "inspect_ring"]
@@ -49,14 +49,15 @@ def inspect_ring(
     sweep: Sequence[int] = (),
     timeout: float = 600.0,
 ) -> Report:
-    """Compiles ring attention for a TPU topology and reports on it.
+    """Compiles ring attention for a topology of TPUs or GPUs and reports on it.
 
     Where the ring takes fewer devices than the topology has, and divides them, rings stand side by side and each has
     a batch of its own; where it does not divide them, one ring is compiled and the other devices take no part, which
     v5e and v6e refuse on all but small slices.
 
     Args:
-      topology: "v5p:8x8x16": generation (v4, v5e, v5p, v6e, tpu7x or v7x) and sides in chips.
+      topology: "v5p:8x8x16": generation (v4, v5e, v5p, v6e, tpu7x or v7x) and sides in chips. "h100:8": GPU (a100,
+        h100, h200 or b200) and how many of them a host has; "h100:4x8": four such hosts.
       seq_len: T, tokens of the whole sequence; a multiple of the layout's unit.
       heads, kv_heads: N and K; K is N unless given.
       head_dim, value_head_dim: H and Hv; Hv is H unless given.
@@ -67,8 +68,8 @@ def inspect_ring(
       segments: give segment ids, which then travel as well.
       backward: the forward pass and all gradients in one program, instead of the forward pass alone.
       implementation, block_q, block_kv, unroll, dkv_dtype: see :class:`ringjax.RingConfig`.
-      device_order: "ring_mesh", or "make_mesh": the order of ``jax.make_mesh``, to compare.
-      cycles: also ask for static cycle estimates of the kernels; compiles once more.
+      device_order: "ring_mesh", or "make_mesh": the order of ``jax.make_mesh``, to compare; TPUs alone.
+      cycles: also ask for static cycle estimates of the kernels; compiles once more. TPUs alone.
       sweep: other sizes of ring to compile for the table of memory.
       timeout: seconds for each compilation.
 
@@ -77,7 +78,7 @@ def inspect_ring(
 
     Raises:
       ValueError: for arguments that do not fit.
-      InspectError: no libtpu, or the compiler refused, aborted or took too long.
+      InspectError: the platform's compiler is not installed, or it refused, aborted or took too long.
     """
     given = (window, window) if isinstance(window, int) else window
     sizes = {"heads": heads, "kv_heads": heads if kv_heads is None else kv_heads, "head_dim": head_dim}
@@ -88,6 +89,8 @@ def inspect_ring(
         implementation=implementation, block_q=block_q, block_kv=block_kv, unroll=unroll, dkv_dtype=dkv_dtype,
         device_order=device_order,
     )  # fmt: skip
+    if cycles and program.slice.platform != "tpu":
+        raise ValueError(f"cycles must be False for {program.slice.name}: static estimates are of TPUs. Got True.")
     others = [program.with_ring(size) for size in sweep if size != program.ring]  # refuses before anything is compiled
     compiled = compile_ring(program, timeout=timeout)
     order = read_order(compiled.text)

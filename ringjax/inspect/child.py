@@ -1,9 +1,10 @@
-"""Compiles one ring in a process of its own: python -m ringjax.inspect.child REQUEST RESULT. No TPU, libtpu alone.
+"""Compiles one ring in a process of its own: python -m ringjax.inspect.child REQUEST RESULT. No device.
 
 The compiler aborts on what it cannot do, and is told what to do by environment variables that it reads when it is
 loaded. Both are why nobody imports this module: :mod:`ringjax.inspect.compile` starts it.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import sys
@@ -21,7 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..attention import ring_attention
 from ..ring_mesh import ring_mesh
+from .compile import COMPILERS
+from .gpus import Hosts, target_config
 from .program import Program
+from .topology import Topology
 
 
 def compile_program(program: Program) -> dict[str, Any]:
@@ -41,16 +45,32 @@ def compile_program(program: Program) -> dict[str, Any]:
         "output_bytes": memory.output_size_in_bytes,
         "lower_seconds": middle - start,
         "compile_seconds": stop - middle,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "versions": _versions(program),
     }
+
+
+def _versions(program: Program) -> dict[str, str]:
+    """Of JAX and of the compiler, as far as the installed packages tell them."""
+    found = {}
+    for name in ("jax", "jaxlib", *COMPILERS[program.slice.platform]):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _describe(topology: Topology) -> topologies.TopologyDescription:
+    """The devices as the compiler knows them, none of which is there."""
+    if isinstance(topology, Hosts):
+        config = target_config(topology.gpu)
+        return topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology.shape)
+    chip = topology.generation.chip_config
+    options = {} if chip is None else {"chip_config_name": chip}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
 
 
 def _mesh(program: Program) -> Mesh:
     """The rings side by side on the topology: axes "dp" and "sp"."""
-    options = {}
-    if program.slice.generation.chip_config is not None:
-        options["chip_config_name"] = program.slice.generation.chip_config
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=program.slice.name, **options)
+    topology = _describe(program.slice)
     shape, names = (program.rings, program.ring), ("dp", "sp")
     if program.device_order == "make_mesh":
         return Mesh(topologies.make_mesh(topology, shape, names).devices, names)

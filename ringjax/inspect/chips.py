@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+from .gpus import GPUS
+
 _GIB = 2**30
 
 
@@ -49,6 +51,8 @@ class Topology:
     generation: Generation
     sides: tuple[int, ...]
 
+    platform = "tpu"
+
     @property
     def name(self) -> str:
         """As libtpu spells it."""
@@ -57,6 +61,11 @@ class Topology:
     @property
     def num_devices(self) -> int:
         return math.prod(self.sides) * self.generation.devices_per_chip
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one device."""
+        return self.generation.hbm_bytes
 
 
 def parse_topology(name: str) -> Topology:
@@ -71,7 +80,7 @@ def parse_topology(name: str) -> Topology:
         known = ", ".join([*GENERATIONS, *_ALIASES])
         raise ValueError(
             f"topology must be GENERATION:XxY or GENERATION:XxYxZ, GENERATION one of {known}, as in v5e:2x4 or "
-            f"v5p:2x2x2. Got {name!r}."
+            f"v5p:2x2x2; or GPU:N, GPU one of {', '.join(GPUS)}, as in h100:8. Got {name!r}."
         )
     sides = tuple(int(side) for side in match.groups()[1:] if side is not None)
     if 0 in sides or sides[0] % 2 or sides[1] % 2:

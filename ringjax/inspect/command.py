@@ -16,19 +16,20 @@ from .program import DEVICE_ORDERS, DTYPES
 _EPILOG = """
 If --ring divides the devices of the topology, rings stand side by side, each with a batch of its own. If it does not,
 one ring is compiled and the other devices take no part (v5e and v6e refuse that on all but small slices). A permute is
-hidden if it is asynchronous and a block kernel is issued between its start and its done. Needs libtpu, no TPU:
-pip install "ringjax[tpu]".
+hidden if it is asynchronous and a block kernel is issued between its start and its done. For TPUs needs libtpu, no TPU:
+pip install "ringjax[tpu]"; for GPUs the CUDA plugin of JAX, no GPU: pip install "ringjax[cuda]".
 """
+_TOPOLOGY = "v5p:8x8x16; v4, v5e, v5p, v6e or v7x. h100:8, h100:4x8; a100, h100, h200 or b200"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ringjax inspect",
-        description="Compiles a ring for a TPU topology and reads the compiled order, memory and wire bytes.",
+        description="Compiles a ring for a topology of TPUs or GPUs and reads the compiled order, memory and wire bytes.",
         epilog=_EPILOG,
     )
     ring = parser.add_argument_group("the ring")
-    ring.add_argument("--topology", required=True, metavar="NAME", help="v5p:8x8x16; v4, v5e, v5p, v6e or v7x")
+    ring.add_argument("--topology", required=True, metavar="NAME", help=_TOPOLOGY)
     ring.add_argument("--ring", type=int, metavar="C", help="devices on the ring (default: all of the topology)")
     ring.add_argument("--seq-len", type=int, required=True, metavar="T", help="tokens of the whole sequence")
     ring.add_argument("--batch", type=int, default=1, metavar="B", help="sequences of one ring (default %(default)s)")
@@ -44,14 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     ring.add_argument("--segments", action="store_true", help="with segment ids, which travel as well")
     ring.add_argument("--backward", action="store_true", help="forward and all gradients in one program")
     tuning = parser.add_argument_group("tuning, as in RingConfig")
-    tuning.add_argument("--implementation", help="xla, pallas_tpu (default: the library's choice for TPU)")
+    tuning.add_argument("--implementation", help="xla, pallas_tpu, pallas_gpu, pallas_triton (default: the library's choice)")
     tuning.add_argument("--block-q", type=int, help="tile of queries")
     tuning.add_argument("--block-kv", type=int, help="tile of keys")
     tuning.add_argument("--unroll", type=int, help="hops an iteration of the compiled loop")
     tuning.add_argument("--dkv-dtype", default="float32", help="of the sums of dK and dV (default %(default)s)")
-    tuning.add_argument("--device-order", choices=DEVICE_ORDERS, default="ring_mesh", help="default ring_mesh")
+    tuning.add_argument("--device-order", choices=DEVICE_ORDERS, default="ring_mesh", help="of TPUs (default ring_mesh)")
     out = parser.add_argument_group("what to report")
-    out.add_argument("--cycles", action="store_true", help="static estimates of the kernels; compiles once more")
+    out.add_argument("--cycles", action="store_true", help="static estimates of TPU kernels; compiles once more")
     out.add_argument("--sweep", type=_integers, default=(), metavar="C1,C2", help="also compile rings of these sizes")
     out.add_argument("--json", action="store_true", help="the report as JSON on stdout")
     out.add_argument("--picture", type=Path, metavar="PNG", help="draw the order, and who attends whom")
@@ -76,7 +77,7 @@ _window.__name__, _integers.__name__ = "window", "list of integers"  # as argpar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 where the compiler refused, 2 for wrong arguments and a missing libtpu."""
+    """The exit status: 0, 1 where the compiler refused, 2 for wrong arguments and a missing compiler."""
     given = vars(_parser().parse_args(argv))
     as_json, picture = given.pop("json"), given.pop("picture")
     if threading.current_thread() is threading.main_thread():

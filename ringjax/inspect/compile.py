@@ -1,5 +1,6 @@
 """Runs the compiler in a child process and turns whatever happens there into a result or one clear line."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -22,6 +23,11 @@ ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
+# Where there is a GPU after all, the program is compiled as on a machine without, and takes none of its memory.
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+# The packages of a platform's compiler; JAX has one for each major version of CUDA.
+COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-pjrt", "jax-cuda12-pjrt")}
+_CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 # Two ways in which the compiler says how much it lacks.
 _USED = re.compile(r"(?:Used |\()([\d.]+[KMGT]\w*)\)?(?: of | exceeds available \w+ \()([\d.]+[KMGT]\w*)")
 _NOISE = re.compile(
@@ -56,6 +62,15 @@ def check_libtpu() -> None:
         raise InspectError('libtpu, the TPU compiler, is not installed: pip install "ringjax[tpu]"', code=2)
 
 
+def check_cuda() -> None:
+    """Raises InspectError where there is no GPU compiler."""
+    for name in _CUDA_PLUGINS:
+        with contextlib.suppress(ModuleNotFoundError):  # the parent of a name is imported, and may be missing
+            if importlib.util.find_spec(name) is not None:
+                return
+    raise InspectError('the CUDA plugin of JAX, the GPU compiler, is not installed: pip install "ringjax[cuda]"', code=2)
+
+
 def compile_ring(program: Program, *, timeout: float = 600.0, libtpu_args: str = "") -> Compiled:
     """Compiles in a child process, which is killed on a timeout and on Ctrl-C.
 
@@ -65,9 +80,12 @@ def compile_ring(program: Program, *, timeout: float = 600.0, libtpu_args: str =
       libtpu_args: appended to LIBTPU_INIT_ARGS of the child.
 
     Raises:
-      InspectError: no libtpu, or the compiler refused, aborted or took too long.
+      InspectError: no compiler for the platform, or it refused, aborted or took too long.
     """
-    check_libtpu()
+    if program.slice.platform == "gpu":
+        check_cuda()
+    else:
+        check_libtpu()
     with tempfile.TemporaryDirectory(prefix="ringjax-") as folder:
         request, result, log = (Path(folder) / name for name in ("request.json", "result.json", "stderr.txt"))
         request.write_text(json.dumps(program.to_json()), encoding="utf-8")
@@ -88,6 +106,7 @@ def _run_child(request: Path, result: Path, log: Path, timeout: float, libtpu_ar
     environment = {
         **os.environ,
         **ENVIRONMENT,
+        **_NO_GPU,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "LIBTPU_INIT_ARGS": flags,
     }

@@ -10,6 +10,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from .chips import Topology
 from .compile import InspectError, compile_ring
 from .program import Program
 
@@ -66,5 +67,6 @@ def base_name(name: str) -> str:
 
 def mxu_floor(program: Program, pairs: int, *, backward: bool) -> float:
     """Cycles that the matrix units of a device need at least for so many (query, key) pairs of one head and row."""
+    assert isinstance(program.slice, Topology), "GPUs have no such floor"
     generation = program.slice.generation
     return program.macs(pairs, backward=backward) / (generation.macs_per_cycle * generation.cores_per_device)

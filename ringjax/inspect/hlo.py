@@ -1,6 +1,6 @@
 """Parses the text of a compiled XLA program into computations and ops. Knows no rings.
 
-The text of a TPU program is scheduled: the order of the lines of a computation is the order in which they are issued.
+The text of a TPU or GPU program is scheduled: the order of the lines of a computation is the order in which they are issued.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ class Op:
     @functools.cached_property
     def called(self) -> dict[str, tuple[str, ...]]:
         """Names of computations, by the attribute that names them."""
-        return {key: tuple(re.findall(r"%([\w.\-]+)", names)) for key, names in _CALLED.findall(self.attributes)}
+        # What the backend is told comes last, and may hold a whole kernel.
+        attributes = self.attributes.partition(", backend_config=")[0]
+        return {key: tuple(re.findall(r"%([\w.\-]+)", names)) for key, names in _CALLED.findall(attributes)}
 
     def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of every array of the type."""
@@ -167,7 +169,9 @@ class Scope:
             elif op.opcode in _MOVES or (op.opcode == "fusion" and len(op.operands) == 1 and part is None):
                 op = scope.computation.by_name[op.operands[0]]
             elif op.opcode in ("copy-start", "collective-permute-start"):
-                op, part = scope.computation.by_name[op.operands[0]], None
+                # A start of several arrays is a tuple of them: the part says which.
+                operand = op.operands[part if part is not None and part < len(op.operands) else 0]
+                op, part = scope.computation.by_name[operand], None
             else:
                 break
         return op, scope, part

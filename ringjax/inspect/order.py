@@ -1,20 +1,28 @@
 """The compiled order of a ring: what is issued when. Permutes, block kernels and the loops around them, from HLO text.
 
-A *block kernel* is a custom call to a Pallas kernel (target tpu_custom_call). In a program that has none, as with
-implementation "xla", it is a loop that multiplies matrices and permutes nothing.
+A *block kernel* is a custom call to a Pallas kernel: of Mosaic for TPU, of Mosaic for GPU or of Triton. In a program
+that has none, as with implementation "xla", it is a loop that multiplies matrices and permutes nothing.
 
 A permute is *hidden* if it is asynchronous and, between its start and its done, at least one block kernel is issued:
 in the same computation, in the order of the lines. A kernel in a loop between the two counts as well. HLO cannot start
 a permute in one iteration of a loop and end it in another, so the order within the body is the order of every
 iteration. A permute in the body of a loop counts as often as the loop runs.
+
+A permute here is one array that travels. The compiler for GPUs sends several in one operation, which then is as many
+permutes of one name, hidden or not together. It may also mark an operation as one to be awaited at once, although it
+has a start and a done: that is a synchronous permute.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 from .hlo import HloError, Module, Op, Scope, num_bytes, parse, trip_count
 
-_PALLAS = 'custom_call_target="tpu_custom_call"'
+_PALLAS = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|__gpu\$xla\.gpu\.triton)"')
+_PRODUCT = re.compile(r'custom_call_target="__cu(blas|dnn)')
+_AWAITED = re.compile(r'"is_sync":\s*true')
+_OURS = re.compile(r'op_name="[^"]*/(ringjax_\w+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +90,7 @@ def read_order(text: str) -> Order:
     """
     module = parse(text)
     everything = [op for computation in module.computations.values() for op in computation.ops]
-    pallas = any(_PALLAS in op.attributes for op in everything if op.opcode == "custom-call")
+    pallas = any(_PALLAS.search(op.attributes) for op in everything if op.opcode == "custom-call")
     return _Reader(module, pallas).read(Scope(module.entry))
 
 
@@ -95,21 +103,25 @@ class _Reader:
         events: list[Event] = []
         for op in scope.computation.ops:
             if op.opcode in ("collective-permute-start", "collective-permute"):
-                events.append(self._start(op, scope))
+                events += self._starts(op, scope)
             elif op.opcode == "collective-permute-done":
-                events.append(Done(op.operands[0]))
+                if _is_asynchronous(scope.computation.by_name[op.operands[0]]):
+                    events.append(Done(op.operands[0]))
             elif op.called or op.opcode == "custom-call":
                 events += self._caller(op, scope)
         return tuple(events)
 
-    def _start(self, op: Op, scope: Scope) -> Start:
-        # The type of a start is (operands, results, contexts); its operand says what travels.
-        operand = scope.computation.by_name[op.operands[0]]
-        dtype, shape = op.arrays()[0] if op.opcode == "collective-permute-start" else operand.arrays()[0]
-        origin, where, _ = scope.origin(op.operands[0])
-        source = origin.index if origin.opcode == "parameter" and where.around is None else None
-        asynchronous = op.opcode == "collective-permute-start"
-        return Start(op.name, dtype, shape, num_bytes(dtype, shape), asynchronous, source)
+    def _starts(self, op: Op, scope: Scope) -> list[Start]:
+        # The type of a start is (operands, results, contexts), where several operands are a tuple of their own.
+        several = op.type.startswith("((" if op.opcode == "collective-permute-start" else "(")
+        names = op.operands if several else op.operands[:1]
+        asynchronous = _is_asynchronous(op)
+        found = []
+        for name, (dtype, shape) in zip(names, op.arrays(), strict=False):
+            origin, where, _ = scope.origin(name)
+            source = origin.index if origin.opcode == "parameter" and where.around is None else None
+            found.append(Start(op.name, dtype, shape, num_bytes(dtype, shape), asynchronous, source))
+        return found
 
     def _caller(self, op: Op, scope: Scope) -> list[Event]:
         inside = [op, *self.module.inside(op)]
@@ -123,12 +135,29 @@ class _Reader:
             if op.opcode == "call":
                 return list(self.read(Scope(self.module.computations[op.called["to_apply"][0]], op, scope)))
             raise HloError(f"permutes must stand in loops or alone. Got {op.opcode} {op.name} around one.")
-        return [Kernel(op.name)] if self._is_kernel(op, inside) else []
+        return [Kernel(_kernel_name(op))] if self._is_kernel(op, inside) else []
 
     def _is_kernel(self, op: Op, inside: list[Op]) -> bool:
         if self.pallas:
-            return any(inner.opcode == "custom-call" and _PALLAS in inner.attributes for inner in inside)
-        return op.opcode == "while" and any(inner.opcode in ("dot", "convolution") for inner in inside)
+            return any(inner.opcode == "custom-call" and _PALLAS.search(inner.attributes) for inner in inside)
+        return op.opcode == "while" and any(_multiplies(inner) for inner in inside)
+
+
+def _is_asynchronous(op: Op) -> bool:
+    return op.opcode == "collective-permute-start" and not _AWAITED.search(op.attributes)
+
+
+def _multiplies(op: Op) -> bool:
+    """Whether it is a product of matrices, or a call to a library for one."""
+    return op.opcode in ("dot", "convolution") or (op.opcode == "custom-call" and bool(_PRODUCT.search(op.attributes)))
+
+
+def _kernel_name(op: Op) -> str:
+    """The name of the line; that of the kernel, where the line is named after the primitive, as it is on GPUs."""
+    ours = _OURS.search(op.attributes) if op.opcode == "custom-call" else None
+    if ours is None or op.name.startswith(ours[1]):
+        return op.name
+    return re.sub(r"^.*?(?=(\.\d+)?$)", ours[1], op.name, count=1)
 
 
 def permutes(order: Order, times: int = 1) -> Iterator[Permute]:

@@ -81,7 +81,7 @@ def lay_out(report: Report, most: int = _MOST_KERNELS) -> Lanes:
     """Where everything goes. A kernel is 1 wide; a permute that nothing hides gets a width of its own."""
     events = _cut(list(unrolled(report.order, most)), most)
     boxes, bars, gaps = [], [], []
-    started: dict[str, tuple[float, Start]] = {}
+    started: dict[str, list[tuple[float, Start]]] = {}  # one operation may carry several arrays
     x, number, behind = 0.0, 0, 0
     seen: dict[str, int] = {}  # kernels issued when a permute started
     for event in events:
@@ -93,15 +93,17 @@ def lay_out(report: Report, most: int = _MOST_KERNELS) -> Lanes:
             boxes.append(Box(x, x + 1.0, base_name(event.name), number))
             x += 1.0
         elif isinstance(event, Start) and event.asynchronous:
-            started[event.name], seen[event.name] = (x, event), behind
+            started.setdefault(event.name, []).append((x, event))
+            seen[event.name] = behind
         elif isinstance(event, Start):
             bars.append(Bar(x, x + 0.6, carries(event, report.program), False))
             x += 0.6
         elif isinstance(event, Done) and event.name in started:
-            start, issued = started.pop(event.name)
-            if start == x:  # the wire works alone
+            arrays = started.pop(event.name)
+            if arrays[0][0] == x:  # the wire works alone
                 x += 0.6
-            bars.append(Bar(start, x, carries(issued, report.program), behind > seen[event.name]))
+            for start, issued in arrays:
+                bars.append(Bar(start, x, carries(issued, report.program), behind > seen[event.name]))
     return Lanes(tuple(boxes), tuple(bars), tuple(gaps), x)
 
 

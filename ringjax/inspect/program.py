@@ -8,7 +8,7 @@ from ..arguments import check_window
 from ..config import RingConfig
 from ..layout import Layout, Striped, as_layout
 from ..schedule import Schedule, plan
-from .chips import Topology, parse_topology
+from .topology import Topology, parse_topology
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DTYPES = tuple(_ITEM_BYTES)
@@ -17,7 +17,7 @@ DEVICE_ORDERS = ("ring_mesh", "make_mesh")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One call of ring_attention for a TPU topology, see :func:`ringjax.inspect.inspect_ring`."""
+    """One call of ring_attention for a topology, see :func:`ringjax.inspect.inspect_ring`."""
 
     topology: str
     ring: int
@@ -56,6 +56,11 @@ class Program:
         devices = self.slice.num_devices
         if self.ring > devices:
             raise ValueError(f"ring must be at most {devices}, the devices of {self.slice.name}. Got {self.ring}.")
+        if self.slice.platform == "gpu" and self.device_order != "ring_mesh":
+            raise ValueError(
+                f"device_order must be 'ring_mesh' for GPUs, which have no coordinates to order them by. Got "
+                f"{self.device_order!r}."
+            )
         unit = self.layout_object.unit(self.ring)
         if self.seq_len % unit:
             raise ValueError(

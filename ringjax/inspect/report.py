@@ -68,8 +68,13 @@ class Report:
 
     @property
     def num_permutes(self) -> int:
-        """How many permutes are executed."""
+        """How many permutes are executed, each of one array."""
         return sum(permute.times for permute in self.permutes)
+
+    @property
+    def num_operations(self) -> int:
+        """How many operations carry them: on GPUs the compiler sends several arrays in one."""
+        return sum({permute.name: permute.times for permute in self.permutes}.values())
 
     @property
     def num_hidden(self) -> int:
@@ -149,7 +154,9 @@ class Report:
 
     @property
     def mxu_floor_cycles(self) -> dict[str, float]:
-        """Least cycles of the busiest rank: matrix units alone, attended pairs alone."""
+        """Least cycles of the busiest rank: matrix units alone, attended pairs alone. Empty for GPUs."""
+        if self.program.slice.platform != "tpu":
+            return {}
         most = int(self.pairs_per_rank.max())
         passes = {"forward": False, "backward": True} if self.program.backward else {"forward": False}
         return {name: mxu_floor(self.program, most, backward=backward) for name, backward in passes.items()}
@@ -164,7 +171,8 @@ class Report:
                 "name": program.slice.name,
                 "devices": program.slice.num_devices,
                 "rings": program.rings,
-                "hbm_bytes": program.slice.generation.hbm_bytes,
+                "platform": program.slice.platform,
+                "hbm_bytes": program.slice.memory_bytes,
             },
             "compiler": {
                 "versions": compiled.versions,
@@ -173,6 +181,7 @@ class Report:
             },
             "permutes": {
                 "executed": self.num_permutes,
+                "operations": self.num_operations,
                 "hidden": self.num_hidden,
                 "synchronous": self.num_synchronous,
                 "lines": [

@@ -47,7 +47,7 @@ def describe_mask(report: Report) -> str:
 def _ring(report: Report) -> Iterator[str]:
     program, slice_ = report.program, report.program.slice
     rings = "one ring" if program.rings == 1 else f"{program.rings} rings side by side, each"
-    hbm = size(slice_.generation.hbm_bytes)
+    hbm = size(slice_.memory_bytes)
     yield f"{slice_.name}, {slice_.num_devices} devices of {hbm}: {rings} of {program.ring}"
     passes = "forward and backward" if program.backward else "forward"
     values = "" if program.value_head_dim == program.head_dim else f", values of {program.value_head_dim}"
@@ -69,7 +69,8 @@ def _order(report: Report) -> Iterator[str]:
         return
     sync = report.num_synchronous
     kind = "all asynchronous" if not sync else f"{sync} SYNCHRONOUS"
-    yield f"permutes hidden {report.num_hidden}/{report.num_permutes}, {kind}"
+    together = f", sent in {report.num_operations} operations" if report.num_operations < report.num_permutes else ""
+    yield f"permutes hidden {report.num_hidden}/{report.num_permutes}, {kind}{together}"
     rows = [("carries", "bytes each", "executed", "asynchronous", "hidden")]
     rows += [
         (f"{p.carries} ({p.dtype})", size(p.bytes), str(p.times), str(p.asynchronous), str(p.hidden))
@@ -77,7 +78,10 @@ def _order(report: Report) -> Iterator[str]:
     ]
     yield from table(rows)
     if report.exposed:
-        names = sorted({f"{p.name} ({p.times} x {size(p.bytes)})" for p in report.exposed})
+        sent: dict[tuple[str, int], int] = {}
+        for p in report.exposed:
+            sent[p.name, p.times] = sent.get((p.name, p.times), 0) + p.bytes
+        names = sorted(f"{name} ({times} x {size(num)})" for (name, times), num in sent.items())
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         yield f"no kernel runs behind {', '.join(names[:6])}{more}"
     counts: dict[str, int] = {}
@@ -97,7 +101,7 @@ def _wire(report: Report) -> Iterator[str]:
 
 def _memory(report: Report) -> Iterator[str]:
     peak, floor = report.compiled.peak_bytes, report.floor_bytes
-    hbm = report.program.slice.generation.hbm_bytes
+    hbm = report.program.slice.memory_bytes
     yield f"peak {size(peak)} a device, {peak / floor:.3f} x the floor of {size(floor)}; {peak / hbm:.1%} of its memory"
     yield from table([(term.name, size(term.bytes)) for term in report.floor_terms])
     yield "as the ring grows and the sequence stays"
@@ -119,6 +123,9 @@ def _work(report: Report) -> Iterator[str]:
 
 
 def _cycles(report: Report) -> Iterator[str]:
+    if report.program.slice.platform != "tpu":
+        yield "none: the floor of the matrix units and the static estimates of kernels are of TPUs"
+        return
     floors = ", ".join(f"{name} {cycles:,.0f}" for name, cycles in report.mxu_floor_cycles.items())
     yield f"matrix units need at least, for the busiest rank: {floors}"
     if report.cycles is None:
