@@ -7,6 +7,7 @@ loaded. Both are why nobody imports this module: :mod:`ringjax.inspect.compile` 
 import contextlib
 import importlib.metadata
 import json
+import os
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as DeviceLayout
@@ -46,6 +48,7 @@ def compile_program(program: Program) -> dict[str, Any]:
         "lower_seconds": middle - start,
         "compile_seconds": stop - middle,
         "versions": _versions(program),
+        "flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
@@ -74,6 +77,8 @@ def _mesh(program: Program) -> Mesh:
     shape, names = (program.rings, program.ring), ("dp", "sp")
     if program.device_order == "make_mesh":
         return Mesh(topologies.make_mesh(topology, shape, names).devices, names)
+    if program.slice.platform == "gpu":  # coordinates of GPUs are their numbers: no links to follow
+        return Mesh(np.array(topology.devices[: program.rings * program.ring]).reshape(shape), names)
     return ring_mesh(shape, names, devices=topology.devices)
 
 

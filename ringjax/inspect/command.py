@@ -25,7 +25,7 @@ _TOPOLOGY = "v5p:8x8x16; v4, v5e, v5p, v6e or v7x. h100:8, h100:4x8; a100, h100,
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ringjax inspect",
-        description="Compiles a ring for a topology of TPUs or GPUs and reads the compiled order, memory and wire bytes.",
+        description="Compiles a ring for TPUs or GPUs, without one, and reads its order, memory and wire bytes.",
         epilog=_EPILOG,
     )
     ring = parser.add_argument_group("the ring")
@@ -45,12 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     ring.add_argument("--segments", action="store_true", help="with segment ids, which travel as well")
     ring.add_argument("--backward", action="store_true", help="forward and all gradients in one program")
     tuning = parser.add_argument_group("tuning, as in RingConfig")
-    tuning.add_argument("--implementation", help="xla, pallas_tpu, pallas_gpu, pallas_triton (default: the library's choice)")
+    tuning.add_argument(
+        "--implementation", help="xla, pallas_tpu, pallas_gpu, pallas_triton (default: the library's choice)"
+    )
     tuning.add_argument("--block-q", type=int, help="tile of queries")
     tuning.add_argument("--block-kv", type=int, help="tile of keys")
     tuning.add_argument("--unroll", type=int, help="hops an iteration of the compiled loop")
     tuning.add_argument("--dkv-dtype", default="float32", help="of the sums of dK and dV (default %(default)s)")
-    tuning.add_argument("--device-order", choices=DEVICE_ORDERS, default="ring_mesh", help="of TPUs (default ring_mesh)")
+    tuning.add_argument(
+        "--device-order", choices=DEVICE_ORDERS, default="ring_mesh", help="of TPUs (default ring_mesh)"
+    )
     out = parser.add_argument_group("what to report")
     out.add_argument("--cycles", action="store_true", help="static estimates of TPU kernels; compiles once more")
     out.add_argument("--sweep", type=_integers, default=(), metavar="C1,C2", help="also compile rings of these sizes")

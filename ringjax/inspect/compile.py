@@ -30,6 +30,8 @@ COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-pjrt", "jax-cuda12-pjrt")}
 _CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 # Two ways in which the compiler says how much it lacks.
 _USED = re.compile(r"(?:Used |\()([\d.]+[KMGT]\w*)\)?(?: of | exceeds available \w+ \()([\d.]+[KMGT]\w*)")
+# Memory that a kernel's tiles may be too large for, by the word that the compiler has for it.
+_TIGHT = {"vmem": "VMEM of a core", "shared memory": "shared memory of a multiprocessor"}
 _NOISE = re.compile(
     r"^(WARNING|ERROR)?:? ?(Logging before|Failed to find host|=== Source|learning/|\s*$)|worker hostname"
 )
@@ -54,6 +56,7 @@ class Compiled:
     lower_seconds: float
     compile_seconds: float
     versions: dict[str, str]
+    flags: str = ""  # XLA_FLAGS, which the child inherits
 
 
 def check_libtpu() -> None:
@@ -68,7 +71,9 @@ def check_cuda() -> None:
         with contextlib.suppress(ModuleNotFoundError):  # the parent of a name is imported, and may be missing
             if importlib.util.find_spec(name) is not None:
                 return
-    raise InspectError('the CUDA plugin of JAX, the GPU compiler, is not installed: pip install "ringjax[cuda]"', code=2)
+    raise InspectError(
+        'the CUDA plugin of JAX, the GPU compiler, is not installed: pip install "ringjax[cuda]"', code=2
+    )
 
 
 def compile_ring(program: Program, *, timeout: float = 600.0, libtpu_args: str = "") -> Compiled:
@@ -96,7 +101,15 @@ def compile_ring(program: Program, *, timeout: float = 600.0, libtpu_args: str =
         outcome = json.loads(result.read_text(encoding="utf-8"))
     if "error" in outcome:
         raise _refusal(program, outcome)
-    return Compiled(**outcome)
+    compiled = Compiled(**outcome)
+    memory = program.slice.memory_bytes
+    if program.slice.platform == "gpu" and compiled.peak_bytes > memory:  # what the compiler for TPUs refuses itself
+        raise _too_large(f"it needs {compiled.peak_bytes / 2**30:.4g}G of {memory / 2**30:.4g}G")
+    return compiled
+
+
+def _too_large(detail: str, where: str = "memory of a device (a larger --ring holds less on each)") -> InspectError:
+    return InspectError(f"the program is too large for the {where}: {detail}.")
 
 
 def _run_child(request: Path, result: Path, log: Path, timeout: float, libtpu_args: str) -> int:
@@ -156,12 +169,12 @@ def _refusal(program: Program, outcome: dict[str, Any]) -> InspectError:
             code=2,
         )
     if "RESOURCE_EXHAUSTED" in message or "Oom" in message:
-        where = "memory of a device (a larger --ring holds less on each)"
-        if "vmem" in message.lower():
-            where = "VMEM of a core (smaller tiles of a kernel, --block-q and --block-kv, need less)"
         used = _USED.search(message)
         detail = f"it needs {used[1]} of {used[2]}" if used else _first_line(message)
-        return InspectError(f"the program is too large for the {where}: {detail}.")
+        for word, where in _TIGHT.items():
+            if word in message.lower():
+                return _too_large(detail, f"{where} (smaller tiles of a kernel, --block-q and --block-kv, need less)")
+        return _too_large(detail)
     if kind != "JaxRuntimeError":
         return InspectError(f"the ring could not be compiled: {kind} at {outcome['where']}: {_first_line(message)}")
     return InspectError(f"the compiler refused: {_first_line(message)}")

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-_GIB = 2**30
+_MIB = 2**20
 _MOST_A_HOST = 8
 
 
@@ -41,27 +41,57 @@ class Gpu:
     block_shared_bytes: int
 
 
-_HOPPER = {"capability": (9, 0), "accelerated": True, "multiprocessors": 132, "lanes": 128, "clock_ghz": 1.98}
-_LARGE = {"shared_bytes": 228 * 1024, "block_shared_bytes": 227 * 1024}
-_GPUS = (
-    Gpu(
-        "a100", "NVIDIA A100-SXM4-80GB", (8, 0), False, 108, 64, 1.41, 85_100_068_864, 1.593, 2_039_040_000_000,
-        40 * 2**20, 164 * 1024, 163 * 1024,
-    ),
-    Gpu(
-        "h100", "NVIDIA H100 80GB HBM3", **_HOPPER, memory_bytes=84_942_979_072, memory_clock_ghz=2.619,
-        bandwidth=3_352_320_000_000, l2_bytes=50 * 2**20, **_LARGE,
-    ),
-    Gpu(
-        "h200", "NVIDIA H200", **_HOPPER, memory_bytes=141 * _GIB, memory_clock_ghz=3.75,
-        bandwidth=4_800_000_000_000, l2_bytes=50 * 2**20, **_LARGE,
-    ),
-    Gpu(
-        "b200", "NVIDIA B200", (10, 0), True, 148, 128, 1.965, 191_514_411_008, 3.996, 7_672_320_000_000,
-        132_644_864, **_LARGE,
-    ),
-)  # fmt: skip
-GPUS = {gpu.name: gpu for gpu in _GPUS}
+_A100 = Gpu(
+    name="a100",
+    kind="NVIDIA A100-SXM4-80GB",
+    capability=(8, 0),
+    accelerated=False,
+    multiprocessors=108,
+    lanes=64,
+    clock_ghz=1.41,
+    memory_bytes=85_100_068_864,
+    memory_clock_ghz=1.593,
+    bandwidth=2_039_040_000_000,
+    l2_bytes=40 * _MIB,
+    shared_bytes=164 * 1024,
+    block_shared_bytes=163 * 1024,
+)
+_H100 = Gpu(
+    name="h100",
+    kind="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    accelerated=True,
+    multiprocessors=132,
+    lanes=128,
+    clock_ghz=1.98,
+    memory_bytes=84_942_979_072,
+    memory_clock_ghz=2.619,
+    bandwidth=3_352_320_000_000,
+    l2_bytes=50 * _MIB,
+    shared_bytes=228 * 1024,
+    block_shared_bytes=227 * 1024,
+)
+_H200 = dataclasses.replace(
+    _H100,
+    name="h200",
+    kind="NVIDIA H200",
+    memory_bytes=141 * 1024 * _MIB,
+    memory_clock_ghz=3.75,
+    bandwidth=4_800_000_000_000,
+)
+_B200 = dataclasses.replace(
+    _H100,
+    name="b200",
+    kind="NVIDIA B200",
+    capability=(10, 0),
+    multiprocessors=148,
+    clock_ghz=1.965,
+    memory_bytes=191_514_411_008,
+    memory_clock_ghz=3.996,
+    bandwidth=7_672_320_000_000,
+    l2_bytes=132_644_864,
+)
+GPUS = {gpu.name: gpu for gpu in (_A100, _H100, _H200, _B200)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Parses the text of a compiled XLA program into computations and ops. Knows no rings.
 
-The text of a TPU or GPU program is scheduled: the order of the lines of a computation is the order in which they are issued.
+The text of a program for TPUs or GPUs is scheduled: the order of the lines of a computation is the order in which they
+are issued.
 """
 
 import dataclasses
@@ -142,7 +143,7 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * (int(digits[0]) if digits else 8) // 8
 
 
-_MOVES = {"bitcast", "copy", "copy-done", "reshape", "transpose", "collective-permute", "collective-permute-done"}
+_MOVES = {"bitcast", "copy", "copy-done", "reshape", "transpose", "collective-permute-done"}
 _SCALAR = re.compile(r"^(s32|u32|s64|u64|pred)\[\](\{[^}]*\})?$")
 
 
@@ -168,8 +169,8 @@ class Scope:
                 op, scope = scope.around.computation.by_name[scope.caller.operands[op.index]], scope.around
             elif op.opcode in _MOVES or (op.opcode == "fusion" and len(op.operands) == 1 and part is None):
                 op = scope.computation.by_name[op.operands[0]]
-            elif op.opcode in ("copy-start", "collective-permute-start"):
-                # A start of several arrays is a tuple of them: the part says which.
+            elif op.opcode in ("copy-start", "collective-permute-start", "collective-permute"):
+                # A permute of several arrays is a tuple of them: the part says which.
                 operand = op.operands[part if part is not None and part < len(op.operands) else 0]
                 op, part = scope.computation.by_name[operand], None
             else:

@@ -176,6 +176,7 @@ class Report:
             },
             "compiler": {
                 "versions": compiled.versions,
+                "xla_flags": compiled.flags,
                 "lower_seconds": compiled.lower_seconds,
                 "compile_seconds": compiled.compile_seconds,
             },

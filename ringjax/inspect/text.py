@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from .cycles import base_name
 from .report import Report
 
+_COMBINE = "--xla_gpu_collective_permute_combine_threshold_bytes"
+
 
 def lines(report: Report) -> Iterator[str]:
     """Section after section: the label of each stands in front of its first line."""
@@ -61,6 +63,8 @@ def _ring(report: Report) -> Iterator[str]:
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.compiled.versions.items())
     yield f"compiled in {report.compiled.lower_seconds + report.compiled.compile_seconds:.1f} s by {versions}"
+    if slice_.platform == "gpu" and report.compiled.flags:
+        yield f"XLA_FLAGS {report.compiled.flags}"
 
 
 def _order(report: Report) -> Iterator[str]:
@@ -84,6 +88,9 @@ def _order(report: Report) -> Iterator[str]:
         names = sorted(f"{name} ({times} x {size(num)})" for (name, times), num in sent.items())
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         yield f"no kernel runs behind {', '.join(names[:6])}{more}"
+    if sync and report.program.slice.platform == "gpu" and _COMBINE not in report.compiled.flags:
+        yield "this compiler lets one operation run behind a kernel, and sends small arrays alone in one: to make it"
+        yield f"send large ones so too, set XLA_FLAGS={_COMBINE}={16 * 2**30}"
     counts: dict[str, int] = {}
     for name, times in report.kernels.items():
         counts[base_name(name)] = counts.get(base_name(name), 0) + times
