@@ -38,7 +38,7 @@ def ring_mesh(
       shape: sizes of the axes, or the size of the only one. Their product may be smaller than the number of devices.
       axis_names: as many names.
       ring_axis: the axis along which K/V travel; None is the last one.
-      devices: default ``jax.devices()``. Devices without coordinates (CPU, GPU) keep the order in which they are given.
+      devices: default ``jax.devices()``. Those of CPUs and GPUs keep the order in which they are given.
       axis_types: of the axes, as in :class:`jax.sharding.Mesh`; None is Auto.
 
     Returns:
@@ -55,7 +55,7 @@ def ring_mesh(
         raise ValueError(f"shape must need at most {len(given)} devices, all there are. Got {sizes}, which is {count}.")
     if axis_types is not None and len(axis_types) != len(sizes):
         raise ValueError(f"axis_types must be None or one for each of {len(sizes)} axes. Got {axis_types!r}.")
-    if any(getattr(device, "coords", None) is None for device in given):
+    if not all(_has_place(device) for device in given):
         array = _as_array(given[:count]).reshape(sizes)
     else:
         rings = _as_array([device for one in _rings(given, count // ring, ring) for device in one])
@@ -78,6 +78,11 @@ def _check_axes(
     if ring_axis is not None and ring_axis not in names:
         raise ValueError(f"ring_axis must be one of axis_names {names}, or None. Got {ring_axis!r}.")
     return tuple(int(n) for n in sizes), names, names[-1] if ring_axis is None else ring_axis
+
+
+def _has_place(device: Any) -> bool:
+    """GPUs may have coordinates too, but a switch between them: XLA wants them in their own order."""
+    return getattr(device, "coords", None) is not None and getattr(device, "platform", "tpu") == "tpu"
 
 
 def _as_array(devices: Sequence[Any]) -> np.ndarray:

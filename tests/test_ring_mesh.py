@@ -21,6 +21,7 @@ class Chip:
     id: int
     coords: tuple[int, int, int]
     core_on_chip: int = 0
+    platform: str = "tpu"
 
 
 def slice_of(*sides: int, cores: int = 1, origin: tuple[int, int, int] = (0, 0, 0)) -> list[Chip]:
