@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from ringjax.kernels import pallas_gpu
+from ringjax.kernels import _mosaic, pallas_gpu, pallas_gpu_forward
 from ringjax.kernels.base import KernelParams
 from ringjax.mask import Mask
 from ringjax.partial import Partial
@@ -104,3 +104,16 @@ def test_refuses_wide_heads() -> None:
     case = Case(size=264)
     with pytest.raises(NotImplementedError, match=r"query.*at most 256.*Got 264"):
         jax.eval_shape(lambda *args: run(case, *args), *arguments(case))
+
+
+@pytest.mark.parametrize(
+    ("size", "masked", "by_tma"),
+    [(64, True, True), (64, False, True), (128, True, True), (128, False, False), (256, True, False)],
+)
+def test_the_carry_comes_by_tma_where_there_is_room(size: int, masked: bool, by_tma: bool) -> None:
+    """A hop in the middle of a ring."""
+    x = jax.ShapeDtypeStruct((1, 2, 256, size), jnp.bfloat16)
+    positions = jnp.zeros((1, 256), jnp.int32) if masked else None
+    mask = Mask(positions, positions, None, None, right=0 if masked else None)
+    tiles = _mosaic.forward_tiles(x, x, mask, KernelParams(1.0, device_kind=KIND), whole=False)
+    assert pallas_gpu_forward._carry_in_smem(tiles, size, size, True, False) == by_tma

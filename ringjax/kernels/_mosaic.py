@@ -30,7 +30,6 @@ HEAD_SIZES = (64, 128, 256)
 MULTIPROCESSORS = 132
 
 SMEM_BYTES = 227 * 1024  # what a block of threads may have
-SMALL_SMEM_BYTES = 4096  # of it for barriers, flags and reductions
 
 # Layouts of a matrix product in registers, of its rows and of its columns.
 MATRIX = plgpu.Layout.WGMMA
@@ -57,6 +56,11 @@ class TileSizes:
     @property
     def block_q(self) -> int:
         return self.compute * WARPGROUP_ROWS
+
+    @property
+    def small_smem_bytes(self) -> int:
+        """For barriers and reductions, and the flags of each stage."""
+        return 2048 + self.stages * WARPGROUP_ROWS * 4
 
 
 def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:

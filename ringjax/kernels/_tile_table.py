@@ -226,7 +226,7 @@ def mosaic_smem(tiles: Any, size: int) -> int:
         for q, v in ((size, other), (other, size)):
             out = v if tiles.stage_out or q != v else 0
             most = max(most, tiles.block_q * (q + out) + tiles.stages * tiles.block_kv * (q + v))
-    return 2 * most + 4096  # barriers, flags, and room for reductions
+    return 2 * most + tiles.small_smem_bytes
 
 
 def _triton_refusal(tiles: Any, size: int) -> str | None:

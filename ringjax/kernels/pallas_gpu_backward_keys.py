@@ -11,6 +11,9 @@ not bring. So exponentials are taken under v dout^T, ds under p^T dout; dq is st
 permitting, the logits of the next tile follow at once. One barrier a tile joins the two warpgroups: then ds of both is
 there for dq, and dq of the tile before for TMA.
 
+NaN or Inf in dout, or in the output, reaches whole rows of dv in PARTIAL tiles, for the keys that its query sees; other
+kernels confine it to a column.
+
 FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691; the division of work after FlashAttention-3, Shah et al.
 2024, arXiv:2407.08608; the equations are in base.py.
 """

@@ -117,8 +117,8 @@ def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish
     queries = tiles.block_q * size * 2
     ring = tiles.stages * tiles.block_kv * (size + v_size) * 2
     out = tiles.block_q * v_size * 2 if finish and (tiles.stage_out or size != v_size) else 0
-    fits = queries + ring + out + tiles.block_q * v_size * 4 + _mosaic.SMALL_SMEM_BYTES <= _mosaic.SMEM_BYTES
-    return fits and (carry or not finish)
+    taken = queries + ring + out + tiles.block_q * v_size * 4 + tiles.small_smem_bytes
+    return taken <= _mosaic.SMEM_BYTES and (carry or not finish)
 
 
 def _group_heads(num_rows: int, group: int, k: Array) -> int:
