@@ -150,6 +150,8 @@ def gpu_kernel(
                     input_output_aliases={count + n: n for n in range(num_updated)},
                     compiler_params=compiler_params,
                     name=mesh.kernel_name,
+                    # As plgpu.kernel does: under force_gpu_interpret_mode, which shares this with TPU's.
+                    interpret=_config.pallas_tpu_interpret_mode_context_manager.value or False,
                 )(*operands, *updated)
             )
 

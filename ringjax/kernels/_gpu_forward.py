@@ -208,7 +208,7 @@ class Compute:
         return pl.ds((work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     def rows_there(self, work: Work) -> Any:
-        """The same of the carry, which ends with the last warpgroup that has queries: then any will do."""
+        """The same of the carry, which ends with the last warpgroup that has queries: others read its rows, in vain."""
         start = (work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS
         return pl.ds(jnp.minimum(start, self.static.rows_total - WARPGROUP_ROWS), WARPGROUP_ROWS)
 
@@ -273,13 +273,7 @@ class Compute:
         scratch, slot = self.scratch, self.slot(count + t)
         plgpu.barrier_wait(scratch.k_ready.at[slot])
         self.take_turn()
-
-        def logits(s_ref: Any) -> Array:
-            self.multiply_keys(s_ref, slot)
-            self.pass_turn("issued")
-            return s_ref[...]
-
-        s = self.scaled(pl.run_scoped(logits, plgpu.WGMMAAccumulatorRef(self.tile_shape, jnp.float32)))
+        s = self.scaled(self.products(slot))
         self.pass_turn("logits")
         plgpu.barrier_arrive(scratch.k_consumed.at[slot])
         if not self.through_q():  # so that the next ones arrive while this row ends
@@ -291,10 +285,7 @@ class Compute:
         plgpu.barrier_wait(scratch.v_ready.at[slot])
         if masked:
             acc = self.mark_poison(work, t, slot, acc)
-        acc = acc * row_matrix(rescale, acc)
-        acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, scratch.v_smem.at[slot]))(
-            plgpu.WGMMAAccumulatorRef.init(acc)
-        )
+        acc = self.add_values(acc * row_matrix(rescale, acc), p, slot)
         plgpu.barrier_arrive(scratch.v_consumed.at[slot])
         return acc, top, total
 
@@ -303,13 +294,7 @@ class Compute:
         slot = self.slot(count)
         plgpu.barrier_wait(self.scratch.k_ready.at[slot])
         self.take_turn()
-
-        def logits(s_ref: Any) -> Array:
-            self.multiply_keys(s_ref, slot)
-            self.pass_turn("issued")
-            return s_ref[...]
-
-        s = pl.run_scoped(logits, plgpu.WGMMAAccumulatorRef(self.tile_shape, jnp.float32))
+        s = self.products(slot)
         self.pass_turn("logits")
         plgpu.barrier_arrive(self.scratch.k_consumed.at[slot])
         s = self.scaled(s)
@@ -373,6 +358,38 @@ class Compute:
     def multiply_keys(self, s_ref: Any, slot: Array) -> None:
         q_smem = self.scratch.q_smem.at[self.warpgroup]
         plgpu.wgmma(s_ref, q_smem, self.scratch.k_smem.at[slot].transpose((1, 0)))
+
+    def products(self, slot: Array) -> Array:
+        """q k^T of one tile."""
+        if self.static.params.interpret:
+            return jnp.dot(
+                self.loaded(self.scratch.q_smem.at[self.warpgroup]), self.loaded(self.scratch.k_smem.at[slot]).T
+            )
+
+        def multiply(s_ref: Any) -> Array:
+            self.multiply_keys(s_ref, slot)
+            self.pass_turn("issued")
+            return s_ref[...]
+
+        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(self.tile_shape, jnp.float32))
+
+    def add_values(self, acc: Array, p: Array, slot: Array) -> Any:
+        """acc + p v of one tile."""
+        if self.static.params.interpret:
+            return acc + jnp.dot(p.astype(jnp.float32), self.loaded(self.scratch.v_smem.at[slot]))
+        return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, self.scratch.v_smem.at[slot]))(
+            plgpu.WGMMAAccumulatorRef.init(acc)
+        )
+
+    @staticmethod
+    def loaded(x_smem: Any) -> Array:
+        """For JAX's interpreter, which has no WGMMA with an operand in registers.
+
+        TMA may overwrite what WGMMA has read; what a load has read only after a fence.
+        """
+        x = gpu_load(x_smem, MATRIX, optimized=False).astype(jnp.float32)
+        plgpu.commit_smem()
+        return x
 
     def scaled(self, products: Array) -> Array:
         """Logits in base 2, up to the factor that :meth:`softmax` still applies."""

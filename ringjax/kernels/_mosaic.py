@@ -170,6 +170,8 @@ def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams, *, whole
     """Tiles of a forward call: as requested, else of the tables, the user's first. ``whole``: without a carry."""
     size = max(head_size(q.shape[3]), head_size(v.shape[3]))
     tiles = (_FORWARD_FULL if mask.is_full else _FORWARD)[size]
+    if params.interpret:
+        return dataclasses.replace(tiles, turns="none", overlap=False)  # all that JAX's interpreter can follow
     if params.block_q is None and params.block_kv is None:
         kernel = "forward" + ("" if whole else ", carry") + ("" if mask.is_full else ", masked")
         return _tile_table.chosen(tiles, "pallas_gpu", kernel, q.dtype, size, params.device_kind)

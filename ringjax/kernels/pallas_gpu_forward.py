@@ -255,6 +255,12 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
         return count
 
     walk(static, x, one)
+    if static.params.interpret:  # which wants every arrival to be waited for
+        for slot in range(tiles.stages):
+            plgpu.barrier_wait(scratch.k_consumed.at[slot])
+            plgpu.barrier_wait(scratch.v_consumed.at[slot])
+        for w in range(tiles.compute):
+            plgpu.barrier_wait(scratch.q_consumed.at[w])
 
 
 def _look_for_poison(v_smem: Any, flags_smem: Any) -> None:
