@@ -48,7 +48,7 @@ CASES = {
     # 192 queries a tile: of a last one with fewer, warpgroups without queries read what others write, and drop it.
     "a hop between": Case(q_length=384, blocks=3),
     "causal": Case(causal=True),
-    "rows with nothing to visit on the last hop": Case(q_length=512, blocks=4, causal=True),
+    "rows with nothing to visit on the last hop": Case(q_length=512, blocks=4, causal=True, size=128, v_size=128),
     "packed, sinks, cap": Case(causal=True, segments=True, sinks=True, soft_cap=2.0),
     "slots used again": Case(blocks=1, block_length=1024, causal=True),
     "ragged": Case(q_length=200, block_length=136, causal=True),
