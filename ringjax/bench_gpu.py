@@ -129,10 +129,15 @@ class Measurement:
 
 
 def compile_all(programs: Sequence[Program]) -> list[Program]:
-    """The compiler works on several at once. Programs of one function, whose arguments look alike, share the result."""
+    """The compiler works on several at once, and not on what is compiled already.
+
+    Programs of one function, whose arguments look alike, share the result.
+    """
     unique = {id(program.run): program for program in programs}
 
     def compiled(program: Program) -> Any:
+        if isinstance(program.run, jax.stages.Compiled):
+            return program.run
         return jax.jit(program.run).lower(*program.arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -340,15 +345,10 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         [
             *(m for shape in shapes for m in attention(shape, config, dtype=dtype, reference=options.reference)),
             ring_cost(long, kernel, dtype=dtype, num_shards=options.num_shards),
-            *(dataclasses.replace(m, programs=m.programs[:1]) for m in of_packed),
+            *of_packed,
             zigzag_ranks(long, kernel, dtype=dtype, num_shards=options.num_shards),
         ]
     )
-    count = len(of_packed)
-    of_rows[-count:] = [
-        dataclasses.replace(m, programs=(*m.programs, *done.programs[1:]))
-        for m, done in zip(of_rows[-count:], of_packed, strict=True)
-    ]
     rows = []
     for measurement in of_rows:
         rows.append(measurement.result(rounds))

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as DeviceLayout
@@ -77,8 +76,6 @@ def _mesh(program: Program) -> Mesh:
     shape, names = (program.rings, program.ring), ("dp", "sp")
     if program.device_order == "make_mesh":
         return Mesh(topologies.make_mesh(topology, shape, names).devices, names)
-    if program.slice.platform == "gpu":  # coordinates of GPUs are their numbers: no links to follow
-        return Mesh(np.array(topology.devices[: program.rings * program.ring]).reshape(shape), names)
     return ring_mesh(shape, names, devices=topology.devices)
 
 

@@ -57,10 +57,16 @@ class TileSizes:
     def block_q(self) -> int:
         return self.compute * WARPGROUP_ROWS
 
-    @property
-    def small_smem_bytes(self) -> int:
-        """For barriers and reductions, and the flags of each stage."""
-        return 2048 + self.stages * WARPGROUP_ROWS * 4
+    def has_out_smem(self, size: int, v_size: int) -> bool:
+        """Whether the finished output has SMEM of its own; else it goes through that of the queries."""
+        return self.stage_out or size != v_size
+
+    def smem_bytes(self, size: int, v_size: int, *, finish: bool) -> int:
+        """What a forward call takes for heads of these native sizes, without the carry, which need not be in SMEM."""
+        out = v_size if finish and self.has_out_smem(size, v_size) else 0
+        numbers = self.block_q * (size + out) + self.stages * self.block_kv * (size + v_size)
+        small = 2048 + self.stages * WARPGROUP_ROWS * 4  # barriers and reductions, and flags of each stage
+        return 2 * numbers + small
 
 
 def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:

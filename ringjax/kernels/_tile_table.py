@@ -214,19 +214,16 @@ def _mosaic_refusal(tiles: Any, size: int) -> str | None:
             f"registers: of one loading and {tiles.compute} multiplying warpgroups must be at most "
             f"{_REGISTERS[tiles.compute]} together. Got {tiles.registers}."
         )
-    if mosaic_smem(tiles, size) > _HOPPER_SMEM:
-        return f"block_kv x stages must fit {_HOPPER_SMEM} bytes of SMEM. They take {mosaic_smem(tiles, size)}."
+    if _mosaic_smem(tiles, size) > _HOPPER_SMEM:
+        return f"block_kv x stages must fit {_HOPPER_SMEM} bytes of SMEM. They take {_mosaic_smem(tiles, size)}."
     return None
 
 
-def mosaic_smem(tiles: Any, size: int) -> int:
-    """Bytes where keys or values have this head size, at most. Without the carry, which need not be in SMEM."""
-    most = 0
-    for other in (n for n in (64, 128, 256) if n <= size):
-        for q, v in ((size, other), (other, size)):
-            out = v if tiles.stage_out or q != v else 0
-            most = max(most, tiles.block_q * (q + out) + tiles.stages * tiles.block_kv * (q + v))
-    return 2 * most + tiles.small_smem_bytes
+def _mosaic_smem(tiles: Any, size: int) -> int:
+    """Bytes where keys or values have this head size, at most."""
+    others = [n for n in (64, 128, 256) if n <= size]
+    pairs = [pair for other in others for pair in ((size, other), (other, size))]
+    return max(tiles.smem_bytes(*pair, finish=True) for pair in pairs)
 
 
 def _triton_refusal(tiles: Any, size: int) -> str | None:

@@ -114,10 +114,7 @@ def forward(
 
 def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish: bool) -> bool:
     """Whether the carry comes and goes by TMA, behind the compute: where the SMEM has room for it."""
-    queries = tiles.block_q * size * 2
-    ring = tiles.stages * tiles.block_kv * (size + v_size) * 2
-    out = tiles.block_q * v_size * 2 if finish and (tiles.stage_out or size != v_size) else 0
-    taken = queries + ring + out + tiles.block_q * v_size * 4 + tiles.small_smem_bytes
+    taken = tiles.smem_bytes(size, v_size, finish=finish) + tiles.block_q * v_size * 4
     return taken <= _mosaic.SMEM_BYTES and (carry or not finish)
 
 
@@ -145,7 +142,7 @@ class _Kernel:
         left = plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.stages)
         out = acc = carried = None
         # Else the output goes through the SMEM of the queries.
-        if static.finish and (tiles.stage_out or size != v_size):
+        if static.finish and tiles.has_out_smem(size, v_size):
             out = _mosaic.smem_tile((*queries, v_size), dtype)
         if static.carry_in_smem:
             acc = _mosaic.smem_tile((*queries, v_size), jnp.float32)
