@@ -83,6 +83,10 @@ def tpu_interpreter_is_forced() -> bool:
     return _config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
+# Whether Pallas Mosaic GPU kernels can concatenate what is in registers.
+GPU_CONCATENATES = jax.__version_info__ >= (0, 11)
+
+
 def gpu_load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     """Load from shared or device memory into registers laid out so. In Pallas Mosaic GPU kernels."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

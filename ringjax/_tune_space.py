@@ -104,6 +104,9 @@ class Problem:
         def call(q: Any, k: Any, v: Any, positions: Any, carry: Any) -> Any:
             mask = _causal(positions)
             q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+            if carry is not None and self.implementation == "pallas_gpu":
+                shape = pallas_gpu_forward.carry_shape(tiles, q.shape, v.shape[3])
+                carry = carry._replace(acc=carry.acc.reshape(shape))
             options = {"carry": carry, "finish": carry is None, "sinks": None}
             result = module.forward(q, k, v, mask, self.params, tiles, **options)
             return result if carries else (jnp.swapaxes(result[0], 1, 2), result[1])

@@ -18,6 +18,7 @@ from ..mask import attends
 from ..partial import NO_LOGIT
 from . import _mosaic
 from ._mosaic import (
+    COLUMN_BLOCK,
     COLUMNS,
     LN_2,
     LOG2_E,
@@ -42,7 +43,7 @@ class Inputs(NamedTuple):
     visits: Any  # BlockMap, or None where every tile is FULL
     queries: Any  # QuerySide of [B1, Tp]
     keys: Any  # KeySide of [B1, Sp]
-    carry: Any  # (acc, max, sum) of [B, N, Tp, Dv], [B, N, Tp], [B, N, Tp]
+    carry: Any  # (acc, max, sum) of [B, N, Tp, Dv] or [B, N, Tp / 64, Dv / 8, 64, 8], [B, N, Tp], [B, N, Tp]
     sinks: Any  # [N]
 
 
@@ -123,8 +124,8 @@ def column(x: Inputs, work: Work, t: Array) -> Array:
 def walk(static: Static, x: Inputs, body: Any) -> None:
     """``body(work, count) -> count`` for all that this block of threads works on; count is of tiles of keys so far.
 
-    Rows of tiles that come last have most to do under a causal mask, so they come first; of heads that share the cache
-    all have their turn before the next row. Every other round goes backwards: what is left for each block is even.
+    Rows of tiles that come last have most to do under a causal mask, so they come first; of a group of heads all have
+    their turn before the next row. Every other round goes backwards: what is left for each block is even.
     """
     block = jax.lax.axis_index("block")
     num_items = static.batch * static.heads * static.num_q
@@ -225,8 +226,27 @@ class Compute:
         at = (work.b, work.n, self.rows_there(work))
         top, total = (invariant(gpu_load(x.at[at], ROWS, optimized=False)) for x in self.x.carry[1:])
         if not self.static.carry_in_smem:
-            acc = invariant(gpu_load(self.x.carry[0].at[at], MATRIX, optimized=False))
+            acc = self.load_acc(work)
         return acc, top, total
+
+    def load_acc(self, work: Work) -> Array:
+        """acc of the carry, see :func:`ringjax.kernels.pallas_gpu_forward.carry_shape`."""
+        load = lambda gmem: invariant(gpu_load(gmem, MATRIX, optimized=False))  # noqa: E731
+        if self.x.carry[0].ndim == 4:
+            return load(self.x.carry[0].at[work.b, work.n, self.rows_there(work)])
+        tile_gmem = self.blocks(self.x.carry[0], work)
+        return jnp.concatenate([load(tile_gmem.at[i]) for i in range(tile_gmem.shape[0])], axis=1)
+
+    def store_acc(self, work: Work, acc: Array) -> None:
+        if self.out[0].ndim == 4:
+            self.out[0].at[work.b, work.n, self.rows_there(work)][...] = acc
+            return
+        tile_gmem = self.blocks(self.out[0], work)
+        for i in range(tile_gmem.shape[0]):
+            tile_gmem.at[i][...] = acc[:, COLUMN_BLOCK * i : COLUMN_BLOCK * (i + 1)]
+
+    def blocks(self, acc_gmem: Any, work: Work) -> Any:
+        return acc_gmem.at[work.b, work.n, jax.lax.div(self.rows_there(work).start, WARPGROUP_ROWS)]
 
     def attend(self, work: Work, count: Array, acc: Array, top: Array, total: Array) -> tuple[Array, Array, Array]:
         """acc, max and sum over the tiles of one row. Invariant: p of tile t - 1 meets v in step t."""
@@ -480,7 +500,7 @@ class Compute:
             self.out[1].at[at][...] = top
             self.out[2].at[at][...] = total
             if not self.static.carry_in_smem:
-                self.out[0].at[at][...] = acc
+                self.store_acc(work, acc)
 
         pl.when(self.has_rows(work))(write)
         if self.static.carry_in_smem:

@@ -26,6 +26,8 @@ LN_2 = math.log(2.0)
 # Queries that one warpgroup multiplies at a time: the height of a WGMMA.
 WARPGROUP_ROWS = 64
 HEAD_SIZES = (64, 128, 256)
+# Columns of a matrix that the four threads of one row have between them.
+COLUMN_BLOCK = 8
 # Multiprocessors of a Hopper card. On one that has fewer, the surplus blocks of a persistent grid wait their turn.
 MULTIPROCESSORS = 132
 
@@ -50,7 +52,7 @@ class TileSizes:
     overlap: bool = True  # forward: a warpgroup multiplies q k^T of a tile beside p v of the one before
     persistent: bool = True  # one block a multiprocessor, which works on many tiles of queries
     stage_out: bool = False  # forward: SMEM of its own for the output, so that the next queries arrive earlier
-    group_heads: int = 0  # heads whose tiles of queries alternate; 0: as many as fit the L2 cache
+    group_heads: int = 0  # heads whose tiles of queries alternate; 0: those that share keys, or all if masked
     registers: tuple[int, int] = (24, 240)  # of the loading and of the multiplying warpgroups
 
     @property

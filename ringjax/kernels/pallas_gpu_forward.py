@@ -9,8 +9,8 @@ each other's, or two also multiply p v of the previous tile beside q k^T of this
 
 and so is the maximum in the carry, which only this kernel reads. It is changed in place, so a row of tiles with nothing
 to visit costs nothing. Its acc comes and goes by TMA behind the compute, joining at the end of a row, where there is
-SMEM for it; else each warpgroup starts from it and writes it back. After Shah et al. 2024, arXiv:2407.08608; online
-softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+SMEM for it; else each warpgroup starts from it and writes it back, in blocks of columns, see :func:`carry_shape`. After
+Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
 import dataclasses
@@ -25,16 +25,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from .._compat import gpu_kernel, gpu_load, shape_like
+from .._compat import GPU_CONCATENATES, gpu_kernel, gpu_load, shape_like
 from ..mask import Mask, block_map, tile_kinds
 from ..partial import Partial
 from . import _mosaic
 from ._gpu_forward import Compute, Inputs, Scratch, Static, Work, column, walk
-from ._mosaic import MATRIX, ROWS, WARPGROUP_ROWS, TileSizes, full
+from ._mosaic import COLUMN_BLOCK, MATRIX, ROWS, WARPGROUP_ROWS, TileSizes, full
 from .base import KernelParams
-
-# Keys and values of the heads that are worked on at a time should stay in the L2 cache (50 MiB).
-_L2_BYTES = 24 * 2**20
 
 
 def forward(
@@ -50,9 +47,11 @@ def forward(
         # What lies beyond the last key of a ragged tile is nobody's key.
         mask = mask.padded(q_length, q_total, k_length, k_total)
     v_padded = _mosaic.head_size(v_size)
-    carry_in_smem = _carry_in_smem(tiles, _mosaic.head_size(q.shape[3]), v_padded, carry is not None, finish)
     # Whole warpgroups; those of the last tile that have no queries leave it alone.
     rows_total = -(-q_length // WARPGROUP_ROWS) * WARPGROUP_ROWS
+    carry_in_smem = _carry_in_smem(tiles, _mosaic.head_size(q.shape[3]), v_padded, carry is not None, finish)
+    if carry is not None:
+        carry_in_smem &= carry.acc.ndim == 4
     reference = q
     # A box of TMA should not be longer than the array.
     least = max(WARPGROUP_ROWS, tiles.block_kv)
@@ -61,18 +60,13 @@ def forward(
     if not mask.is_full:
         visits = block_map(tile_kinds(mask, tiles.block_q, tiles.block_kv))
     queries, keys = mask.sides()
-    rows = None
-    if carry is not None:
-        acc = _mosaic.pad_axis(carry.acc, 3, v_padded)
-        rows = tuple(_mosaic.pad_axis(x, 2, rows_total) for x in (acc, carry.max, carry.sum))
+    rows = None if carry is None else tuple(carry)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     # A carry that goes on is changed in place: rows of tiles that have nothing to visit cost nothing.
     updated = rows if rows is not None and not finish else ()
     inputs = Inputs(q, k, v, visits, queries, keys, None if updated else rows, sinks)
-    # Unequal rows of tiles are dealt out evenly only if all heads take turns; else what shares the cache goes first.
-    group_heads = tiles.group_heads or batch * heads
-    if mask.is_full and not tiles.group_heads:
-        group_heads = _group_heads(batch * heads, heads // kv_heads, k)
+    # Unequal rows of tiles are dealt out evenly only if all heads take turns; else those that share keys and values do.
+    group_heads = tiles.group_heads or (heads // kv_heads if mask.is_full else batch * heads)
     num_items = batch * heads * num_q
     num_blocks = min(num_items, _mosaic.MULTIPROCESSORS) if tiles.persistent else num_items
     static = Static(
@@ -86,7 +80,8 @@ def forward(
     elif updated:
         result = ()
     else:
-        result = (shape_like((batch, heads, rows_total, v_padded), jnp.float32, reference), row, row)
+        acc = shape_like(carry_shape(tiles, reference.shape, v_size), jnp.float32, reference)
+        result = (acc, row, row)
     kernel = _Kernel(static, jax.tree.structure(inputs), len(updated), len(result))
     scratch = kernel.scratch(q.shape[3], v_padded, dtype)
     kernel = dataclasses.replace(kernel, allocated=jax.tree.structure(scratch, is_leaf=_is_type))
@@ -108,21 +103,26 @@ def forward(
     if finish:
         out, lse = results
         return jnp.swapaxes(out, 1, 2)[:, :, :q_length, :v_size], lse[:, :, :q_length]
-    acc, top, total = (x[:, :, :q_length] for x in (*changed, *results))
-    return Partial(acc[..., :v_size], top, total)
+    return Partial(*changed, *results)
+
+
+def carry_shape(tiles: TileSizes, q_shape: tuple[int, ...], v_size: int) -> tuple[int, ...]:
+    """The shape of acc, which stays padded between hops: [B, N, T, Dv] where it comes and goes by TMA.
+
+    [B, N, T / 64, Dv / 8, 64, 8] where it goes between registers and GMEM: the threads of a warp have 8 rows of 8
+    columns between them, which so are 256 bytes in a row.
+    """
+    batch, heads, q_length, size = q_shape
+    num_tiles, v_size = -(-q_length // WARPGROUP_ROWS), _mosaic.head_size(v_size)
+    if GPU_CONCATENATES and not _carry_in_smem(tiles, _mosaic.head_size(size), v_size, True, False):
+        return batch, heads, num_tiles, v_size // COLUMN_BLOCK, WARPGROUP_ROWS, COLUMN_BLOCK
+    return batch, heads, num_tiles * WARPGROUP_ROWS, v_size
 
 
 def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish: bool) -> bool:
     """Whether the carry comes and goes by TMA, behind the compute: where the SMEM has room for it."""
     taken = tiles.smem_bytes(size, v_size, finish=finish) + tiles.block_q * v_size * 4
     return taken <= _mosaic.SMEM_BYTES and (carry or not finish)
-
-
-def _group_heads(num_rows: int, group: int, k: Array) -> int:
-    """How many query heads share the L2 cache: a divisor of all there are."""
-    per_kv_head = 2 * k.shape[1] * k.shape[3] * k.dtype.itemsize
-    most = max(_L2_BYTES // per_kv_head, 1) * group
-    return max(n for n in range(1, num_rows + 1) if num_rows % n == 0 and n <= most)
 
 
 @dataclasses.dataclass(frozen=True)
