@@ -67,7 +67,7 @@ class Problem:
 
     def accepts(self, tiles: Any) -> bool:
         """Whether a call would use exactly these."""
-        return _tile_table.RULES[self.implementation](tiles, self.head_size) is None and self._settled(tiles) == tiles
+        return tiles.refusal(self.head_size) is None and self._settled(tiles) == tiles
 
     def _settled(self, tiles: Any) -> Any:
         """What the kernel makes of tiles in the table: it may shrink them."""

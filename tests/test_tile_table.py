@@ -116,7 +116,7 @@ def test_built_in_tiles_keep_the_rules_of_tables():
         for kernel in _tune_space.KERNELS[implementation, direction]:
             for size in _tune_space.HEAD_SIZES:
                 problem = Problem(implementation, kernel, "bfloat16", size, 8192, 16, KIND)
-                assert _tile_table.RULES[implementation](problem.built_in(), size) is None
+                assert problem.built_in().refusal(size) is None
 
 
 # ------------------------------------------------------------------------------------------------------- real calls

@@ -32,6 +32,9 @@ COLUMN_BLOCK = 8
 MULTIPROCESSORS = 132
 
 SMEM_BYTES = 227 * 1024  # what a block of threads may have
+# Registers of a thread of each warpgroup, summed over warpgroups, that a block of so many multiplying ones starts
+# with: 65536 dealt out to all threads in eights. Who asks for more than there are waits for ever.
+_REGISTERS = {2: 3 * 168, 3: 4 * 128}
 
 # Layouts of a matrix product in registers, of its rows and of its columns.
 MATRIX = plgpu.Layout.WGMMA
@@ -69,6 +72,38 @@ class TileSizes:
         numbers = self.block_q * (size + out) + self.stages * self.block_kv * (size + v_size)
         small = 2048 + self.stages * WARPGROUP_ROWS * 4  # barriers and reductions, and flags of each stage
         return 2 * numbers + small
+
+    def refusal(self, size: int) -> str | None:
+        """What keeps the forward kernel from running with these tiles; None: nothing."""
+        for name, allowed in (
+            ("compute", (2,) if size == 256 else (2, 3)),
+            ("block_kv", (64, 128)),
+            ("stages", (2, 3, 4, 5)),
+            ("turns", ("issued", "logits", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                return f"{name} must be one of {choices} for heads of {size}. Got {getattr(self, name)!r}."
+        if self.group_heads < 0:
+            return f"group_heads must be 0 or more. Got {self.group_heads}."
+        loading, multiplying = self.registers
+        if any(n % 8 or not 24 <= n <= 256 for n in self.registers):
+            return f"registers must be multiples of 8 from 24 to 256. Got {self.registers}."
+        if loading + self.compute * multiplying > _REGISTERS[self.compute]:
+            return (
+                f"registers: of one loading and {self.compute} multiplying warpgroups must be at most "
+                f"{_REGISTERS[self.compute]} together. Got {self.registers}."
+            )
+        taken = self._most_smem(size)
+        if taken > SMEM_BYTES:
+            return f"block_kv x stages must fit {SMEM_BYTES} bytes of SMEM. They take {taken}."
+        return None
+
+    def _most_smem(self, size: int) -> int:
+        """Bytes where keys or values have this head size, at most."""
+        others = [other for other in HEAD_SIZES if other <= size]
+        pairs = [pair for other in others for pair in ((size, other), (other, size))]
+        return max(self.smem_bytes(*pair, finish=True) for pair in pairs)
 
 
 def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -3,7 +3,7 @@
 The file is that of the environment variable RINGJAX_TILES (set and empty: none), else ringjax/tiles.json in the user's
 configuration directory. It is read once a process, when a kernel is first traced; a later process sees what has
 changed. All processes of one job should see the same table. Whatever is wrong with the file, a run goes on with the
-built-in tiles and one warning says what. Knows neither JAX nor the kernels, but for what values a tile may have.
+built-in tiles and one warning says what. Knows neither JAX nor the kernels: tiles say themselves what cannot be.
 """
 
 import contextlib
@@ -14,13 +14,22 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 # To be raised when a kernel changes so much that tiles found for the old one mean little.
 FORMAT = 1
 VARIABLE = "RINGJAX_TILES"
 
-T = TypeVar("T")
+
+class Tiles(Protocol):
+    """A kernel's own dataclass of tile sizes."""
+
+    def refusal(self, size: int) -> str | None:
+        """What keeps the kernel from running with these tiles for heads of this native size; None: nothing."""
+        ...
+
+
+T = TypeVar("T", bound=Tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +182,7 @@ def parse(entry: Any, key: Key, like: T) -> T:
         if _shape(value) != _shape(getattr(like, name)):
             raise ValueError(f"{name} must be of the type of {getattr(like, name)!r}. Got {value!r}.")
     tiles = type(like)(**given)
-    refusal = RULES[key.implementation](tiles, key.head_size)
+    refusal = tiles.refusal(key.head_size)
     if refusal is not None:
         raise ValueError(refusal)
     return tiles
@@ -182,60 +191,3 @@ def parse(entry: Any, key: Key, like: T) -> T:
 def _shape(value: Any) -> Any:
     """The type, of a tuple those of its elements: True is not 1."""
     return tuple(map(_shape, value)) if isinstance(value, tuple) else type(value)
-
-
-# -------------------------------------------------------------------------------------- what a kernel can work with
-
-_HOPPER_SMEM = 227 * 1024
-# Registers of a thread of each warpgroup, summed over warpgroups, that a block of so many multiplying ones starts
-# with: 65536 dealt out to all threads in eights. Who asks for more than there are waits for ever.
-_REGISTERS = {2: 3 * 168, 3: 4 * 128}
-
-
-def _mosaic_refusal(tiles: Any, size: int) -> str | None:
-    """What keeps the Mosaic forward kernel from running with these tiles; None: nothing."""
-    for name, allowed in (
-        ("compute", (2,) if size == 256 else (2, 3)),
-        ("block_kv", (64, 128)),
-        ("stages", (2, 3, 4, 5)),
-        ("turns", ("issued", "logits", "none")),
-    ):
-        if getattr(tiles, name) not in allowed:
-            choices = ", ".join(map(repr, allowed))
-            raised = f"{name} must be one of {choices} for heads of {size}."
-            return f"{raised} Got {getattr(tiles, name)!r}."
-    if tiles.group_heads < 0:
-        return f"group_heads must be 0 or more. Got {tiles.group_heads}."
-    loading, multiplying = tiles.registers
-    if any(n % 8 or not 24 <= n <= 256 for n in tiles.registers):
-        return f"registers must be multiples of 8 from 24 to 256. Got {tiles.registers}."
-    if loading + tiles.compute * multiplying > _REGISTERS[tiles.compute]:
-        return (
-            f"registers: of one loading and {tiles.compute} multiplying warpgroups must be at most "
-            f"{_REGISTERS[tiles.compute]} together. Got {tiles.registers}."
-        )
-    if _mosaic_smem(tiles, size) > _HOPPER_SMEM:
-        return f"block_kv x stages must fit {_HOPPER_SMEM} bytes of SMEM. They take {_mosaic_smem(tiles, size)}."
-    return None
-
-
-def _mosaic_smem(tiles: Any, size: int) -> int:
-    """Bytes where keys or values have this head size, at most."""
-    others = [n for n in (64, 128, 256) if n <= size]
-    pairs = [pair for other in others for pair in ((size, other), (other, size))]
-    return max(tiles.smem_bytes(*pair, finish=True) for pair in pairs)
-
-
-def _triton_refusal(tiles: Any, size: int) -> str | None:
-    """The same of the Triton kernels, which shrink what does not fit."""
-    del size  # Unused.
-    for name, least, most in (("block_q", 16, 256), ("block_kv", 16, 256), ("num_warps", 1, 16)):
-        value = getattr(tiles, name)
-        if not least <= value <= most or value & (value - 1):
-            return f"{name} must be a power of two from {least} to {most}. Got {value}."
-    if not 1 <= tiles.num_stages <= 8:
-        return f"num_stages must be 1 to 8. Got {tiles.num_stages}."
-    return None
-
-
-RULES = {"pallas_gpu": _mosaic_refusal, "pallas_triton": _triton_refusal}

@@ -39,6 +39,17 @@ class TileSizes:
     def compiler_params(self) -> plgpu.CompilerParams:
         return plgpu.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
 
+    def refusal(self, size: int) -> str | None:
+        """What keeps the kernels from running with these tiles; None: nothing. What does not fit they shrink."""
+        del size  # Unused.
+        for name, least, most in (("block_q", _MIN_TILE, 256), ("block_kv", _MIN_TILE, 256), ("num_warps", 1, 16)):
+            value = getattr(self, name)
+            if not least <= value <= most or value & (value - 1):
+                return f"{name} must be a power of two from {least} to {most}. Got {value}."
+        if not 1 <= self.num_stages <= 8:
+            return f"num_stages must be 1 to 8. Got {self.num_stages}."
+        return None
+
 
 # By kernel and head size: the best on an H100 of those tried, see docs/optimisation-log.md.
 _HALF = {
