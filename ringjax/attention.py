@@ -156,9 +156,9 @@ def _device(mesh: Mesh | AbstractMesh | None) -> tuple[str, str, str | None]:
     return device.platform, device.device_kind, getattr(device, "compute_capability", None)
 
 
-def _best_kernel(platform: str, device_kind: str, capability: str | None, arrays: Arrays) -> str:
-    """What runs where no kernel is named."""
-    dtype = arrays.query.dtype
+def _best_kernel(platform: str, device_kind: str, capability: str | None, dtype: Any, largest_head: int) -> str:
+    """What runs where no kernel is named; ``largest_head`` of key and value. `ringjax tune` asks it too."""
+    dtype = jnp.dtype(dtype)
     if dtype == jnp.float64:
         return "xla"
     if platform == "tpu":
@@ -166,7 +166,6 @@ def _best_kernel(platform: str, device_kind: str, capability: str | None, arrays
     # Triton has no products for what came before Ampere; what is not from NVIDIA has no such kernel here.
     if platform != "gpu" or not device_kind.startswith("NVIDIA") or float(capability or 8) < 8:
         return "xla"
-    largest_head = max(arrays.query.shape[3], arrays.value.shape[3])
     if _HOPPER.search(device_kind) and dtype.itemsize == 2 and largest_head <= _LARGEST_MOSAIC_HEAD:
         return "pallas_gpu"
     return "pallas_triton"
@@ -178,7 +177,8 @@ def _pick_kernel(
     """The named kernel, or the best that the platform has for these arrays."""
     name, dtype = config.implementation, arrays.query.dtype
     if name is None:
-        name = _best_kernel(platform, device_kind, capability, arrays)
+        largest_head = max(arrays.query.shape[3], arrays.value.shape[3])
+        name = _best_kernel(platform, device_kind, capability, dtype, largest_head)
     if name == "xla":
         return xla
     if config.interpret and name not in _INTERPRETABLE:

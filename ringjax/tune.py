@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import signal
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ringjax._tune_space import HEAD_SIZES, KERNELS, Problem
-from ringjax.attention import _HOPPER
+from ringjax.attention import _best_kernel
 from ringjax.bench_gpu import Program, in_turns
 from ringjax.kernels import _tile_table
 
@@ -349,19 +350,24 @@ def _problems(options: argparse.Namespace, parser: argparse.ArgumentParser, say:
             parser.error(f"--{name} must be at least {0 if name == 'seconds' else 1}. Got {value}.")
     if options.seq_len < UNIT or options.seq_len % UNIT:
         parser.error(f"--seq-len must be a multiple of {UNIT}. Got {options.seq_len}.")
-    kind = options.device_kind
+    kind, capability = options.device_kind, None
     if kind is None:
         platform = jax.default_backend()
         if platform != "gpu":
             parser.error(f"needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform {platform!r}.")
-        kind = jax.devices()[0].device_kind
-    hopper, half = bool(_HOPPER.search(kind)), options.dtype != "float32"
-    implementation = options.implementation or ("pallas_gpu" if hopper and half else "pallas_triton")
+        device: Any = jax.devices()[0]
+        kind, capability = device.device_kind, getattr(device, "compute_capability", None)
+    sizes = list(dict.fromkeys(options.head_sizes or HEAD_SIZES))
+    best = functools.partial(_best_kernel, "gpu", kind, capability, largest_head=max(sizes))
+    implementation = options.implementation or best(options.dtype)
+    if implementation == "xla":
+        parser.error("needs an NVIDIA GPU of Ampere or later, as JAX names it ('NVIDIA ...'): others run 'xla', which "
+                     f"has no tiles. Got {kind!r}.")  # fmt: skip
     if implementation == "pallas_gpu":
-        if not hopper:
+        if best("bfloat16") != "pallas_gpu":
             parser.error(f"--implementation pallas_gpu needs a Hopper GPU (H100, H200). Got {kind!r}.")
-        if not half:
-            parser.error("--implementation pallas_gpu needs --dtype bfloat16 or float16. Got float32.")
+        if best(options.dtype) != "pallas_gpu":
+            parser.error(f"--implementation pallas_gpu needs --dtype bfloat16 or float16. Got {options.dtype}.")
         if options.direction == "backward":
             parser.error("--direction backward: the backward kernels of pallas_gpu have nothing to tune, their "
                          "registers leave one choice of tiles. --implementation pallas_triton has.")  # fmt: skip
@@ -371,7 +377,7 @@ def _problems(options: argparse.Namespace, parser: argparse.ArgumentParser, say:
     kernels = [kernel for direction in directions for kernel in KERNELS.get((implementation, direction), ())]
     return [
         Problem(implementation, kernel, options.dtype, size, options.seq_len, options.heads, kind)
-        for size in dict.fromkeys(options.head_sizes or HEAD_SIZES)
+        for size in sizes
         for kernel in kernels
     ]
 

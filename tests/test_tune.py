@@ -311,10 +311,21 @@ HOPPER = ("--dry-run", "--device-kind", KIND)
             ("--dry-run", "--device-kind", "NVIDIA A100-SXM4-40GB", "--implementation", "pallas_gpu"),
             "needs a Hopper GPU .*Got 'NVIDIA A100-SXM4-40GB'",
         ),
+        (("--dry-run", "--device-kind", "AMD Instinct MI300X"), "an NVIDIA GPU of Ampere .*Got 'AMD Instinct MI300X'"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], what: str):
     assert re.search(what, refused(capsys, *arguments))
+
+
+def test_the_gpu_at_hand_is_refused_where_it_runs_xla(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    device = types.SimpleNamespace(device_kind="NVIDIA T4", compute_capability="7.5")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert re.search("an NVIDIA GPU of Ampere or later.*Got 'NVIDIA T4'", refused(capsys, "--dry-run"))
+    device.device_kind, device.compute_capability = "NVIDIA L4", "8.9"
+    assert tune.main(["--dry-run", "--head-size", "64", "--direction", "forward"]) == 0
+    assert "NVIDIA L4 / pallas_triton / forward / half / 64" in capsys.readouterr().out
 
 
 def test_dry_run_prints_candidates_and_writes_nothing(table: Path, capsys: pytest.CaptureFixture[str]):
