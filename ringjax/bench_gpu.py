@@ -29,6 +29,7 @@ from rich.console import Console
 
 import ringjax
 from ringjax import _doc_table
+from ringjax.kernels import _tile_table
 from ringjax.kernels.base import Kernel, KernelParams
 from ringjax.mask import PARTIAL, Mask, tile_kinds
 from ringjax.partial import Partial
@@ -336,7 +337,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     title = (
         f"{device.device_kind}, JAX {jax.__version__}, {options.dtype}: implementation {options.implementation} beside "
         f"{options.reference}; medians of {rounds} rounds; a matrix product of {options.ceiling}^3 reaches {top:.0f} "
-        "TFLOP/s"
+        f"TFLOP/s{_user_table(device.device_kind, options.implementation, dtype)}"
     )
     say(title)
     long = max(shapes, key=lambda shape: (shape.length, shape.heads == shape.kv_heads))
@@ -356,6 +357,12 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     zigzag = of_zigzag.result(rounds)
     say(f"zigzag: slowest / mean {zigzag['slowest_over_mean']:.3f}, sum / one call {zigzag['sum_over_one_call']:.3f}")
     return {"title": title, "ceiling_tflops": top, "rows": [dataclasses.asdict(row) for row in rows], "zigzag": zigzag}
+
+
+def _user_table(device_kind: str, implementation: str, dtype: Any) -> str:
+    """The end of the title where the user has tiles for some of these kernels; a broken file warns as it is read."""
+    file = _tile_table.file_with_tiles(device_kind, implementation, dtype)
+    return "" if file is None else f"; tiles of {file}"
 
 
 def _shape(text: str) -> Shape:
@@ -404,7 +411,7 @@ def main(argv: Sequence[str]) -> int:
         except ValueError as error:
             parser.error(f"--write-docs: {error}")
     console = Console()
-    record = run(options, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    record = run(options, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if options.write_docs is not None:

@@ -1,10 +1,14 @@
 """`ringjax bench gpu` without a GPU: the same measurements on the XLA kernel, small."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from ringjax import bench, bench_gpu
+from ringjax.kernels import _tile_table
+from ringjax.kernels._tile_table import Key
 
 SMALL = ["gpu", "--shape", "1,256,4,2,16", "--dtype", "float32", "--implementation", "xla", "--reference", "xla"]
 SMALL += ["--rounds", "2", "--ceiling", "64", "--num-shards", "4"]
@@ -23,7 +27,25 @@ def test_command_measures_everything_and_writes_it(tmp_path, capsys):
     text = docs.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.count("| 1 x 256 x 4/2 x 16") == 7 and "fwd: median" in text and "C = 4" in text
-    assert "4 blocks / one call" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 blocks / one call" in said and "tiles of" not in said
+
+
+def test_the_title_names_the_table_of_tiles_that_are_used(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    zigzag = bench_gpu.Measurement((), lambda times: {"slowest_over_mean": 1.0, "sum_over_one_call": 1.0})
+    monkeypatch.setattr(bench_gpu, "compile_measurements", lambda measurements: [zigzag])
+    monkeypatch.setattr(bench_gpu, "in_turns", lambda programs, rounds: [[1.0] * rounds for _ in programs])
+    figures = table.with_name("figures.json")
+    here = Key("cpu", "xla", "forward", "float32", 64)
+    for key in (here, dataclasses.replace(here, device_kind="another")):
+        table.unlink(missing_ok=True)
+        _tile_table.merge(table, {key: {}})
+        assert bench.main([*SMALL, "--json", str(figures)]) == 0
+        title = capsys.readouterr().out.splitlines()[0]
+        assert title.endswith(f"TFLOP/s; tiles of {table}" if key == here else "TFLOP/s")
+        assert json.loads(figures.read_text(encoding="utf-8"))["title"] == title
 
 
 def test_ratios_are_of_rounds_and_work_is_counted():

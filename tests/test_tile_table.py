@@ -52,6 +52,20 @@ def test_every_way_of_calling_has_a_key_of_its_own(table: Path):
     assert [mosaic_tiles(mask=mask, whole=whole).group_heads for _, mask, whole in ways] == [1, 2, 3, 4]
 
 
+def test_a_file_has_tiles_for_a_gpu_an_implementation_and_a_dtype(table: Path, monkeypatch: pytest.MonkeyPatch):
+    _tile_table.merge(table, {key("pallas_gpu", "forward, carry", 64): entry(MOSAIC)})
+    given = (KIND, "pallas_gpu", jnp.dtype("bfloat16"))
+    assert _tile_table.file_with_tiles(*given) == table
+    for place, other in enumerate(("NVIDIA H200", "pallas_triton", jnp.dtype("float32"))):
+        assert _tile_table.file_with_tiles(*given[:place], other, *given[place + 1 :]) is None
+    table.write_text("broken", encoding="utf-8")
+    _tile_table.forget()
+    with pytest.warns(UserWarning, match=r"must be JSON.* The built-in tiles are used"):
+        assert _tile_table.file_with_tiles(*given) is None
+    monkeypatch.setenv(_tile_table.VARIABLE, "")
+    assert _tile_table.file_with_tiles(*given) is None
+
+
 def test_the_table_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(_tile_table.VARIABLE, "")
     assert _tile_table.path() is None

@@ -72,6 +72,16 @@ def chosen(built_in: T, implementation: str, kernel: str, dtype: Any, size: int,
     )
 
 
+def file_with_tiles(device_kind: str, implementation: str, dtype: Any) -> Path | None:
+    """The user's file if it has an entry for any kernel of this implementation, whatever the head size; else None."""
+    file = path()
+    if file is None:
+        return None
+    known = (key.split(" / ") for key in _entries(file, VARIABLE in os.environ))
+    wanted = [device_kind, implementation, dtype_class(dtype)]
+    return file if any([*key[:2], *key[3:4]] == wanted for key in known) else None
+
+
 _instead: list[Any] = []
 
 
