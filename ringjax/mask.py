@@ -189,9 +189,10 @@ def _extent(x: Int32[Array, "B1 L"], tile: int, *, queries: bool) -> tuple[Array
 
 def block_map(kinds: Int32[Array, "B1 rows columns"]) -> BlockMap:
     """The map of :func:`tile_kinds`, or of its transpose. Stable, so the order of tiles never depends on chance."""
-    order = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
+    # Sums that do not wait for each other: one kernel on a GPU.
     full = jnp.sum(kinds == FULL, axis=-1, dtype=jnp.int32)
-    return BlockMap(order, full, full + jnp.sum(kinds == PARTIAL, axis=-1, dtype=jnp.int32))
+    visit = jnp.sum(kinds != EMPTY, axis=-1, dtype=jnp.int32)
+    return BlockMap(jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32), full, visit)
 
 
 class TileList(NamedTuple):
