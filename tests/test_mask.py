@@ -113,6 +113,23 @@ def test_block_map_lists_full_then_partial_then_empty(mask: masks.Mask, transpos
         assert partial_tiles == np.flatnonzero(kinds[b, row] == masks.PARTIAL).tolist()
 
 
+@pytest.mark.parametrize("columns", (1, 2, 3, 16, 17, 31, 32, 33, 64, 100))
+def test_block_map_of_any_kinds_is_their_stable_sort(columns: int) -> None:
+    # Up to 32 tiles a row is made into words, beyond it is sorted: both must give one order, EMPTY tiles included.
+    rng = np.random.default_rng(columns)
+    kinds = rng.integers(0, 3, (2, 40, columns)).astype(np.int32)
+    kinds[0, :3] = np.arange(3)[:, None]  # rows of one kind
+    kinds[0, 3:6] = 2 - np.sort(kinds[0, 3:6], axis=-1)
+    kinds[1, :20, 1:] = kinds[1, :20, :1]  # one tile unlike all others
+    kinds[1, np.arange(20), rng.integers(0, columns, 20)] = rng.integers(0, 3, 20)
+    order, full, visit = masks.block_map(jnp.asarray(kinds))
+    assert order.dtype == full.dtype == visit.dtype == jnp.int32
+    by_kind = [[j for kind in range(3) for j in range(columns) if row[j] == kind] for row in kinds.reshape(-1, columns)]
+    np.testing.assert_array_equal(order, np.array(by_kind).reshape(kinds.shape))
+    np.testing.assert_array_equal(full, (kinds == masks.FULL).sum(-1))
+    np.testing.assert_array_equal(visit, (kinds != masks.EMPTY).sum(-1))
+
+
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(any_mask, st.integers(0, 1), st.integers(0, 3), st.integers(0, 3))
 def test_a_slice_of_the_mask_is_the_mask_of_a_slice(mask: masks.Mask, batch: int, i: int, j: int) -> None:
