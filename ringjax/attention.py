@@ -1,7 +1,6 @@
 """ring_attention: checks the call, fills in defaults, pads, wraps in shard_map and picks the block kernel."""
 
 import importlib
-import re
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from . import _compat
+from ._hopper import is_hopper
 from .arguments import Arrays, check_arrays, check_scale, check_soft_cap, check_window
 from .config import RingConfig
 from .kernels import xla
@@ -24,7 +24,6 @@ from .sharded import AxisNames, Call, find_mesh, sharded
 _PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_triton": "gpu"}
 _INTERPRETABLE = ("pallas_tpu", "pallas_triton")
 _LARGEST_MOSAIC_HEAD = 256  # see kernels/_mosaic.py, which is only imported where it is used
-_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in the names that JAX gives devices
 
 
 def ring_attention(
@@ -166,7 +165,7 @@ def _best_kernel(platform: str, device_kind: str, capability: str | None, dtype:
     # Triton has no products for what came before Ampere; what is not from NVIDIA has no such kernel here.
     if platform != "gpu" or not device_kind.startswith("NVIDIA") or float(capability or 8) < 8:
         return "xla"
-    if _HOPPER.search(device_kind) and dtype.itemsize == 2 and largest_head <= _LARGEST_MOSAIC_HEAD:
+    if is_hopper(device_kind) and dtype.itemsize == 2 and largest_head <= _LARGEST_MOSAIC_HEAD:
         return "pallas_gpu"
     return "pallas_triton"
 
@@ -192,7 +191,7 @@ def _pick_kernel(
             f"config.implementation must be one that platform {platform!r} has. Got {name!r}, which runs on "
             f"{_PLATFORMS[name]!r}{elsewhere}."
         )
-    if name == "pallas_gpu" and not _HOPPER.search(device_kind):
+    if name == "pallas_gpu" and not is_hopper(device_kind):
         raise ValueError(
             f"config.implementation must be 'pallas_triton' or 'xla' on {device_kind!r}. Got {name!r}, which runs on "
             "Hopper GPUs (H100, H200) alone."

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from .._hopper import COMBINE, COMBINE_BYTES, is_hopper
 from .cycles import base_name
+from .gpus import Hosts
 from .report import Report
 
-_COMBINE = "--xla_gpu_collective_permute_combine_threshold_bytes"
+_FLAG = f"--{COMBINE}"
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -88,9 +90,11 @@ def _order(report: Report) -> Iterator[str]:
         names = sorted(f"{name} ({times} x {size(num)})" for (name, times), num in sent.items())
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         yield f"no kernel runs behind {', '.join(names[:6])}{more}"
-    if sync and report.program.slice.platform == "gpu" and _COMBINE not in report.compiled.flags:
+    if sync and report.program.slice.platform == "gpu" and _FLAG not in report.compiled.flags:
         yield "this compiler lets one operation run behind a kernel, and sends small arrays alone in one: to make it"
-        yield f"send large ones so too, set XLA_FLAGS={_COMBINE}={16 * 2**30}"
+        yield f"send large ones so too, set XLA_FLAGS={_FLAG}={COMBINE_BYTES}"
+        if isinstance(report.program.slice, Hosts) and is_hopper(report.program.slice.gpu.kind):
+            yield "(ringjax train sets it for its step)"
     counts: dict[str, int] = {}
     for name, times in report.kernels.items():
         counts[base_name(name)] = counts.get(base_name(name), 0) + times

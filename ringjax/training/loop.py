@@ -95,6 +95,10 @@ class _Run:
             f"{count:,} parameters on {where}: data {mesh.data} x sequence {mesh.sequence} x tensor {mesh.tensor}",
             f"{len(self.corpus.text):,} bytes of text in {len(self.corpus.lengths):,} documents; a step takes "
             f"{self.config.data.batch_size} x {self.config.data.sequence_length:,} of them",
+            *(
+                f"compiled with {name}={value}, so that permutes hide behind kernels; XLA_FLAGS may name another value"
+                for name, value in self.program.compiler_options.items()
+            ),
         ]
 
     def go(self, done: int, console: Console, leader: bool) -> Outcome:
@@ -119,7 +123,7 @@ class _Run:
     def _compile(self, console: Console) -> Any:
         console.print("compiling", markup=False)
         began = time.perf_counter()
-        step = self.program.trace_step().lower().compile()
+        step = self.program.compile_step()
         console.print(f"compiled in {time.perf_counter() - began:.1f} s", markup=False, highlight=False)
         return step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import ringjax
+from ringjax._hopper import ring_options
 from ringjax.nnx import Decoder, DecoderConfig, param_shardings
 
 from .config import Config, Optimizer
@@ -56,6 +58,14 @@ class Program:
     def batch_sharding(self) -> NamedSharding:
         return self.batch["tokens"].sharding  # pyright: ignore[reportReturnType]
 
+    @property
+    def compiler_options(self) -> dict[str, int]:
+        """XLA's options for the step alone, beside XLA_FLAGS; none for an abstract mesh, which is never compiled for."""
+        if not isinstance(self.mesh, Mesh):
+            return {}
+        kind = self.mesh.devices.flat[0].device_kind
+        return ring_options(kind, self.mesh.shape["sequence"], os.environ.get("XLA_FLAGS", ""))
+
     def jit_init(self) -> Any:
         """Creates each parameter in place, sharded; none ever exists whole."""
         return jax.jit(self.init, out_shardings=self.state_shardings)
@@ -84,6 +94,14 @@ class Program:
             if not str(error).startswith("config."):  # RingConfig's fields, as ring_attention names them
                 raise
             raise ConfigError(f"ring.{str(error).removeprefix('config.')}") from error
+
+    def compile_step(self) -> Any:
+        """The step, compiled for the devices of the mesh.
+
+        Raises:
+          ConfigError: as trace_step.
+        """
+        return self.trace_step().lower().compile(compiler_options=self.compiler_options or None)
 
 
 def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
