@@ -1,4 +1,4 @@
-"""NVIDIA's Hopper GPUs: which they are, and what XLA must be told to hide a ring there. Imports nothing from ringjax."""
+"""NVIDIA's Hopper GPUs: which they are, and what XLA is told to hide a ring there. Imports nothing from ringjax."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Program:
 
     @property
     def compiler_options(self) -> dict[str, int]:
-        """XLA's options for the step alone, beside XLA_FLAGS; none for an abstract mesh, which is never compiled for."""
+        """XLA's options for the step alone, beside XLA_FLAGS; none for an abstract mesh: nothing is compiled for it."""
         if not isinstance(self.mesh, Mesh):
             return {}
         kind = self.mesh.devices.flat[0].device_kind
