@@ -196,8 +196,7 @@ def test_large_arrays_are_not_sent_together_unless_told():
     assert {p.carries: p.hidden for p in report.payloads if p.carries in ("K", "V")} == {"K": 14, "V": 0}
     said = "\n".join(text.lines(report))
     assert "permutes hidden 15/58, 41 SYNCHRONOUS, sent in 57 operations" in said
-    assert f"set XLA_FLAGS={THRESHOLD}\n" in said and "(ringjax train sets it for its step)" in said
-    assert "ringjax train" not in "\n".join(text.lines(recorded("a100_triton")))
+    assert f"set XLA_FLAGS={THRESHOLD}" in said
     said = "\n".join(text.lines(recorded("h200_million_combined")))
     assert "permutes hidden 56/58, all asynchronous, sent in 15 operations" in said
     assert f"XLA_FLAGS {THRESHOLD}" in said and "set XLA_FLAGS" not in said

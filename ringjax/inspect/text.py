@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from .._hopper import COMBINE, COMBINE_BYTES, is_hopper
+from .._hopper import COMBINE, COMBINE_BYTES
 from .cycles import base_name
-from .gpus import Hosts
 from .report import Report
 
 _FLAG = f"--{COMBINE}"
@@ -93,8 +92,6 @@ def _order(report: Report) -> Iterator[str]:
     if sync and report.program.slice.platform == "gpu" and _FLAG not in report.compiled.flags:
         yield "this compiler lets one operation run behind a kernel, and sends small arrays alone in one: to make it"
         yield f"send large ones so too, set XLA_FLAGS={_FLAG}={COMBINE_BYTES}"
-        if isinstance(report.program.slice, Hosts) and is_hopper(report.program.slice.gpu.kind):
-            yield "(ringjax train sets it for its step)"
     counts: dict[str, int] = {}
     for name, times in report.kernels.items():
         counts[base_name(name)] = counts.get(base_name(name), 0) + times
