@@ -209,6 +209,7 @@ def test_synchronous_operations_of_several_arrays():
     assert report.num_synchronous > 0
     carried = {p.carries: (p.times, p.bytes) for p in report.payloads if p.carries in ("K", "V", "positions")}
     assert carried == {"K": (14, 2 * 2**20), "V": (14, 2 * 2**20), "positions": (14, 2**14)}
+    assert "set XLA_FLAGS" not in "\n".join(text.lines(report)), "fewer would hide"
 
 
 def test_the_picture_has_a_bar_for_each_array(tmp_path):

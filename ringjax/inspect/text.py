@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from .._hopper import COMBINE, COMBINE_BYTES
+from .._hopper import COMBINE, COMBINE_BYTES, is_hopper
 from .cycles import base_name
+from .gpus import Hosts
 from .report import Report
 
 _FLAG = f"--{COMBINE}"
@@ -89,7 +90,9 @@ def _order(report: Report) -> Iterator[str]:
         names = sorted(f"{name} ({times} x {size(num)})" for (name, times), num in sent.items())
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         yield f"no kernel runs behind {', '.join(names[:6])}{more}"
-    if sync and report.program.slice.platform == "gpu" and _FLAG not in report.compiled.flags:
+    where = report.program.slice
+    # On an A100 fewer hide with the flag.
+    if sync and isinstance(where, Hosts) and is_hopper(where.gpu.kind) and _FLAG not in report.compiled.flags:
         yield "this compiler lets one operation run behind a kernel, and sends small arrays alone in one: to make it"
         yield f"send large ones so too, set XLA_FLAGS={_FLAG}={COMBINE_BYTES}"
     counts: dict[str, int] = {}
