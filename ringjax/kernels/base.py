@@ -51,7 +51,8 @@ class Kernel(Protocol):
         """Fold one block into the running softmax.
 
         Args:
-          carry: the partial result over the blocks so far; None on the first hop.
+          carry: the partial result over the blocks so far, as this kernel returned it, which alone reads it: it may be
+            padded, in blocks, or in base 2. None on the first hop.
           finish: False returns the new Partial (wide, unnormalised). True, on the last hop, returns the output in
             q's dtype and the wide natural-log lse, -inf where nothing was attended.
           sinks: one more logit a head in the denominator; given only where finish is True.
