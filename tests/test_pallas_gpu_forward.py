@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from ringjax._compat import GPU_CONCATENATES
 from ringjax.kernels import _mosaic, pallas_gpu, pallas_gpu_forward
 from ringjax.kernels.base import KernelParams
 from ringjax.mask import Mask
@@ -91,8 +92,26 @@ def test_lowers(name: str) -> None:
     rows = (2, 4, case.q_length)
     if case.finish:
         assert shapes == [(*rows, case.v_size), rows]
-    else:
+    else:  # as it came in, so that it can be changed in place
         assert shapes == [x.shape for x in carry(case)]
+
+
+@pytest.mark.parametrize(
+    ("name", "by_tma", "acc"),
+    [
+        ("first hop", False, (2, 4, 6, 16, 64, 8)),
+        ("hop", True, (2, 4, 384, 128)),
+        ("ragged", True, (2, 4, 320, 128)),
+        ("heads of 256", False, (2, 4, 6, 32, 64, 8)),
+    ],
+)
+def test_the_carry_is_padded_and_in_blocks_where_registers_load_it(
+    name: str, by_tma: bool, acc: tuple[int, ...]
+) -> None:
+    if not by_tma and not GPU_CONCATENATES:
+        acc = (2, 4, 384, acc[3] * 8)
+    rows = acc[:3] if len(acc) == 4 else (2, 4, 384)
+    assert [x.shape for x in carry(CASES[name])] == [acc, rows, rows]
 
 
 def test_lowers_under_vmap() -> None:
