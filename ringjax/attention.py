@@ -1,6 +1,5 @@
 """ring_attention: checks the call, fills in defaults, pads, wraps in shard_map and picks the block kernel."""
 
-import importlib
 from typing import Any
 
 import jax
@@ -9,21 +8,15 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from . import _compat
-from ._hopper import is_hopper
 from .arguments import Arrays, check_arrays, check_scale, check_soft_cap, check_window
 from .config import RingConfig
-from .kernels import xla
-from .kernels.base import Kernel, KernelParams
+from .kernels.base import KernelParams
+from .kernels.choose import Target, choose, interprets
 from .layout import Layout, as_layout
 from .mask import NO_KEY, NO_QUERY, Mask, exclude
 from .ring import RingSpec, ring
 from .schedule import plan
 from .sharded import AxisNames, Call, find_mesh, sharded
-
-# The platform of each Pallas kernel, and those that other platforms can interpret.
-_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "pallas_triton": "gpu"}
-_INTERPRETABLE = ("pallas_tpu", "pallas_triton")
-_LARGEST_MOSAIC_HEAD = 256  # see kernels/_mosaic.py, which is only imported where it is used
 
 
 def ring_attention(
@@ -102,13 +95,14 @@ def ring_attention(
     left, right = check_window(local_window_size, is_causal)
     axis = _check_axis_name(axis_name)
     inside = _compat.axis_is_bound(axis)
-    platform, device_kind, capability = _device(mesh)
-    kernel = _pick_kernel(config, platform, device_kind, capability, arrays)
-    interpreted = kernel is not xla and _interprets(config)
+    target = _target(mesh)
+    largest_head = max(arrays.query.shape[3], arrays.value.shape[3])
+    backend = choose(config, target, arrays.query.dtype, largest_head)
+    interpreted = backend.interpretable and interprets(config)
     call = Call(
         axis, as_layout(layout), left, right, check_scale(scale, arrays.query.shape[3]),
-        check_soft_cap(logits_soft_cap), config, kernel,
-        _unroll(config, axis, inside, platform), device_kind, interpreted, None,
+        check_soft_cap(logits_soft_cap), config, backend.load(),
+        _unroll(config, axis, inside, target.platform), target.device_kind, interpreted, None,
     )  # fmt: skip
     if inside:
         _refuse_outside_arguments(axis, mesh, batch_axis_name, head_axis_name)
@@ -143,8 +137,8 @@ def _check_axis_name(axis_name: Any) -> str:
     return axis_name
 
 
-def _device(mesh: Mesh | AbstractMesh | None) -> tuple[str, str, str | None]:
-    """The platform that the call is compiled for, the kind of its devices, and the capability of an NVIDIA GPU."""
+def _target(mesh: Mesh | AbstractMesh | None) -> Target:
+    """What the call is compiled for."""
     if isinstance(mesh, Mesh) and mesh.devices.size:
         device: Any = mesh.devices.flat[0]
     else:
@@ -152,61 +146,11 @@ def _device(mesh: Mesh | AbstractMesh | None) -> tuple[str, str, str | None]:
         device = getattr(context, "abstract_device", None)
         if device is None or not getattr(device, "platform", None):
             device = jax.devices()[0]
-    return device.platform, device.device_kind, getattr(device, "compute_capability", None)
-
-
-def _best_kernel(platform: str, device_kind: str, capability: str | None, dtype: Any, largest_head: int) -> str:
-    """What runs where no kernel is named; ``largest_head`` of key and value. `ringjax tune` asks it too."""
-    dtype = jnp.dtype(dtype)
-    if dtype == jnp.float64:
-        return "xla"
-    if platform == "tpu":
-        return "pallas_tpu"
-    # Triton has no products for what came before Ampere; what is not from NVIDIA has no such kernel here.
-    if platform != "gpu" or not device_kind.startswith("NVIDIA") or float(capability or 8) < 8:
-        return "xla"
-    if is_hopper(device_kind) and dtype.itemsize == 2 and largest_head <= _LARGEST_MOSAIC_HEAD:
-        return "pallas_gpu"
-    return "pallas_triton"
-
-
-def _pick_kernel(
-    config: RingConfig, platform: str, device_kind: str, capability: str | None, arrays: Arrays
-) -> Kernel:  # fmt: skip
-    """The named kernel, or the best that the platform has for these arrays."""
-    name, dtype = config.implementation, arrays.query.dtype
-    if name is None:
-        largest_head = max(arrays.query.shape[3], arrays.value.shape[3])
-        name = _best_kernel(platform, device_kind, capability, dtype, largest_head)
-    if name == "xla":
-        return xla
-    if config.interpret and name not in _INTERPRETABLE:
-        raise NotImplementedError(
-            f"config.interpret: JAX's interpreters cannot run implementation {name!r}. Got interpret=True; they run "
-            f"{' and '.join(map(repr, _INTERPRETABLE))}."
-        )
-    if platform != _PLATFORMS[name] and not _interprets(config):
-        elsewhere = ", elsewhere only with interpret=True, in JAX's slow interpreter" * (name in _INTERPRETABLE)
-        raise ValueError(
-            f"config.implementation must be one that platform {platform!r} has. Got {name!r}, which runs on "
-            f"{_PLATFORMS[name]!r}{elsewhere}."
-        )
-    if name == "pallas_gpu" and not is_hopper(device_kind):
-        raise ValueError(
-            f"config.implementation must be 'pallas_triton' or 'xla' on {device_kind!r}. Got {name!r}, which runs on "
-            "Hopper GPUs (H100, H200) alone."
-        )
-    if dtype == jnp.float64:
-        raise NotImplementedError(
-            f"config.implementation {name!r} takes float32, bfloat16 and float16. Got float64; 'xla' takes it."
-        )
-    module: Any = importlib.import_module(f".kernels.{name}", __package__)  # here: Pallas takes a second to import
-    return module
-
-
-def _interprets(config: RingConfig) -> bool:
-    """Whether a Pallas kernel runs in an interpreter: asked for, or inside force_tpu_interpret_mode."""
-    return config.interpret or (config.implementation in (None, "pallas_tpu") and _compat.tpu_interpreter_is_forced())
+    return Target(
+        platform=device.platform,
+        device_kind=device.device_kind,
+        capability=getattr(device, "compute_capability", None),
+    )
 
 
 def _refuse_outside_arguments(axis: str, mesh: Any, batch_axis_name: Any, head_axis_name: Any) -> None:

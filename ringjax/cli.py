@@ -90,7 +90,7 @@ def demo(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Times ring attention beside dense attention: `ringjax bench cpu`. See `ringjax bench --help`."""
-    from . import bench as command
+    from .bench import command
 
     raise typer.Exit(command.main(context.args))
 
@@ -98,7 +98,7 @@ def bench(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def tune(context: typer.Context) -> None:
     """Finds the fastest tiles of the kernels on this GPU, for later runs to use. See `ringjax tune --help`."""
-    from . import tune as command
+    from .tune import command
 
     raise typer.Exit(command.main(context.args))
 

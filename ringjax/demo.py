@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 import ringjax
-from ringjax._simulate import simulate_cpu_devices
 from ringjax.layout import as_layout
 from ringjax.schedule import plan
+from ringjax.simulate import simulate_cpu_devices
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64

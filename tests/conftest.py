@@ -28,9 +28,9 @@ hypothesis.settings.load_profile("ringjax")
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's table of tiles, empty."""
-    from ringjax.kernels import _tile_table
+    from ringjax.kernels import tiles as tile_table
 
     file = tmp_path / "tiles.json"
-    monkeypatch.setenv(_tile_table.VARIABLE, str(file))
-    _tile_table.merge(file, {})
+    monkeypatch.setenv(tile_table.VARIABLE, str(file))
+    tile_table.merge(file, {})
     return file

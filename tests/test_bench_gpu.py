@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ringjax import bench, bench_gpu
-from ringjax.kernels import _tile_table
-from ringjax.kernels._tile_table import Key
+from ringjax.bench import command, gpu
+from ringjax.kernels import tiles as tile_table
+from ringjax.kernels.tiles import Key
 
 SMALL = ["gpu", "--shape", "1,256,4,2,16", "--dtype", "float32", "--implementation", "xla", "--reference", "xla"]
 SMALL += ["--rounds", "2", "--ceiling", "64", "--num-shards", "4"]
@@ -16,11 +16,11 @@ SMALL += ["--rounds", "2", "--ceiling", "64", "--num-shards", "4"]
 
 def test_command_measures_everything_and_writes_it(tmp_path, capsys):
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
-    docs.write_text(f"before\n{bench_gpu.BEGIN}\nold\n{bench_gpu.END}\nafter\n", encoding="utf-8")
-    assert bench.main([*SMALL, "--write-docs", str(docs), "--json", str(figures)]) == 0
+    docs.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n", encoding="utf-8")
+    assert command.main([*SMALL, "--write-docs", str(docs), "--json", str(figures)]) == 0
     record = json.loads(figures.read_text(encoding="utf-8"))
     kinds = [(row["mask"], row["direction"]) for row in record["rows"]]
-    assert kinds[:4] == [(mask, direction) for mask in ("full", "causal") for direction in bench_gpu.PASSES]
+    assert kinds[:4] == [(mask, direction) for mask in ("full", "causal") for direction in gpu.PASSES]
     assert kinds[4:] == [("full", "fwd"), ("causal", "fwd"), ("causal", "fwd+bwd")], "the ring's loop, then packed"
     assert all(row["ours_ms"] > 0 and row["reference_ms"] > 0 and row["ratio"] > 0 for row in record["rows"])
     assert len(record["zigzag"]["rank_ms"]) == 4 and record["zigzag"]["slowest_over_mean"] >= 1
@@ -34,26 +34,26 @@ def test_command_measures_everything_and_writes_it(tmp_path, capsys):
 def test_the_title_names_the_table_of_tiles_that_are_used(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    zigzag = bench_gpu.Measurement((), lambda times: {"slowest_over_mean": 1.0, "sum_over_one_call": 1.0})
-    monkeypatch.setattr(bench_gpu, "compile_measurements", lambda measurements: [zigzag])
-    monkeypatch.setattr(bench_gpu, "in_turns", lambda programs, rounds: [[1.0] * rounds for _ in programs])
+    zigzag = gpu.Measurement((), lambda times: {"slowest_over_mean": 1.0, "sum_over_one_call": 1.0})
+    monkeypatch.setattr(gpu, "compile_measurements", lambda measurements: [zigzag])
+    monkeypatch.setattr(gpu, "in_turns", lambda programs, rounds: [[1.0] * rounds for _ in programs])
     figures = table.with_name("figures.json")
     here = Key("cpu", "xla", "forward", "float32", 64)
     for key in (here, dataclasses.replace(here, device_kind="another")):
         table.unlink(missing_ok=True)
-        _tile_table.merge(table, {key: {}})
-        assert bench.main([*SMALL, "--json", str(figures)]) == 0
+        tile_table.merge(table, {key: {}})
+        assert command.main([*SMALL, "--json", str(figures)]) == 0
         title = capsys.readouterr().out.splitlines()[0]
         assert title.endswith(f"TFLOP/s; tiles of {table}" if key == here else "TFLOP/s")
         assert json.loads(figures.read_text(encoding="utf-8"))["title"] == title
 
 
 def test_ratios_are_of_rounds_and_work_is_counted():
-    row = bench_gpu._row("x", "full", "fwd", [[1.0, 2.0, 4.0], [2.0, 2.0, 4.0]], work=8e9)
+    row = gpu._row("x", "full", "fwd", [[1.0, 2.0, 4.0], [2.0, 2.0, 4.0]], work=8e9)
     assert (row.ours_ms, row.reference_ms, row.ratio, row.tflops) == (2.0, 2.0, 1.0, 4.0)
-    shape = bench_gpu.Shape(1, 8192, 32, 32, 128)
-    assert bench_gpu.flops(shape, "full", "fwd") == 4 * 32 * 8192**2 * 128
-    assert bench_gpu.flops(shape, "causal", "fwd+bwd") == 7 * 32 * 8192**2 * 128
+    shape = gpu.Shape(1, 8192, 32, 32, 128)
+    assert gpu.flops(shape, "full", "fwd") == 4 * 32 * 8192**2 * 128
+    assert gpu.flops(shape, "causal", "fwd+bwd") == 7 * 32 * 8192**2 * 128
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_ratios_are_of_rounds_and_work_is_counted():
 )
 def test_command_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(["gpu", *arguments])
+        command.main(["gpu", *arguments])
     assert message in " ".join(capsys.readouterr().err.split())

@@ -10,17 +10,17 @@ import pytest
 from jax.experimental import pallas as pl
 from tpu import needs_libtpu
 
-from ringjax import bench, bench_tpu
-from ringjax.static_cycles import Built, Estimate, Program, _last_words, estimate
+from ringjax.bench import command, tpu
+from ringjax.bench.static_cycles import Built, Estimate, Program, _last_words, estimate
 
-KEYS = [(generation, direction) for generation in bench_tpu.TOPOLOGIES for direction in bench_tpu.PASSES]
+KEYS = [(generation, direction) for generation in tpu.TOPOLOGIES for direction in tpu.PASSES]
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[tuple[str, str], bench_tpu.Row]:
+def rows() -> dict[tuple[str, str], tpu.Row]:
     """The table's rows for head size 128, all from one run."""
     compared = ("ringjax", "splash")
-    found = bench_tpu.bench_tpu_static(head_sizes=(128,), implementations=compared)
+    found = tpu.bench_tpu_static(head_sizes=(128,), implementations=compared)
     return {(row.generation, row.direction): row for row in found}
 
 
@@ -45,7 +45,7 @@ def test_forward_cycles(rows, generation: str, most: int):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", bench_tpu.TOPOLOGIES)
+@pytest.mark.parametrize("generation", tpu.TOPOLOGIES)
 def test_backward_beats_splash_by_five_percent(rows, generation: str):
     """libtpu 0.0.50 estimates splash on v5e 2% lower than 0.0.42 does, and ours 1%: 0.952 there, of 0.945."""
     newer = tuple(int(n) for n in importlib.metadata.version("libtpu").split(".")[:3]) >= (0, 0, 50)
@@ -123,16 +123,16 @@ def test_unknown_topology_is_refused():
 
 
 def test_floor():
-    assert bench_tpu.mxu_floor("v5e", 128, "forward", 4096) == 65_536
-    assert bench_tpu.mxu_floor("v5e", 128, "backward", 4096) == 163_840
-    assert bench_tpu.mxu_floor("v6e", 64, "backward", 4096) == 81_920  # half of each unit is idle
+    assert tpu.mxu_floor("v5e", 128, "forward", 4096) == 65_536
+    assert tpu.mxu_floor("v5e", 128, "backward", 4096) == 163_840
+    assert tpu.mxu_floor("v6e", 64, "backward", 4096) == 81_920  # half of each unit is idle
 
 
 def test_cases_fit_the_sequence():
     for key in (("v5e", 128, "forward"), ("v6e", 64, "backward")):
-        names = {case.implementation for case in bench_tpu.cases(*key)}
-        assert names <= set(bench_tpu.IMPLEMENTATIONS) and {"ringjax", "ringjax, carry", "splash", "flash"} <= names
-        short = bench_tpu.cases(*key, length=1024)
+        names = {case.implementation for case in tpu.cases(*key)}
+        assert names <= set(tpu.IMPLEMENTATIONS) and {"ringjax", "ringjax, carry", "splash", "flash"} <= names
+        short = tpu.cases(*key, length=1024)
         sizes = [size for case in short for size in case.program.options.get("blocks", {}).values()]
         assert sizes and max(sizes) == 1024
 
@@ -152,16 +152,16 @@ def _fake_estimates(programs, *, timeout, progress):
 
 
 def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_tpu, "estimate", _fake_estimates)
+    monkeypatch.setattr(tpu, "estimate", _fake_estimates)
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
-    docs.write_text(f"before\n{bench_tpu.BEGIN}\nold\n{bench_tpu.END}\nafter\n", encoding="utf-8")
+    docs.write_text(f"before\n{tpu.BEGIN}\nold\n{tpu.END}\nafter\n", encoding="utf-8")
     small = ["tpu-static", "--generation", "v5e", "--head-size", "128", "--pass", "backward"]
-    assert bench.main([*small, "--write-docs", str(docs), "--json", str(figures)]) == 0
+    assert command.main([*small, "--write-docs", str(docs), "--json", str(figures)]) == 0
     text = docs.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("| v5e")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert len(cells) == len(bench_tpu.COLUMNS)
+    assert len(cells) == len(tpu.COLUMNS)
     assert cells[3:5] == ["163,840", "100"] and cells[6].startswith("200 (fused ") and cells[-1] == "0.500"
     assert '"ringjax": 100' in figures.read_text(encoding="utf-8")
     assert "0.500" in capsys.readouterr().out
@@ -173,5 +173,5 @@ def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
 )
 def test_command_refuses(arguments: list[str], capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(["tpu-static", *arguments])
+        command.main(["tpu-static", *arguments])
     assert "error" in capsys.readouterr().err

@@ -227,7 +227,7 @@ def test_remat_does_not_run_the_ring_again(monkeypatch):
     assert kept > 0
     assert rotations(gradient_jaxpr(SMALL, mesh)) == kept
     # And it would, were the names not kept.
-    monkeypatch.setattr("ringjax.decoder._KEEP", ())
+    monkeypatch.setattr("ringjax.layers.decoder._KEEP", ())
     again = rotations(gradient_jaxpr(SMALL, mesh))
     assert again >= kept + 2 * 3 * SMALL.num_layers  # K and V, 3 rotations, in every layer
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from ringjax import bench, demo
-from ringjax._simulate import set_cpu_devices, simulate_cpu_devices
+from ringjax import demo
+from ringjax.bench import command
+from ringjax.simulate import set_cpu_devices, simulate_cpu_devices
 
 
 @pytest.fixture
@@ -89,11 +90,11 @@ def test_demo_refuses(arguments: list[str], message: str, capsys):
 @pytest.mark.slow
 def test_bench_measures_and_writes(tmp_path, capsys):
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
-    docs.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n", encoding="utf-8")
+    docs.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n", encoding="utf-8")
     small = "cpu --length 64 --heads 2 --head-size 8 --devices 4 --rounds 2".split()
-    assert bench.main([*small, "--json", str(figures), "--write-docs", str(docs)]) == 0
+    assert command.main([*small, "--json", str(figures), "--write-docs", str(docs)]) == 0
     rows = json.loads(figures.read_text(encoding="utf-8"))["rows"]
-    expected = {("full", "contiguous")} | {("causal", layout) for layout in bench.LAYOUTS}
+    expected = {("full", "contiguous")} | {("causal", layout) for layout in command.LAYOUTS}
     assert {(row["mask"], row["layout"]) for row in rows} == expected
     assert len(rows) == 2 * len(expected)
     assert all(row["seconds"] > 0 and row["ratio"] > 0 and 0 < row["difference"] < 1e-5 for row in rows)
@@ -107,7 +108,7 @@ def test_bench_refuses_a_document_without_markers(tmp_path):
     path = tmp_path / "docs.md"
     path.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="once each"):
-        bench.write_docs([], "title", path)
+        command.write_docs([], "title", path)
 
 
 @pytest.mark.parametrize(
@@ -115,14 +116,14 @@ def test_bench_refuses_a_document_without_markers(tmp_path):
 )
 def test_bench_refuses(arguments: list[str], capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(arguments)
+        command.main(arguments)
     assert "error" in capsys.readouterr().err
 
 
 def test_ratio_is_the_median_within_rounds():
-    case = bench.Case("ring", "full", "contiguous", "fwd", run=lambda: None, arguments=())
+    case = command.Case("ring", "full", "contiguous", "fwd", run=lambda: None, arguments=())
     rounds = [[(1.0, [0.5])], [(10.0, [2.0])], [(1.0, [0.3])]]
-    (row,) = bench._rows([(case, [case])], rounds, [1e-7])
+    (row,) = command._rows([(case, [case])], rounds, [1e-7])
     assert (row.seconds, row.dense_seconds, row.ratio) == (0.5, 1.0, 0.3)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -15,7 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ringjax
-from ringjax import RingConfig, attention
+from ringjax import RingConfig
+from ringjax.kernels.choose import Target, choose
 
 
 def call(query: Any = (2, 16, 4, 8), key: Any = (2, 16, 2, 8), value: Any = (2, 16, 2, 8), **options: Any) -> Any:
@@ -222,10 +222,8 @@ H100, A100, L40S, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA
 def test_what_runs_where_no_kernel_is_named(
     platform: str, kind: str, capability: str | None, dtype: str, head_size: int, name: str
 ) -> None:
-    query = jax.ShapeDtypeStruct((1, 16, 2, 64), jnp.dtype(dtype))
-    arrays = SimpleNamespace(query=query, value=query.update(shape=(1, 16, 2, head_size)))
-    kernel: Any = attention._pick_kernel(RingConfig(), platform, kind, capability, arrays)
-    assert kernel.__name__ == f"ringjax.kernels.{name}"
+    target = Target(platform=platform, device_kind=kind, capability=capability)
+    assert choose(RingConfig(), target, dtype, head_size).name == name
 
 
 @pytest.mark.parametrize(

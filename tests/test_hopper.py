@@ -11,7 +11,7 @@ import tiny_run
 from jax.sharding import AxisType
 from rich.console import Console
 
-from ringjax._hopper import COMBINE, is_hopper, ring_options
+from ringjax.hopper import COMBINE, is_hopper, ring_options
 from ringjax.inspect.gpus import GPUS
 from ringjax.training import devices, loop, program
 from ringjax.training.loading import load

@@ -10,21 +10,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ringjax"
 
 # Rooms from the top down. A room may import rooms of a lower floor, and itself; rooms of one floor know nothing of
-# each other. `inspect` comes with the TPU kernels and is listed so that its floor is settled.
+# each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo", "bench", "tune"),
-    ("bench_tpu", "bench_gpu"),
-    ("_tpu_programs",),
-    ("static_cycles", "_doc_table", "_tune_space"),
+    ("demo", "tune"),
+    ("bench",),
     ("training",),
     ("nnx", "linen"),
-    ("decoder",),
-    ("_nnx_layer", "_loss"),
-    ("_layer",),
-    ("_place", "_rope"),
-    ("attention_fn",),
+    ("layers",),
+    ("adapters",),
     ("inspect",),
     ("attention",),
     ("sharded",),
@@ -33,12 +28,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule",),
     ("mask", "partial"),
     ("layout",),
-    ("config", "_simulate", "_hopper", "ring_mesh"),
+    ("config", "simulate", "hopper", "mesh"),
     ("_compat",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The package itself re-exports from here down, and whoever stands above may use it.
-PUBLIC = FLOOR["attention_fn"]
+PUBLIC = FLOOR["adapters"]
 COLLECTIVES = {
     "ppermute", "pshuffle", "psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "all_to_all",
     "ragged_all_to_all", "all_gather_invariant",
@@ -113,7 +108,7 @@ def test_imports_point_downwards(path: Path):
         ("attention.py", "from . import ring, layout", 0),
         ("__init__.py", "from .attention import x", 0),
         ("__init__.py", "from .nnx import x", 1),
-        ("bench.py", "import ringjax\nfrom ringjax import RingConfig", 0),
+        ("demo.py", "import ringjax\nfrom ringjax import RingConfig", 0),
     ],
 )
 def test_the_walk_sees_upward_edges(tmp_path, monkeypatch, file: str, text: str, edges: int):
@@ -189,4 +184,4 @@ def test_importing_ringjax_loads_neither_flax_nor_pallas():
     "path", [path for path in SOURCES if room_of(path) == "training"], ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_training_uses_the_public_surface(path: Path):
-    assert imported_rooms(path) <= {"", "nnx", "linen", "training", "_simulate", "_hopper"}
+    assert imported_rooms(path) <= {"", "nnx", "linen", "training", "simulate", "hopper"}

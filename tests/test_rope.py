@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringjax._rope import rotate, rotation
+from ringjax.layers.rope import rotate, rotation
 
 H, THETA = 64, 10000.0
 

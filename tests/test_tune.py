@@ -10,21 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-import test_pallas_gpu_forward as mosaic_cases
-import test_pallas_triton as triton_cases
+import test_mosaic_forward as mosaic_cases
+import test_triton as triton_cases
 from tables import FULL, KIND, entry, operand, triton_tiles
 
-from ringjax import _tune_space, tune
-from ringjax._tune_space import Problem
-from ringjax.kernels import _mosaic, _tile_table, _triton
+from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.base import KernelParams
+from ringjax.kernels.mosaic import common as mosaic_common
+from ringjax.kernels.triton import common as triton_common
 from ringjax.mask import Mask
+from ringjax.tune import command, space
+from ringjax.tune.space import Problem
 
 # ----------------------------------------------------------------------------------------------------- searching
 
 
-def tiles(block: int) -> _triton.TileSizes:
-    return _triton.TileSizes(block, 16, 4, 1)
+def tiles(block: int) -> triton_common.TileSizes:
+    return triton_common.TileSizes(block, 16, 4, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def toy(kernel: str = "dq", size: int = 128, **options: Any) -> Toy:
     return Toy("pallas_triton", kernel, "bfloat16", size, 256, 2, KIND, **options)
 
 
-def timer(*, asked: list[list[int]] | None = None, **milliseconds: Any) -> tune.Timer:
+def timer(*, asked: list[list[int]] | None = None, **milliseconds: Any) -> command.Timer:
     """Times by block_q, one for each round of a list."""
 
     def time(programs: Any, rounds: int) -> dict[Any, list[float]]:
@@ -72,9 +74,9 @@ def timer(*, asked: list[list[int]] | None = None, **milliseconds: Any) -> tune.
     return time
 
 
-def search(problem: Problem, said: list[str] | None = None, known: Any = None, **milliseconds: Any) -> tune.Outcome:
+def search(problem: Problem, said: list[str] | None = None, known: Any = None, **milliseconds: Any) -> command.Outcome:
     say = [] if said is None else said
-    return tune.search(problem, rounds=3, say=say.append, known=known, timer=timer(**milliseconds))
+    return command.search(problem, rounds=3, say=say.append, known=known, timer=timer(**milliseconds))
 
 
 def test_the_fastest_wins_and_failures_are_dropped():
@@ -95,13 +97,13 @@ def test_the_fastest_wins_and_failures_are_dropped():
 
 def test_differences_are_those_of_rows():
     large = jnp.concatenate([jnp.full((1, 1, 1, 8), 100.0), jnp.full((1, 1, 1, 8), 0.1)], axis=1)
-    assert tune._difference(large, large) == 0.0
-    assert tune._difference(large.at[0, 1, 0, 3].set(0.2), large) == pytest.approx(1.0)
+    assert command._difference(large, large) == 0.0
+    assert command._difference(large.at[0, 1, 0, 3].set(0.2), large) == pytest.approx(1.0)
     lse = jnp.array([[[-jnp.inf, 5.0, 0.0]]])
-    assert tune._difference(lse, lse) == 0.0
-    assert tune._difference(lse.at[0, 0, 2].set(0.5), lse) == 0.5
-    assert not tune._difference(jnp.zeros_like(lse), lse) <= 1.0
-    assert not tune._difference(lse.at[0, 0, 1].set(jnp.nan), lse) <= 1.0
+    assert command._difference(lse, lse) == 0.0
+    assert command._difference(lse.at[0, 0, 2].set(0.5), lse) == 0.5
+    assert not command._difference(jnp.zeros_like(lse), lse) <= 1.0
+    assert not command._difference(lse.at[0, 0, 1].set(jnp.nan), lse) <= 1.0
 
 
 def test_two_percent_are_noise():
@@ -119,7 +121,7 @@ def test_the_winner_must_win_alone_too():
         calls.append(len(programs))
         return {x: [0.5 if x == tiles(32) and len(calls) == 1 else 1.0] * rounds for x in programs}
 
-    outcome = tune.search(toy(tried=(16, 32, 48)), rounds=3, say=[].append, timer=lucky)
+    outcome = command.search(toy(tried=(16, 32, 48)), rounds=3, say=[].append, timer=lucky)
     assert calls == [3, 1, 2] and outcome.entry is None
 
 
@@ -135,7 +137,7 @@ def test_refinements_and_what_the_table_has_are_tried_too():
 def test_built_in_tiles_that_fail_are_the_end_of_a_key_only(table: Path):
     said: list[str] = []
     problems = [toy("dkv", tried=(64, 16)), toy("dq", tried=(16, 32))]
-    outcomes, failed = tune.tune(
+    outcomes, failed = command.tune(
         problems, table, rounds=3, seconds=None, say=said.append, timer=timer(ms16=2.0, ms32=1.0)
     )
     assert [outcome.problem.kernel for outcome in outcomes] == ["dq"] and failed == 1
@@ -151,7 +153,7 @@ def test_no_memory_is_the_end_of_a_key_only(table: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Toy, "arrays", arrays)
     said: list[str] = []
     problems = [toy("dkv"), toy("dq", tried=(16, 32))]
-    outcomes, failed = tune.tune(
+    outcomes, failed = command.tune(
         problems, table, rounds=3, seconds=None, say=said.append, timer=timer(ms16=2.0, ms32=1.0)
     )
     assert (len(outcomes), failed) == (1, 1)
@@ -161,36 +163,36 @@ def test_no_memory_is_the_end_of_a_key_only(table: Path, monkeypatch: pytest.Mon
 def test_a_lost_gpu_is_said(monkeypatch: pytest.MonkeyPatch):
     lost = []
 
-    check = tune._Trial._check
+    check = command._Trial._check
 
     def dies(self: Any, programs: Any) -> None:
         if self._standard:
             lost.append(1)
-            self._standard = [tune.Program(lambda *_: 1 / 0, program.arguments) for program in self._standard]
+            self._standard = [command.Program(lambda *_: 1 / 0, program.arguments) for program in self._standard]
             raise RuntimeError("an illegal memory access was encountered")
         check(self, programs)
 
-    monkeypatch.setattr(tune._Trial, "_check", dies)
-    with pytest.raises(tune.DeviceLost, match="nothing runs on the GPU any more after block_q=32 "):
+    monkeypatch.setattr(command._Trial, "_check", dies)
+    with pytest.raises(command.DeviceLost, match="nothing runs on the GPU any more after block_q=32 "):
         search(toy(), ms16=1.0)
     assert lost == [1]
 
 
 def test_what_was_found_is_used_later(table: Path):
-    outcomes, failed = tune.tune(
+    outcomes, failed = command.tune(
         [toy(tried=(16, 32))], table, rounds=3, seconds=None, say=[].append, timer=timer(ms16=2.0, ms32=1.0)
     )
     assert (len(outcomes), failed) == (1, 0)
     assert triton_tiles("dq") == tiles(32)
     # The built-in tiles win now: the entry goes.
-    tune.tune([toy()], table, rounds=3, seconds=None, say=[].append, timer=timer(ms16=1.0, ms32=1.0))
-    assert _tile_table.read(table) == {}
+    command.tune([toy()], table, rounds=3, seconds=None, say=[].append, timer=timer(ms16=1.0, ms32=1.0))
+    assert tile_table.read(table) == {}
     assert triton_tiles("dq") != tiles(32)
 
 
 def test_nothing_is_written_where_nothing_was_found(table: Path):
-    tune.tune([toy()], table, rounds=3, seconds=None, say=[].append, timer=timer(ms16=1.0, ms32=1.0))
-    assert _tile_table.read(table) == {}
+    command.tune([toy()], table, rounds=3, seconds=None, say=[].append, timer=timer(ms16=1.0, ms32=1.0))
+    assert tile_table.read(table) == {}
 
 
 def test_an_interrupted_search_keeps_finished_keys(table: Path):
@@ -202,36 +204,38 @@ def test_an_interrupted_search_keeps_finished_keys(table: Path):
     said: list[str] = []
     problems = [toy("dq", tried=(16, 32)), toy("dkv", tried=(16, 32))]
     with pytest.raises(KeyboardInterrupt):
-        tune.tune(problems, table, rounds=3, seconds=None, say=said.append, timer=interrupted)
-    assert list(_tile_table.read(table)) == [str(problems[0].key)]
+        command.tune(problems, table, rounds=3, seconds=None, say=said.append, timer=interrupted)
+    assert list(tile_table.read(table)) == [str(problems[0].key)]
 
 
 def test_keys_that_the_table_lacks_come_first_and_time_is_kept(table: Path, monkeypatch: pytest.MonkeyPatch):
     problems = [toy("dq", tried=(16, 32)), toy("dkv", tried=(16, 32)), toy("forward", tried=(16, 32))]
-    _tile_table.merge(table, {problems[0].key: entry(tiles(32))})
+    tile_table.merge(table, {problems[0].key: entry(tiles(32))})
     clock = iter([0.0, 0.0, 5.0, 11.0])
-    monkeypatch.setattr(tune, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(command, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     said: list[str] = []
-    outcomes, _ = tune.tune(problems, table, rounds=3, seconds=10.0, say=said.append, timer=timer(ms16=2.0, ms32=1.0))
+    outcomes, _ = command.tune(
+        problems, table, rounds=3, seconds=10.0, say=said.append, timer=timer(ms16=2.0, ms32=1.0)
+    )
     assert [outcome.problem.kernel for outcome in outcomes] == ["dkv", "forward"]
     assert said[-1] == "10 seconds have passed: 1 of 3 keys were not searched"
-    assert len(_tile_table.read(table)) == 3
+    assert len(tile_table.read(table)) == 3
 
 
 def test_times_of_the_calls_of_one_candidate_are_added(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tune, "in_turns", lambda programs, rounds: [[float(p)] * rounds for p in programs])
+    monkeypatch.setattr(command, "in_turns", lambda programs, rounds: [[float(p)] * rounds for p in programs])
     programs: Any = {"a": [1, 2], "b": [3]}
-    assert tune.time_in_turns(programs, 2) == {"a": [3.0, 3.0], "b": [3.0, 3.0]}
+    assert command.time_in_turns(programs, 2) == {"a": [3.0, 3.0], "b": [3.0, 3.0]}
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dkv", "dq"])
 def test_a_real_kernel_interpreted(kernel: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_tune_space, "MOST_CANDIDATES", 2)
+    monkeypatch.setattr(space, "MOST_CANDIDATES", 2)
     problem = Problem("pallas_triton", kernel, "float32", 64, 64, 1, "cpu", interpret=True)
     built_in, other = problem.candidates()
     said: list[str] = []
     faster = lambda programs, rounds: {x: [1.0 if x == other else 2.0] * rounds for x in programs}  # noqa: E731
-    outcome = tune.search(problem, rounds=2, say=said.append, timer=faster)
+    outcome = command.search(problem, rounds=2, say=said.append, timer=faster)
     assert (said, outcome.best, outcome.built_in) == ([], other, built_in)
 
 
@@ -241,9 +245,9 @@ def test_a_real_kernel_interpreted(kernel: str, monkeypatch: pytest.MonkeyPatch)
 def every_problem(length: int, heads: int, **options: Any) -> list[Problem]:
     return [
         Problem(implementation, kernel, dtype, size, length, heads, KIND, **options)
-        for (implementation, _), kernels in _tune_space.KERNELS.items()
+        for (implementation, _), kernels in space.KERNELS.items()
         for kernel in kernels
-        for size in _tune_space.HEAD_SIZES
+        for size in space.HEAD_SIZES
         for dtype in (["bfloat16"] if implementation == "pallas_gpu" else ["bfloat16", "float32"])
     ]
 
@@ -254,16 +258,16 @@ def test_candidates_are_few_and_what_a_call_would_use(table: Path):
         assert candidates[0] == problem.built_in()
         assert 4 < len(set(candidates)) == len(candidates) <= 24
         for found in [candidates[-1], *problem.refinements(candidates[-1])]:
-            _tile_table.merge(table, {problem.key: entry(found)})
+            tile_table.merge(table, {problem.key: entry(found)})
             x = operand(8192, problem.head_size, problem.dtype)
             params = KernelParams(1.0, device_kind=KIND)
             if problem.implementation == "pallas_triton":
-                assert _triton.tile_sizes(problem.kernel, x, x, x, params) == found
+                assert triton_common.tile_sizes(problem.kernel, x, x, x, params) == found
             else:
                 at = jnp.arange(8)[None]
                 mask = Mask(at, at, None, None, right=0) if "masked" in problem.kernel else FULL
                 whole = "carry" not in problem.kernel
-                assert _mosaic.forward_tiles(x, x, mask, params, whole=whole) == found
+                assert mosaic_common.forward_tiles(x, x, mask, params, whole=whole) == found
 
 
 @pytest.mark.slow
@@ -287,7 +291,7 @@ def test_candidates_lower(problem: Problem):
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        tune.main(arguments)
+        command.main(arguments)
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -324,31 +328,31 @@ def test_the_gpu_at_hand_is_refused_where_it_runs_xla(monkeypatch: pytest.Monkey
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert re.search("an NVIDIA GPU of Ampere or later.*Got 'NVIDIA T4'", refused(capsys, "--dry-run"))
     device.device_kind, device.compute_capability = "NVIDIA L4", "8.9"
-    assert tune.main(["--dry-run", "--head-size", "64", "--direction", "forward"]) == 0
+    assert command.main(["--dry-run", "--head-size", "64", "--direction", "forward"]) == 0
     assert "NVIDIA L4 / pallas_triton / forward / half / 64" in capsys.readouterr().out
 
 
 def test_dry_run_prints_candidates_and_writes_nothing(table: Path, capsys: pytest.CaptureFixture[str]):
-    assert tune.main([*HOPPER, "--head-size", "128"]) == 0
+    assert command.main([*HOPPER, "--head-size", "128"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "pallas_gpu: forward only, its backward kernels have nothing to tune"
     assert [line.split(" / ")[2] for line in said if line.startswith(KIND)] == list(
-        _tune_space.KERNELS["pallas_gpu", "forward"]
+        space.KERNELS["pallas_gpu", "forward"]
     )
-    assert tune.main(["--dry-run", "--device-kind", "NVIDIA A100-SXM4-40GB", "--dtype", "float32"]) == 0
+    assert command.main(["--dry-run", "--device-kind", "NVIDIA A100-SXM4-40GB", "--dtype", "float32"]) == 0
     said = capsys.readouterr().out
     assert said.count(" candidates, the built-in tiles first") == 9
     assert "NVIDIA A100-SXM4-40GB / pallas_triton / dkv / float32 / 64: 24 candidates" in said
-    assert _tile_table.read(table) == {}
+    assert tile_table.read(table) == {}
 
 
 @pytest.fixture
 def on_toys(monkeypatch: pytest.MonkeyPatch) -> list[Toy]:
     """The command searches these, by a timer that finds tiles of 32 twice as fast as those of 16."""
     problems = [toy("dq", tried=(16, 32)), toy("dkv", tried=(16,))]
-    monkeypatch.setattr(tune, "_problems", lambda options, parser, say: problems)
-    found = functools.partial(tune.tune, timer=timed_by_block)
-    monkeypatch.setattr(tune, "tune", found)
+    monkeypatch.setattr(command, "_problems", lambda options, parser, say: problems)
+    found = functools.partial(command.tune, timer=timed_by_block)
+    monkeypatch.setattr(command, "tune", found)
     return problems
 
 
@@ -357,25 +361,25 @@ def timed_by_block(programs: Any, rounds: int) -> dict[Any, list[float]]:
 
 
 def test_the_command_writes_the_table_and_shows_it(table: Path, on_toys: list[Toy], capsys: pytest.CaptureFixture[str]):
-    assert tune.main([]) == 0
+    assert command.main([]) == 0
     said = capsys.readouterr().out
     assert re.search(r"dq .* 128 .* 2\.000 .* 1\.000 .* 2\.000 .* block_q=32", said)
     assert re.search(r"dkv .* 128 .* 2\.000 .* 2\.000 .* 1\.000 .* as built in", said)
     assert f"1 of 2 keys have faster tiles than the built-in ones; later processes find them in {table}" in said
-    assert list(_tile_table.read(table)) == [str(on_toys[0].key)]
+    assert list(tile_table.read(table)) == [str(on_toys[0].key)]
 
 
 def test_another_table(table: Path, on_toys: list[Toy], capsys: pytest.CaptureFixture[str]):
     other = table.with_name("deep") / "other.json"
-    assert tune.main(["--table", str(other)]) == 0
+    assert command.main(["--table", str(other)]) == 0
     assert f"RINGJAX_TILES={other}" in capsys.readouterr().out
-    assert list(_tile_table.read(other)) == [str(on_toys[0].key)] and _tile_table.read(table) == {}
+    assert list(tile_table.read(other)) == [str(on_toys[0].key)] and tile_table.read(table) == {}
 
 
 def test_tables_that_cannot_be_written(table: Path, on_toys: list[Toy], monkeypatch: pytest.MonkeyPatch, capsys: Any):
     table.write_text("precious", encoding="utf-8")
     assert "must be JSON" in refused(capsys)
-    monkeypatch.setenv(_tile_table.VARIABLE, "")
+    monkeypatch.setenv(tile_table.VARIABLE, "")
     assert "--table must name a file where RINGJAX_TILES is empty" in refused(capsys)
     assert "--table" in refused(capsys, "--table", str(table / "below.json"))
 
@@ -386,6 +390,6 @@ def test_the_command_interrupted(table: Path, on_toys: list[Toy], monkeypatch: p
     def stop() -> Any:
         raise KeyboardInterrupt
 
-    assert tune.main([]) == 130
+    assert command.main([]) == 130
     assert f"interrupted; what was found before is in {table}" in capsys.readouterr().out
-    assert list(_tile_table.read(table)) == [str(on_toys[0].key)]
+    assert list(tile_table.read(table)) == [str(on_toys[0].key)]

@@ -22,7 +22,7 @@ from jax.experimental.layout import Layout as DeviceLayout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..attention import ring_attention
-from ..ring_mesh import ring_mesh
+from ..mesh import ring_mesh
 from .compile import COMPILERS
 from .gpus import Hosts, target_config
 from .program import Program

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from .._hopper import COMBINE, COMBINE_BYTES, is_hopper
+from ..hopper import COMBINE, COMBINE_BYTES, is_hopper
 from .cycles import base_name
 from .gpus import Hosts
 from .report import Report

@@ -7,7 +7,7 @@ import os
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from .._simulate import set_cpu_devices
+from ..simulate import set_cpu_devices
 from .config import Config, Distributed
 from .loading import ConfigError
 

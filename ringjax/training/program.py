@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import ringjax
-from ringjax._hopper import ring_options
+from ringjax.hopper import ring_options
 from ringjax.nnx import Decoder, DecoderConfig, param_shardings
 
 from .config import Config, Optimizer

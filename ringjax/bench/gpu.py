@@ -1,0 +1,419 @@
+"""`ringjax bench gpu`: the block kernels and the ring's own cost beside cuDNN, in one process on one GPU.
+
+All programs of a line are compiled first and then called in turns; a time is the median over the rounds. What a chip
+can do at most, a matrix product, is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import ringjax
+from ringjax.bench import document
+from ringjax.kernels import tiles as tile_table
+from ringjax.kernels.base import Kernel, KernelParams
+from ringjax.kernels.choose import BY_NAME
+from ringjax.mask import PARTIAL, Mask, tile_kinds
+from ringjax.partial import Partial
+
+BEGIN, END = "<!-- ringjax bench gpu: begin -->", "<!-- ringjax bench gpu: end -->"
+PASSES = ("fwd", "fwd+bwd")
+CEILING = 8192  # side of the matrix product
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """[batch, length, heads, head_size] of the query; key and value have ``kv_heads``."""
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        return f"{self.batch} x {self.length} x {heads} x {self.head_size}"
+
+
+SHAPES = (
+    Shape(1, 8192, 32, 32, 128),
+    Shape(1, 32768, 16, 16, 128),
+    Shape(1, 32768, 32, 8, 128),
+    Shape(4, 8192, 16, 16, 64),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Median milliseconds of one call; ``ratio`` is the median over rounds of reference / ours: above 1 is faster."""
+
+    what: str
+    mask: str
+    direction: str
+    ours_ms: float
+    reference_ms: float
+    ratio: float
+    tflops: float
+    reference_tflops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function and its arguments."""
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def milliseconds(self, calls: int) -> float:
+        """Of one call, of so many that are queued one behind the other."""
+        start = time.perf_counter()
+        result = None
+        for _ in range(calls):
+            result = self.run(*self.arguments)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) * 1e3 / calls
+
+
+def draw(shape: Shape, dtype: Any, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Query, key, value and cotangent: normal numbers, since zeros would run faster than data."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    sizes = [(shape.batch, shape.length, n, shape.head_size) for n in heads]
+    return tuple(jax.random.normal(k, s, jnp.float32).astype(dtype) for k, s in zip(keys, sizes, strict=True))
+
+
+def _directed(attend: Callable[..., Any], direction: str) -> Callable[..., Any]:
+    def gradients(q: Any, k: Any, v: Any, dout: Any, *rest: Any) -> Any:
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *rest), q, k, v)
+        return out, *pull(dout)
+
+    return gradients if direction == "fwd+bwd" else lambda q, k, v, dout, *rest: attend(q, k, v, *rest)
+
+
+def _ours(config: ringjax.RingConfig, **options: Any) -> Callable[..., Any]:
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("sp",))
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        return ringjax.ring_attention(q, k, v, segment_ids=segments, mesh=mesh, config=config, **options)
+
+    return attend
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Programs to be timed in turns, and what their times mean: from one list of times for each to a result."""
+
+    programs: tuple[Program, ...]
+    conclude: Callable[[list[list[float]]], Any]
+
+    def result(self, rounds: int) -> Any:
+        return self.conclude(in_turns(self.programs, rounds))
+
+
+def compile_all(programs: Sequence[Program]) -> list[Program]:
+    """The compiler works on several at once, and not on what is compiled already.
+
+    Programs of one function, whose arguments look alike, share the result.
+    """
+    unique = {id(program.run): program for program in programs}
+
+    def compiled(program: Program) -> Any:
+        if isinstance(program.run, jax.stages.Compiled):
+            return program.run
+        return jax.jit(program.run).lower(*program.arguments).compile()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = dict(zip(unique, pool.map(compiled, unique.values()), strict=True))
+    return [Program(runs[id(program.run)], program.arguments) for program in programs]
+
+
+def compile_measurements(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """All their programs at once."""
+    rest = iter(compile_all([program for measurement in measurements for program in measurement.programs]))
+    return [dataclasses.replace(m, programs=tuple(next(rest) for _ in m.programs)) for m in measurements]
+
+
+def in_turns(programs: Sequence[Program], rounds: int, budget_ms: float = 60.0) -> list[list[float]]:
+    """Times of every program in every round. As many calls a time as fit into the budget, at least two."""
+    calls = []
+    for program in programs:
+        program.milliseconds(1)
+        calls.append(max(2, min(50, int(budget_ms / max(program.milliseconds(2), 1e-3)))))
+    times: list[list[float]] = [[] for _ in programs]
+    for _ in range(rounds):
+        for index, program in enumerate(programs):
+            times[index].append(program.milliseconds(calls[index]))
+    return times
+
+
+def flops(shape: Shape, mask: str, direction: str) -> float:
+    """Of the products: two forward, five backward; causal needs half of them."""
+    forward = 4.0 * shape.batch * shape.heads * shape.length**2 * shape.head_size
+    return forward * (0.5 if mask == "causal" else 1.0) * (3.5 if direction == "fwd+bwd" else 1.0)
+
+
+def _row(what: str, mask: str, direction: str, times: Sequence[Sequence[float]], *, work: float) -> Row:
+    ours, theirs = times
+    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    a, b = statistics.median(ours), statistics.median(theirs)
+    return Row(what, mask, direction, a, b, ratio, work / a / 1e9, work / b / 1e9)
+
+
+def ceiling(dtype: Any, rounds: int, side: int = CEILING) -> float:
+    """TFLOP/s of a square matrix product."""
+    a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.float32).astype(dtype) for i in range(2))
+    (program,) = compile_all([Program(lambda a, b: a @ b, (a, b))])
+    (times,) = in_turns([program], rounds)
+    return 2.0 * side**3 / statistics.median(times) / 1e9
+
+
+def attention(shape: Shape, config: ringjax.RingConfig, *, dtype: Any, reference: str) -> list[Measurement]:
+    """One call of ring_attention on one device beside jax.nn.dot_product_attention."""
+    inputs, found = draw(shape, dtype), []
+    for mask, direction in itertools.product(("full", "causal"), PASSES):
+        causal = mask == "causal"
+        of_jax: Any = jax.nn.dot_product_attention
+        dense = functools.partial(of_jax, is_causal=causal, implementation=reference)
+        ours = Program(_directed(_ours(config, is_causal=causal), direction), inputs)
+        theirs = Program(_directed(dense, direction), inputs)
+        work = flops(shape, mask, direction)
+        row = functools.partial(_row, str(shape), mask, direction, work=work)
+        found.append(Measurement((ours, theirs), row))
+    return found
+
+
+def _params(shape: Shape) -> KernelParams:
+    return KernelParams(shape.head_size**-0.5, device_kind=jax.devices()[0].device_kind)
+
+
+def _loop(kernel: Kernel, params: KernelParams, q: Any, blocks: Any, masks: Sequence[Mask]) -> Any:
+    """The hops of one rank, forward, without the wire: the running softmax goes from kernel to kernel."""
+    carry: Any = None
+    for number, ((k, v), mask) in enumerate(zip(blocks, masks, strict=True)):
+        q_, k_, v_ = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        finish = number == len(masks) - 1
+        carry = kernel.forward(q_, k_, v_, mask, params, carry=carry, finish=finish, sinks=None)
+    out, lse = carry if not isinstance(carry, Partial) else (carry.acc, carry.max)
+    return jnp.swapaxes(out, 1, 2), lse
+
+
+def ring_cost(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -> Measurement:
+    """Full attention as a loop over blocks with the carry, beside one call over the whole sequence."""
+    q, k, v, _ = draw(shape, dtype)
+    blocks = tuple(zip(jnp.split(k, num_shards, axis=1), jnp.split(v, num_shards, axis=1), strict=True))
+    full = Mask(None, None, None, None)
+    run = functools.partial(_loop, kernel, _params(shape))
+    programs = (
+        Program(lambda q, blocks: run(q, blocks, [full] * num_shards), (q, blocks)),
+        Program(lambda q, k, v: run(q, [(k, v)], [full]), (q, k, v)),
+    )
+    what = f"{shape}: {num_shards} blocks / one call"
+    return Measurement(programs, functools.partial(_row, what, "full", "fwd", work=flops(shape, "full", "fwd")))
+
+
+def zigzag_ranks(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -> Measurement:
+    """A causal zigzag ring, rank by rank, beside one causal call: all times in milliseconds."""
+    q, k, v, _ = draw(shape, dtype)
+    order = np.asarray(ringjax.ring_positions(shape.length, layout="zigzag", num_shards=num_shards))
+    shards = np.split(order, num_shards)
+    run = functools.partial(_loop, kernel, _params(shape))
+
+    def rank(q: Any, blocks: Any, q_at: Any, kv_at: Any) -> Any:
+        return run(q, blocks, [Mask(q_at, at, None, None, right=0) for at in kv_at])
+
+    def arguments(r: int) -> tuple[Any, ...]:
+        visits = [shards[(r + hop) % num_shards] for hop in range(num_shards)]
+        at = [jnp.asarray(x[None], jnp.int32) for x in (shards[r], *visits)]
+        return q[:, shards[r]], tuple((k[:, x], v[:, x]) for x in visits), at[0], tuple(at[1:])
+
+    whole = jnp.arange(shape.length, dtype=jnp.int32)[None]
+    one_call = Program(lambda q, k, v, at: run(q, [(k, v)], [Mask(at, at, None, None, right=0)]), (q, k, v, whole))
+
+    def conclude(times: list[list[float]]) -> dict[str, Any]:
+        *ranks, whole_times = (statistics.median(x) for x in times)
+        mean = statistics.mean(ranks)
+        return {
+            "shape": str(shape),
+            "num_shards": num_shards,
+            "rank_ms": ranks,
+            "one_call_ms": whole_times,
+            "slowest_over_mean": max(ranks) / mean,
+            "sum_over_one_call": sum(ranks) / whole_times,
+        }
+
+    return Measurement((*(Program(rank, arguments(r)) for r in range(num_shards)), one_call), conclude)
+
+
+def packed(shape: Shape, config: ringjax.RingConfig, *, dtype: Any) -> list[Measurement]:
+    """Documents of 1/32 to 1/4 of the sequence, causal, beside the same call with the predicate in every tile.
+
+    The latter programs are compiled here, the others not yet.
+    """
+    rng, segments = np.random.default_rng(0), np.zeros((shape.batch, shape.length), np.int32)
+    start, document = 0, 0
+    while start < shape.length:
+        stop = start + int(rng.integers(shape.length // 32, shape.length // 4))
+        segments[:, start:stop] = document
+        start, document = stop, document + 1
+    arguments = (*draw(shape, dtype), jnp.asarray(segments))
+    # Two functions each, or the second would be served from the cache of what was traced for the first.
+    programs = lambda: [Program(_directed(_ours(config, is_causal=True), each), arguments) for each in PASSES]  # noqa: E731
+    with _every_tile_partial():
+        everywhere = compile_all(programs())
+    what = f"{shape}, {document} documents: block map / predicate everywhere"
+    rows = [functools.partial(_row, what, "causal", each, work=flops(shape, "causal", each)) for each in PASSES]
+    pairs = zip(programs(), everywhere, strict=True)
+    return [Measurement(pair, row) for pair, row in zip(pairs, rows, strict=True)]
+
+
+@contextlib.contextmanager
+def _every_tile_partial() -> Iterator[None]:
+    """Inside, every kernel that is traced evaluates its mask on all tiles."""
+
+    def all_partial(*arguments: Any, **options: Any) -> jax.Array:
+        return jnp.full_like(tile_kinds(*arguments, **options), PARTIAL)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("ringjax.kernels.") and getattr(module, "tile_kinds", None) is tile_kinds:
+                stack.enter_context(mock.patch.object(module, "tile_kinds", all_partial))
+        jax.clear_caches()  # of what was traced with the map
+        yield
+    jax.clear_caches()
+
+
+COLUMNS = ("what", "mask", "pass", "ringjax ms", "reference ms", "times as fast", "TFLOP/s", "reference TFLOP/s")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    numbers = (f"{row.ours_ms:.3f}", f"{row.reference_ms:.3f}", f"{row.ratio:.3f}")
+    return row.what, row.mask, row.direction, *numbers, f"{row.tflops:.0f}", f"{row.reference_tflops:.0f}"
+
+
+def _document(record: dict[str, Any]) -> list[str]:
+    """The lines of docs/performance.md."""
+    rows = [Row(**row) for row in record["rows"]]
+    lines = [record["title"] + ".", "", *document.markdown(COLUMNS, [_cells(row) for row in rows], num_left=3), ""]
+    for direction in PASSES:
+        ratios = [row.ratio for row in rows if row.direction == direction and ":" not in row.what]
+        if ratios:
+            lines.append(f"{direction}: median {statistics.median(ratios):.3f}, least {min(ratios):.3f} times as fast.")
+    zigzag = record["zigzag"]
+    if zigzag:
+        lines += [
+            "",
+            f"Causal zigzag, {zigzag['shape']}, C = {zigzag['num_shards']}, rank by rank: the slowest takes "
+            f"{zigzag['slowest_over_mean']:.3f} x the mean, all together {zigzag['sum_over_one_call']:.3f} x one call.",
+        ]
+    return lines
+
+
+def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """All measurements, as they go to the JSON file."""
+    shapes, dtype = options.shapes, jnp.dtype(options.dtype)
+    config = ringjax.RingConfig(implementation=options.implementation)
+    device, rounds = jax.devices()[0], options.rounds
+    kernel: Any = BY_NAME[options.implementation].load()
+    top = ceiling(dtype, rounds, options.ceiling)
+    title = (
+        f"{device.device_kind}, JAX {jax.__version__}, {options.dtype}: implementation {options.implementation} beside "
+        f"{options.reference}; medians of {rounds} rounds; a matrix product of {options.ceiling}^3 reaches {top:.0f} "
+        f"TFLOP/s{_user_table(device.device_kind, options.implementation, dtype)}"
+    )
+    say(title)
+    long = max(shapes, key=lambda shape: (shape.length, shape.heads == shape.kv_heads))
+    of_packed = packed(long, config, dtype=dtype)  # first, since what it traces must not be mixed with the rest
+    *of_rows, of_zigzag = compile_measurements(
+        [
+            *(m for shape in shapes for m in attention(shape, config, dtype=dtype, reference=options.reference)),
+            ring_cost(long, kernel, dtype=dtype, num_shards=options.num_shards),
+            *of_packed,
+            zigzag_ranks(long, kernel, dtype=dtype, num_shards=options.num_shards),
+        ]
+    )
+    rows = []
+    for measurement in of_rows:
+        rows.append(measurement.result(rounds))
+        say("  ".join(_cells(rows[-1])))
+    zigzag = of_zigzag.result(rounds)
+    say(f"zigzag: slowest / mean {zigzag['slowest_over_mean']:.3f}, sum / one call {zigzag['sum_over_one_call']:.3f}")
+    return {"title": title, "ceiling_tflops": top, "rows": [dataclasses.asdict(row) for row in rows], "zigzag": zigzag}
+
+
+def _user_table(device_kind: str, implementation: str, dtype: Any) -> str:
+    """The end of the title where the user has tiles for some of these kernels; a broken file warns as it is read."""
+    file = tile_table.file_with_tiles(device_kind, implementation, dtype)
+    return "" if file is None else f"; tiles of {file}"
+
+
+def _shape(text: str) -> Shape:
+    shape = Shape(*(int(part) for part in text.split(",")))
+    if min(dataclasses.astuple(shape)) < 1 or shape.heads % shape.kv_heads:
+        raise ValueError(text)
+    return shape
+
+
+_shape.__name__ = "shape B,T,N,K,H"  # as argparse calls it in its errors
+
+
+def main(argv: Sequence[str]) -> int:
+    """`ringjax bench gpu [options]`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="ringjax bench gpu", description=__doc__)
+    parser.add_argument(
+        "--shape", dest="shapes", action="append", type=_shape, metavar="B,T,N,K,H", help="repeatable; default: four"
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--implementation", choices=["pallas_gpu", "pallas_triton", "xla"], default="pallas_gpu")
+    parser.add_argument(
+        "--reference", choices=["cudnn", "xla"], default="cudnn", help="of jax.nn.dot_product_attention"
+    )
+    parser.add_argument(
+        "--num-shards", type=int, default=8, metavar="C", help="of the ring's loop (default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="default %(default)s")
+    parser.add_argument("--ceiling", type=int, default=CEILING, metavar="N", help="side of the matrix product")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
+    parser.add_argument("--write-docs", type=Path, metavar="FILE", nargs="?", const=Path("docs/performance.md"),
+                        help="also replace the table in FILE (default %(const)s)")  # fmt: skip
+    options = parser.parse_args(argv)
+    options.shapes = options.shapes or list(SHAPES)
+    for name in ("num_shards", "rounds", "ceiling"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1. Got {getattr(options, name)}.")
+    for shape in options.shapes:
+        if shape.length % (2 * options.num_shards) or shape.length < 32:
+            parser.error(f"--shape: T must be a multiple of {2 * options.num_shards}, and at least 32. Got {shape}.")
+    if jax.default_backend() != "gpu" and (options.implementation, options.reference) != ("xla", "xla"):
+        parser.error("needs an NVIDIA GPU, or --implementation xla --reference xla. "
+                     f"Got platform {jax.default_backend()!r}.")  # fmt: skip
+    if options.write_docs is not None:
+        try:
+            document.around(options.write_docs, BEGIN, END)  # before minutes of timing, not after
+        except ValueError as error:
+            parser.error(f"--write-docs: {error}")
+    console = Console()
+    record = run(options, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
+    if options.json is not None:
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if options.write_docs is not None:
+        document.replace(options.write_docs, BEGIN, END, _document(record))
+    return 0

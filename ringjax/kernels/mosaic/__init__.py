@@ -1,0 +1,1 @@
+"""The block kernel for Hopper GPUs, in Pallas' Mosaic backend."""

@@ -1,0 +1,171 @@
+"""The backward kernel that owns queries: dq alone, the same bits on every run. Hopper GPUs, three products a tile.
+
+A program owns 128 queries of one head: 64 each for two compute warpgroups, which keep their rows of dq in registers
+while the keys that they see pass by, brought by a memory warpgroup. ds lies in registers as dq = ds k wants its left
+operand. FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691; the equations are in base.py.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from ..._compat import gpu_kernel, gpu_load
+from ...mask import attends
+from . import backward_common as gpu
+from .backward_common import COMPUTE_WARPGROUPS, Inputs, Place, Static
+from .common import ROWS, WARPGROUP_ROWS, load_keys, load_queries, row_matrix, smem_tile, zeros
+
+BLOCK_Q = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
+
+
+class _Scratch(NamedTuple):
+    q_smem: Any  # [warpgroups, 64, H]
+    dout_smem: Any
+    k_smem: Any  # [stages, keys, H]
+    v_smem: Any
+    sums_smem: Any  # [warpgroups, 64, 64]: float32 on its way to GMEM
+    queries_ready: Any  # a warpgroup each
+    keys_ready: Any  # a stage each
+    keys_consumed: Any
+
+
+def run(static: Static, x: Inputs, dq: Array) -> Array:
+    """``dq`` with the share of these keys added: once to each element."""
+    leaves, structure = jax.tree.flatten(x)
+
+    def body(*refs: Any) -> None:
+        inputs = jax.tree.unflatten(structure, refs[: len(leaves)])
+        program = _Program(static, inputs, refs[len(leaves)], _Scratch(*refs[len(leaves) + 1 :]))
+        gpu.run_program(program.memory, program.compute)
+
+    dtype, size, stages = x.q.dtype, static.size, static.stages
+    batch, q_length, heads, _ = x.q.shape
+    each_stage = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)  # noqa: E731
+    (added,), _ = gpu_kernel(
+        body,
+        leaves,
+        (dq,),
+        out_type=(),
+        grid=(batch, heads, -(-q_length // BLOCK_Q)),
+        grid_names=gpu.GRID_NAMES,
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=tuple(
+            _Scratch(
+                smem_tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, size), dtype),
+                smem_tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, size), dtype),
+                smem_tile((stages, static.block_kv, size), dtype),
+                smem_tile((stages, static.block_kv, size), dtype),
+                smem_tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, WARPGROUP_ROWS), jnp.float32),
+                plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
+                each_stage(2),
+                each_stage(COMPUTE_WARPGROUPS),
+            )
+        ),
+        compiler_params=gpu.COMPILER_PARAMS,
+        kernel_name="ringjax_backward_queries",
+    )
+    return added
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    static: Static
+    x: Inputs
+    dq_gmem: Any
+    scratch: _Scratch
+
+    def _queries(self, place: Place) -> Any:
+        return pl.ds(place.tile * BLOCK_Q + place.own.start, WARPGROUP_ROWS)
+
+    def memory(self, place: Place) -> None:
+        static, x, s = self.static, self.x, self.scratch
+        block_kv, stages = static.block_kv, static.stages
+        plgpu.set_max_registers(24, action="decrease")
+        for w in range(COMPUTE_WARPGROUPS):
+            rows = (place.batch, self._queries(place._replace(warpgroup=w)), place.head)
+            plgpu.copy_gmem_to_smem(x.q.at[rows], s.q_smem.at[w], s.queries_ready.at[w])
+            plgpu.copy_gmem_to_smem(x.dout.at[rows], s.dout_smem.at[w], s.queries_ready.at[w])
+        kv_head = jax.lax.div(place.head, jnp.int32(x.q.shape[2] // x.k.shape[2]))
+
+        def load(index: Any, head: Any, n: Any, _: None) -> None:
+            del head
+            tile = gpu.column(x, place, n)
+            slot = jax.lax.rem(index, jnp.int32(stages))
+            keys = (place.batch, pl.ds(tile * block_kv, block_kv), kv_head)
+            pl.when(index >= stages)(lambda: plgpu.barrier_wait(s.keys_consumed.at[slot]))
+            plgpu.copy_gmem_to_smem(x.k.at[keys], s.k_smem.at[slot], s.keys_ready.at[slot])
+            plgpu.copy_gmem_to_smem(x.v.at[keys], s.v_smem.at[slot], s.keys_ready.at[slot])
+
+        _, visit = gpu.counts(x, place)
+        gpu.visit(static, place, jnp.int32(0), visit, load, jnp.int32(0), None)
+
+    def compute(self, place: Place) -> None:
+        static, x = self.static, self.x
+        plgpu.set_max_registers(240, action="increase")
+        plgpu.barrier_wait(self.scratch.queries_ready.at[place.warpgroup])
+        rows_gmem = x.rows.at[place.batch, place.head, :, self._queries(place)]
+        lse, delta = (gpu_load(rows_gmem.at[n], ROWS, optimized=False) for n in range(2))
+        full, visit = gpu.counts(x, place)
+
+        def step(masked: bool) -> Any:
+            return lambda index, head, n, dq: self._add(place, index, n, lse, delta, dq, masked)
+
+        dq = zeros((WARPGROUP_ROWS, static.size))
+        dq = gpu.visit(static, place, jnp.int32(0), full, step(False), jnp.int32(0), dq)
+        if x.order is not None:
+            dq = gpu.visit(static, place, full, visit, step(True), full, dq)
+        sums_smem = self.scratch.sums_smem.at[place.warpgroup]
+        for start in range(0, static.size, WARPGROUP_ROWS):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            sums_smem[...] = jax.lax.slice(dq, (0, start), (WARPGROUP_ROWS, start + WARPGROUP_ROWS))
+            plgpu.commit_smem()
+            out_gmem = self.dq_gmem.at[place.batch, self._queries(place), place.head, pl.ds(start, WARPGROUP_ROWS)]
+            plgpu.copy_smem_to_gmem(sums_smem, out_gmem, reduction_op="add")
+        plgpu.wait_smem_to_gmem(0)
+
+    def _add(self, place: Place, index: Any, n: Any, lse: Array, delta: Array, dq: Array, masked: bool) -> Array:
+        """dq with the share of one tile of keys."""
+        static, x, s, dtype = self.static, self.x, self.scratch, self.x.q.dtype
+        shape = (WARPGROUP_ROWS, static.block_kv)
+        slot = jax.lax.rem(index, jnp.int32(static.stages))
+        q_smem, dout_smem = s.q_smem.at[place.warpgroup], s.dout_smem.at[place.warpgroup]
+        k_smem, v_smem = s.k_smem.at[slot], s.v_smem.at[slot]
+
+        def products(refs: Any) -> None:
+            dq_acc, logits_acc, dp_acc = refs
+            plgpu.barrier_wait(s.keys_ready.at[slot])
+            plgpu.wgmma(logits_acc, q_smem, k_smem.transpose((1, 0)))
+            plgpu.wgmma(dp_acc, dout_smem, v_smem.transpose((1, 0)))
+            product = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
+            p, slope = gpu.softmax(static, product, row_matrix(lse, product))
+            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+            ds = p * (dp - row_matrix(delta, p))
+            ds = ds if slope is None else ds * slope
+            if masked:
+                k_start = gpu.column(x, place, n) * static.block_kv
+                queries = load_queries(x.queries, place.batch, self._queries(place).start, shape)
+                keys = load_keys(x.keys, place.batch, k_start, shape)
+                ds = jnp.where(attends(queries, keys), ds, 0.0)
+                # Both warpgroups have used the raw k. A NaN or Inf in it must not meet ds = 0.
+                gpu.join_compute_warpgroups()
+                self._clean_keys(place, k_smem)
+                gpu.join_compute_warpgroups()
+            plgpu.wgmma(dq_acc, ds.astype(dtype), k_smem)
+
+        start = plgpu.WGMMAAccumulatorRef.init
+        results: Any = pl.run_state(products)((start(dq), start(zeros(shape)), start(zeros(shape))))
+        plgpu.barrier_arrive(s.keys_consumed.at[slot])
+        return results[0]
+
+    def _clean_keys(self, place: Place, k_smem: Any) -> None:
+        """Each warpgroup does every other part of 64 x 64."""
+        size = self.static.size
+        parts = [(i, j) for i in range(0, self.static.block_kv, WARPGROUP_ROWS) for j in range(0, size, WARPGROUP_ROWS)]
+        for i, j in parts[place.warpgroup :: COMPUTE_WARPGROUPS]:
+            gpu.clean(k_smem.at[pl.ds(i, WARPGROUP_ROWS), pl.ds(j, WARPGROUP_ROWS)])

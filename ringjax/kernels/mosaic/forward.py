@@ -1,0 +1,279 @@
+"""The forward block kernel for Hopper GPUs: folds one K/V block into the running softmax, which goes in and comes out.
+
+A block of threads is some warpgroups that multiply, 64 queries each, and one that loads: TMA brings tiles of keys and
+values into a ring of slots in SMEM. Tiles of a row come in the order of the block map: FULL ones without a predicate,
+PARTIAL ones with it, EMPTY ones not at all. Products run behind the softmax in one of two ways: three warpgroups hide
+each other's, or two also multiply p v of the previous tile beside q k^T of this one. Everything is in base 2,
+
+    s = LOG2_E * logits,    m = max s,    l = sum exp2(s - m),    acc = sum exp2(s - m) v,
+
+and so is the maximum in the carry, which only this kernel reads. It is changed in place, so a row of tiles with nothing
+to visit costs nothing. Its acc comes and goes by TMA behind the compute, joining at the end of a row, where there is
+SMEM for it; else each warpgroup starts from it and writes it back, in blocks of columns, see :func:`carry_shape`. After
+Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from ..._compat import GPU_CONCATENATES, gpu_kernel, gpu_load, shape_like
+from ...mask import Mask, block_map, tile_kinds
+from ...partial import Partial
+from ..base import KernelParams
+from . import common
+from .common import COLUMN_BLOCK, MATRIX, ROWS, WARPGROUP_ROWS, TileSizes, full
+from .forward_compute import Compute, Inputs, Scratch, Static, Work, column, walk
+
+
+def forward(
+    q: Array, k: Array, v: Array, mask: Mask, params: KernelParams, tiles: TileSizes, *,
+    carry: Partial | None, finish: bool, sinks: Array | None,
+) -> Partial | tuple[Array, Array]:  # fmt: skip
+    """See :class:`ringjax.kernels.base.Kernel`."""
+    (batch, heads, q_length, _), (_, kv_heads, k_length, v_size) = q.shape, v.shape
+    dtype = q.dtype
+    num_q, num_kv = pl.cdiv(q_length, tiles.block_q), pl.cdiv(k_length, tiles.block_kv)
+    q_total, k_total = num_q * tiles.block_q, num_kv * tiles.block_kv
+    if not mask.is_full or k_length % tiles.block_kv:
+        # What lies beyond the last key of a ragged tile is nobody's key.
+        mask = mask.padded(q_length, q_total, k_length, k_total)
+    v_padded = common.head_size(v_size)
+    # Whole warpgroups; those of the last tile that have no queries leave it alone.
+    rows_total = -(-q_length // WARPGROUP_ROWS) * WARPGROUP_ROWS
+    carry_in_smem = _carry_in_smem(tiles, common.head_size(q.shape[3]), v_padded, carry is not None, finish)
+    if carry is not None:
+        carry_in_smem &= carry.acc.ndim == 4
+    reference = q
+    # A box of TMA should not be longer than the array.
+    least = max(WARPGROUP_ROWS, tiles.block_kv)
+    q, k, v = (common.token_major(x, common.head_size(x.shape[3]), least) for x in (q, k, v))
+    visits = None
+    if not mask.is_full:
+        visits = block_map(tile_kinds(mask, tiles.block_q, tiles.block_kv))
+    queries, keys = mask.sides()
+    rows = None if carry is None else tuple(carry)
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    # A carry that goes on is changed in place: rows of tiles that have nothing to visit cost nothing.
+    updated = rows if rows is not None and not finish else ()
+    inputs = Inputs(q, k, v, visits, queries, keys, None if updated else rows, sinks)
+    # Unequal rows of tiles are dealt out evenly only if all heads take turns; else those that share keys and values do.
+    group_heads = tiles.group_heads or (heads // kv_heads if mask.is_full else batch * heads)
+    num_items = batch * heads * num_q
+    num_blocks = min(num_items, common.MULTIPROCESSORS) if tiles.persistent else num_items
+    static = Static(
+        params, tiles, batch, heads, kv_heads, num_q, num_kv, math.gcd(group_heads, batch * heads), num_blocks, finish,
+        rows is not None, carry_in_smem, not mask.is_full, rows_total,
+    )  # fmt: skip
+    row = shape_like((batch, heads, rows_total), jnp.float32, reference)
+    if finish:
+        # Clipped by TMA at the true length.
+        result = (shape_like((batch, q.shape[1], heads, v_padded), dtype, reference), row)
+    elif updated:
+        result = ()
+    else:
+        acc = shape_like(carry_shape(tiles, reference.shape, v_size), jnp.float32, reference)
+        result = (acc, row, row)
+    kernel = _Kernel(static, jax.tree.structure(inputs), len(updated), len(result))
+    scratch = kernel.scratch(q.shape[3], v_padded, dtype)
+    kernel = dataclasses.replace(kernel, allocated=jax.tree.structure(scratch, is_leaf=_is_type))
+    changed, results = gpu_kernel(
+        kernel,
+        jax.tree.leaves(inputs),
+        updated,
+        out_type=result,
+        scratch_types=jax.tree.leaves(scratch, is_leaf=_is_type),
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=tiles.compute + 1,
+        thread_name="warpgroup",
+        kernel_name="ringjax_forward",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=512
+        ),
+    )
+    if finish:
+        out, lse = results
+        return jnp.swapaxes(out, 1, 2)[:, :, :q_length, :v_size], lse[:, :, :q_length]
+    return Partial(*changed, *results)
+
+
+def carry_shape(tiles: TileSizes, q_shape: tuple[int, ...], v_size: int) -> tuple[int, ...]:
+    """The shape of acc, which stays padded between hops: [B, N, T, Dv] where it comes and goes by TMA.
+
+    [B, N, T / 64, Dv / 8, 64, 8] where it goes between registers and GMEM: the threads of a warp have 8 rows of 8
+    columns between them, which so are 256 bytes in a row.
+    """
+    batch, heads, q_length, size = q_shape
+    num_tiles, v_size = -(-q_length // WARPGROUP_ROWS), common.head_size(v_size)
+    if GPU_CONCATENATES and not _carry_in_smem(tiles, common.head_size(size), v_size, True, False):
+        return batch, heads, num_tiles, v_size // COLUMN_BLOCK, WARPGROUP_ROWS, COLUMN_BLOCK
+    return batch, heads, num_tiles * WARPGROUP_ROWS, v_size
+
+
+def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish: bool) -> bool:
+    """Whether the carry comes and goes by TMA, behind the compute: where the SMEM has room for it."""
+    taken = tiles.smem_bytes(size, v_size, finish=finish) + tiles.block_q * v_size * 4
+    return taken <= common.SMEM_BYTES and (carry or not finish)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """The kernel's body. ``inputs`` and ``allocated`` are the structures of what there is; some may be absent."""
+
+    static: Static
+    inputs: Any
+    num_updated: int
+    num_results: int
+    allocated: Any = None
+
+    def scratch(self, size: int, v_size: int, dtype: Any) -> Scratch:
+        """What to allocate; None: nothing."""
+        static, tiles = self.static, self.static.tiles
+        queries = (tiles.compute, WARPGROUP_ROWS)
+        left = plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.stages)
+        out = acc = carried = None
+        # Else the output goes through the SMEM of the queries.
+        if static.finish and tiles.has_out_smem(size, v_size):
+            out = common.smem_tile((*queries, v_size), dtype)
+        if static.carry_in_smem:
+            acc = common.smem_tile((*queries, v_size), jnp.float32)
+            carried = plgpu.Barrier(num_barriers=tiles.compute)
+        return Scratch(
+            common.smem_tile((*queries, size), dtype),
+            common.smem_tile((tiles.stages, tiles.block_kv, size), dtype),
+            common.smem_tile((tiles.stages, tiles.block_kv, v_size), dtype),
+            out,
+            acc,
+            plgpu.Barrier(num_barriers=tiles.compute),
+            plgpu.Barrier(num_barriers=tiles.compute),
+            plgpu.Barrier(num_barriers=tiles.stages),
+            left,
+            plgpu.Barrier(num_barriers=tiles.stages),
+            left,
+            carried,
+            carried,
+            plgpu.Barrier(num_barriers=tiles.compute),
+            plgpu.Barrier(num_arrivals=tiles.compute),
+            plgpu.Barrier(num_barriers=tiles.stages) if static.masked else None,
+            plgpu.SMEM((tiles.stages, WARPGROUP_ROWS), jnp.float32) if static.masked else None,
+        )
+
+    def __call__(self, *refs: Any) -> None:
+        tiles = self.static.tiles
+        x = jax.tree.unflatten(self.inputs, refs[: self.inputs.num_leaves])
+        refs = refs[self.inputs.num_leaves :]
+        out, refs = refs[: self.num_updated + self.num_results], refs[self.num_updated + self.num_results :]
+        if self.num_updated:
+            x = x._replace(carry=out)
+        scratch = jax.tree.unflatten(self.allocated, refs)
+        warpgroup = jax.lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < tiles.compute)
+        def _() -> None:
+            plgpu.set_max_registers(tiles.registers[1], action="increase")
+            Compute(self.static, x, out, scratch, warpgroup).run()
+
+        @pl.when(warpgroup == tiles.compute)
+        def _() -> None:
+            plgpu.set_max_registers(tiles.registers[0], action="decrease")
+            _load(self.static, x, scratch)
+
+
+def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
+    """The loading warpgroup: keys and values into the ring as slots come free, queries behind the first of them."""
+    tiles = static.tiles
+
+    def one(work: Work, count: Array) -> Array:
+        kv_head = jax.lax.div(work.n, static.heads // static.kv_heads)
+
+        def tile(t: Array, count: Array) -> Array:
+            slot = jax.lax.rem(count, tiles.stages)
+            at = (work.b, pl.ds(column(x, work, t) * tiles.block_kv, tiles.block_kv), kv_head)
+            plgpu.barrier_wait(scratch.k_consumed.at[slot])
+            plgpu.copy_gmem_to_smem(x.k.at[at], scratch.k_smem.at[slot], scratch.k_ready.at[slot])
+
+            @pl.when(t == 0)
+            def _() -> None:
+                for w in range(tiles.compute):
+                    rows = pl.ds((work.i * tiles.compute + w) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                    plgpu.barrier_wait(scratch.q_consumed.at[w])
+                    plgpu.copy_gmem_to_smem(x.q.at[work.b, rows, work.n], scratch.q_smem.at[w], scratch.q_ready.at[w])
+
+            plgpu.barrier_wait(scratch.v_consumed.at[slot])
+            v_smem = scratch.v_smem.at[slot]
+            if x.visits is None:
+                plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_ready.at[slot])
+                return count + 1
+
+            @pl.when(t < work.full)
+            def _() -> None:
+                plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_ready.at[slot])
+
+            @pl.when(t >= work.full)
+            def _() -> None:
+                plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_landed.at[slot])
+                plgpu.barrier_wait(scratch.v_landed.at[slot])
+                _look_for_poison(v_smem, scratch.flags_smem.at[slot])
+                plgpu.barrier_arrive(scratch.v_ready.at[slot])
+
+            return count + 1
+
+        count = jax.lax.fori_loop(0, work.visit, tile, count)
+        if static.masked and static.finish and scratch.out_smem is None:
+
+            @pl.when(work.visit == 0)
+            def _() -> None:
+                # The output goes through the SMEM of the queries, and only this warpgroup knows when it is free.
+                for w in range(tiles.compute):
+                    plgpu.barrier_wait(scratch.q_consumed.at[w])
+                    plgpu.barrier_arrive(scratch.q_ready.at[w])
+
+        if not static.carry_by_tma:
+            return count
+
+        @pl.when(static.reads_carry(work))
+        def _() -> None:
+            for w in range(tiles.compute):
+                rows = pl.ds((work.i * tiles.compute + w) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                plgpu.barrier_wait(scratch.acc_consumed.at[w])
+                plgpu.copy_gmem_to_smem(
+                    x.carry[0].at[work.b, work.n, rows], scratch.acc_smem.at[w], scratch.acc_ready.at[w]
+                )
+
+        return count
+
+    walk(static, x, one)
+    if static.params.interpret:  # which wants every arrival to be waited for
+        for slot in range(tiles.stages):
+            plgpu.barrier_wait(scratch.k_consumed.at[slot])
+            plgpu.barrier_wait(scratch.v_consumed.at[slot])
+        for w in range(tiles.compute):
+            plgpu.barrier_wait(scratch.q_consumed.at[w])
+
+
+def _look_for_poison(v_smem: Any, flags_smem: Any) -> None:
+    """flags[0] = 0, or NaN if a tile of values holds NaN or Inf: 0 * x is NaN for these only."""
+    rows, size = v_smem.shape
+    total = full((WARPGROUP_ROWS,), 0.0, ROWS)
+    for row in range(0, rows, WARPGROUP_ROWS):
+        for start in range(0, size, WARPGROUP_ROWS):  # small pieces: this warpgroup has few registers
+            piece = v_smem.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(start, WARPGROUP_ROWS)]
+            values = gpu_load(piece, MATRIX, optimized=False)
+            total = total + jnp.sum(values.astype(jnp.float32) * 0.0, axis=1)
+    flags_smem[...] = total
+    # By eights: their loads do not wait for each other.
+    eight = lambda i: functools.reduce(operator.add, [flags_smem[8 * i + n] for n in range(8)])  # noqa: E731
+    flags_smem[0] = jax.lax.fori_loop(1, WARPGROUP_ROWS // 8, lambda i, flag: flag + eight(i), eight(0))
+
+
+def _is_type(x: Any) -> bool:
+    return isinstance(x, (pl.MemoryRef, plgpu.Barrier)) or hasattr(x, "get_ref_aval")

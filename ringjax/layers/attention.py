@@ -1,0 +1,233 @@
+"""The attention layer without a framework: its options, its parameters and its equation.
+
+``ringjax.nnx`` and ``ringjax.linen`` only declare the parameters; everything they compute is here, so the two agree.
+Letters: B batch, T length, E features, N query heads, K key/value heads, H head size.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import partial
+from ..config import RingConfig
+from ..layout import Layout, as_layout
+from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Place
+from .rope import Rotation, rotate, rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+    """Shape of a parameter, how it starts, and the role of each dimension."""
+
+    shape: tuple[int, ...]
+    kind: str  # "kernel", "out_kernel", "bias", "ones" or "zeros"
+    roles: tuple[str | None, ...]
+    fan_in: int = 1  # kernels: the product of the dimensions that are summed over
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What both RingAttention layers are built from; checked here, once."""
+
+    in_features: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    out_features: int
+    use_bias: bool
+    qk_norm: bool
+    use_sinks: bool
+    norm_eps: float
+    rope_theta: float | None
+    scale: float | None
+    is_causal: bool
+    local_window_size: int | tuple[int | None, int | None] | None
+    logits_soft_cap: float | None
+    layout: str | Layout
+    dtype: jax.typing.DTypeLike | None
+    config: RingConfig
+
+    def __post_init__(self) -> None:
+        for name in ("in_features", "num_heads", "num_kv_heads", "head_dim", "out_features"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} must be a positive integer. Got {size!r}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads. Got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}."
+            )
+        if self.rope_theta is not None and not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be positive, or None for no RoPE. Got {self.rope_theta!r}.")
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE (rope_theta=None turns it off). Got {self.head_dim}.")
+        as_layout(self.layout)
+        if isinstance(self.local_window_size, list):
+            object.__setattr__(self, "local_window_size", tuple(self.local_window_size))  # hashable
+
+    @classmethod
+    def of(
+        cls, in_features: int, num_kv_heads: int | None, head_dim: int | None, out_features: int | None, **rest: Any
+    ):
+        """With Flax's defaults filled in: one key head a query head, in_features / num_heads, in_features."""
+        heads = rest["num_heads"]
+        if head_dim is None and (not isinstance(heads, int) or heads < 1 or in_features % heads):
+            raise ValueError(
+                "head_dim must be given where num_heads does not divide the features. "
+                f"Got {in_features} features, num_heads={heads}."
+            )
+        return cls(
+            in_features=in_features,
+            num_kv_heads=heads if num_kv_heads is None else num_kv_heads,
+            head_dim=in_features // heads if head_dim is None else head_dim,
+            out_features=in_features if out_features is None else out_features,
+            **rest,
+        )
+
+    def parameters(self) -> dict[str, dict[str, ParamInfo]]:
+        """All parameters. Names and shapes are those of Flax's MultiHeadAttention, so its weights fit."""
+        features, size = self.in_features, self.head_dim
+
+        def projection(heads: int) -> dict[str, ParamInfo]:
+            kernel = ParamInfo((features, heads, size), "kernel", (FSDP, TENSOR, None), features)
+            bias = ParamInfo((heads, size), "bias", (TENSOR, None))
+            return {"kernel": kernel, "bias": bias} if self.use_bias else {"kernel": kernel}
+
+        out_shape = (self.num_heads, size, self.out_features)
+        out = {"kernel": ParamInfo(out_shape, "out_kernel", (TENSOR, None, FSDP), self.num_heads * size)}
+        if self.use_bias:
+            out["bias"] = ParamInfo((self.out_features,), "bias", (None,))
+        table = {
+            "query": projection(self.num_heads),
+            "key": projection(self.num_kv_heads),
+            "value": projection(self.num_kv_heads),
+            "out": out,
+        }
+        if self.qk_norm:
+            scale = {"scale": ParamInfo((size,), "ones", (None,))}
+            table |= {"query_norm": scale, "key_norm": scale}
+        if self.use_sinks:
+            table["sinks"] = {"logit": ParamInfo((self.num_heads,), "zeros", (TENSOR,))}
+        return table
+
+
+def initial_value(
+    info: ParamInfo, key: jax.Array, dtype: jax.typing.DTypeLike, inits: Mapping[str, Callable[..., jax.Array]]
+) -> jax.Array:
+    """A fresh parameter. Kernels are drawn as matrices [fan in, fan out], as in Flax, whatever their rank."""
+    if info.kind == "ones":
+        return jnp.ones(info.shape, dtype)
+    if info.kind == "zeros":
+        return jnp.zeros(info.shape, dtype)
+    if info.kind == "bias":
+        return inits["bias"](key, info.shape, dtype)
+    matrix = (info.fan_in, math.prod(info.shape) // info.fan_in)
+    return inits[info.kind](key, matrix, dtype).reshape(info.shape)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 or better (arXiv:1910.07467)."""
+    wide = x.astype(partial.wide(x.dtype))
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * _spread(scale.astype(wide.dtype), wide.ndim)).astype(x.dtype)
+
+
+def _spread(x: jax.Array, ndim: int) -> jax.Array:
+    """Leading dimensions of size 1 until the rank is ndim (rank promotion may be an error)."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def layer_rotation(spec: AttentionSpec, place: Place, x: jax.Array, positions: jax.Array | None) -> Rotation | None:
+    """The RoPE rotation of the tokens of x [B, T, E]; None without RoPE."""
+    if spec.rope_theta is None:
+        return None
+    if positions is None:
+        positions = place.positions(x.shape[1], spec.layout)
+    allowed = ((x.shape[1],), x.shape[:2])
+    if positions.shape not in allowed:
+        raise ValueError(
+            f"positions must have shape [T] or [B, T], {allowed[0]} or {allowed[1]}. Got {positions.shape}."
+        )
+    return rotation(positions, spec.head_dim, spec.rope_theta, x.dtype if spec.dtype is None else spec.dtype)
+
+
+def apply_attention(
+    weights: Mapping[str, Mapping[str, jax.Array]],
+    x: jax.Array,
+    spec: AttentionSpec,
+    place: Place,
+    *,
+    rotated_by: Rotation | None,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    seq_lengths: jax.Array | None = None,
+) -> jax.Array:
+    """out = attention(rope(x W_q), rope(x W_k), x W_v) W_o on sequence-sharded activations x [B, T, E]."""
+    dtype = jnp.result_type(x, weights["query"]["kernel"]) if spec.dtype is None else jnp.dtype(spec.dtype)
+    x = place.constrain(x.astype(dtype), BATCH, SEQUENCE, None)
+
+    def project(name: str) -> jax.Array:
+        # The FSDP part of a kernel is gathered here, in the compute dtype; activations never move for it.
+        kernel = place.constrain(weights[name]["kernel"].astype(dtype), None, TENSOR, None)
+        y = place.constrain(jnp.einsum("bte,enh->btnh", x, kernel), BATCH, SEQUENCE, TENSOR, None)
+        return y + _spread(weights[name]["bias"].astype(dtype), 4) if "bias" in weights[name] else y
+
+    query, key, value = project("query"), project("key"), project("value")
+    if spec.qk_norm:
+        query = rms_norm(query, weights["query_norm"]["scale"], spec.norm_eps)
+        key = rms_norm(key, weights["key_norm"]["scale"], spec.norm_eps)
+    if rotated_by is not None:
+        query, key = rotate(query, rotated_by), rotate(key, rotated_by)
+    attended = place.attend(
+        query,
+        key,
+        value,
+        scale=spec.scale,
+        is_causal=spec.is_causal,
+        local_window_size=spec.local_window_size,
+        query_seq_lengths=seq_lengths,
+        key_value_seq_lengths=seq_lengths,
+        segment_ids=segment_ids,
+        positions=positions,
+        layout=spec.layout,
+        logits_soft_cap=spec.logits_soft_cap,
+        sinks=weights["sinks"]["logit"] if spec.use_sinks else None,
+        config=spec.config,
+    )
+    attended = place.constrain(attended, BATCH, SEQUENCE, TENSOR, None)
+    kernel = place.constrain(weights["out"]["kernel"].astype(dtype), TENSOR, None, None)
+    out = place.constrain(jnp.einsum("btnh,nhe->bte", attended, kernel), BATCH, SEQUENCE, None)
+    return out + _spread(weights["out"]["bias"].astype(dtype), 3) if "bias" in weights["out"] else out
+
+
+def run_layer(
+    weights: Mapping[str, Mapping[str, jax.Array]],
+    x: jax.Array,
+    spec: AttentionSpec,
+    place: Place,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    seq_lengths: jax.Array | None,
+) -> jax.Array:
+    """A whole layer from the outside: checks x, computes the rotation, and hides Explicit axes from the inside."""
+    if x.ndim != 3 or x.shape[-1] != spec.in_features:
+        raise ValueError(f"inputs must have shape [B, T, {spec.in_features}]. Got {x.shape}.")
+    place = place.sharded_like(x)
+
+    def run(weights: Any, x: jax.Array, positions: Any, segment_ids: Any, seq_lengths: Any) -> jax.Array:
+        return apply_attention(
+            weights,
+            x,
+            spec,
+            place,
+            rotated_by=layer_rotation(spec, place, x, positions),
+            positions=positions,
+            segment_ids=segment_ids,
+            seq_lengths=seq_lengths,
+        )
+
+    out_spec = place.spec((*x.shape[:2], spec.out_features), BATCH, SEQUENCE, None)
+    return place.with_auto_axes(run, out_spec, weights, x, positions, segment_ids, seq_lengths)

@@ -1,0 +1,70 @@
+"""Cross entropy of a sharded sequence, a chunk of every shard at a time, so that the logits never exist whole."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import partial
+from .placement import BATCH, SEQUENCE, TENSOR, Place
+
+
+def chunked_loss(
+    place: Place, x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array | None, chunk: int
+) -> jax.Array:
+    r"""sum_t weight_t (logsumexp_v(x_t . table_v) - x_t . table_{target_t}), float32 or better.
+
+    Every shard of the sequence is cut into chunks; a scan takes one chunk of every shard at a time and its backward
+    computes the logits of that chunk once more. So B * C * chunk * V logits exist at a time, C shards together.
+
+    Args:
+      place: where this runs.
+      x: [B, T, E], sharded over batch and sequence.
+      table: [V, E], of the parameter dtype. Cast chunk by chunk, so that its gradient is summed in that dtype.
+      targets: int [B, T].
+      weights: [B, T] or None for 1. What is not 0 counts; targets of weight 0 may be anything.
+      chunk: tokens of one shard and sequence at a time.
+    """
+    batch, length = targets.shape
+    # A length that does not divide has no local parts (one shard): its chunks are whole on every device.
+    groups, shards = place.count(batch, BATCH), place.count(length, SEQUENCE)
+    per_shard = length // shards
+    chunk = min(chunk, per_shard)
+    wide = partial.wide(x.dtype)
+    weights = jnp.ones(targets.shape, wide) if weights is None else weights.astype(wide)
+
+    def cut(a: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [chunks, batch shards, B / batch shards, C, chunk, ...]; only local dimensions are cut."""
+        rest = a.shape[2:]
+        a = a.reshape(groups, batch // groups, shards, per_shard, *rest)
+        a = _pad(a, 3, -(-per_shard // chunk) * chunk)
+        a = jnp.moveaxis(a.reshape(*a.shape[:3], -1, chunk, *rest), 3, 0)
+        return place.constrain(a, None, BATCH, None, SEQUENCE, *(None for _ in a.shape[4:]))
+
+    # One copy of the table for every shard of the tokens. Nothing is copied (each device has its own), but its gradient
+    # is now summed over devices once, after the scan, and not chunk by chunk.
+    table = place.constrain(table, TENSOR, None)
+    copies = jnp.broadcast_to(table[None, None], (groups, shards, *table.shape))
+    copies = place.constrain(copies, BATCH, SEQUENCE, TENSOR, None)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+        x, targets, weights = part
+        logits = jnp.einsum("gbcte,gcve->gbctv", x, copies.astype(x.dtype), preferred_element_type=wide)
+        logits = place.constrain(logits, BATCH, None, SEQUENCE, None, TENSOR)
+        words = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, None, None, :]
+        # A masked sum, not a gather: it stays local where the vocabulary is sharded.
+        hit = jnp.sum(jnp.where(words == targets[..., None], logits, 0), axis=-1)
+        loss = jax.nn.logsumexp(logits, axis=-1) - hit
+        return total + jnp.sum(jnp.where(weights != 0, loss * weights, 0), axis=(1, 3)), None
+
+    start = place.constrain(jnp.zeros((groups, shards), wide), BATCH, SEQUENCE)
+    total, _ = jax.lax.scan(step, start, (cut(x), cut(targets), cut(weights)))
+    return jnp.sum(total)
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Zeros at the end of an axis: tokens of weight 0."""
+    extra = size - x.shape[axis]
+    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)]) if extra else x

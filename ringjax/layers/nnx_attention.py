@@ -1,0 +1,214 @@
+"""RingAttention for Flax NNX: declares the parameters and calls the shared equation. Public as ringjax.nnx."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..config import RingConfig
+from ..layout import Layout
+from .attention import AttentionSpec, ParamInfo, apply_attention, initial_value, run_layer
+from .placement import AxisNames, Mesh, Place, find_place, fit_spec
+from .rope import Rotation
+
+Initializer = Callable[..., jax.Array]
+
+
+class Weights(nnx.Module):
+    """The parameters of one part of a layer (kernel, bias, scale, logit), with the mesh axes of each dimension."""
+
+    def __init__(
+        self,
+        table: Mapping[str, ParamInfo],
+        place: Place,
+        inits: Mapping[str, Initializer],
+        *,
+        param_dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        for name, info in table.items():
+            value = initial_value(info, rngs.params(), param_dtype, inits)
+            # Not sharded on creation (eager_sharding): `settle` does that for a whole module, and fits it to the mesh.
+            setattr(self, name, nnx.Param(value, out_sharding=place.names(info.roles), eager_sharding=False))
+
+    def arrays(self) -> dict[str, jax.Array]:
+        return {name: x[...] for name, x in vars(self).items() if isinstance(x, nnx.Param)}
+
+
+def partition_specs(tree: Any, mesh: Mesh) -> Any:
+    """PartitionSpecs for a tree of parameters, or of what an optimizer makes of them, on this mesh.
+
+    As ``nnx.get_partition_spec``, but leaves out mesh axes that do not divide a dimension. What carries no metadata is
+    whole on every device. The mesh may be abstract; nothing is allocated.
+    """
+
+    def spec(x: Any) -> Any:
+        if not isinstance(x, nnx.Variable):
+            return PartitionSpec()
+        names = x.get_metadata().get("out_sharding") or (None,) * len(x.shape)
+        return x.replace(fit_spec(names, x.shape, dict(mesh.shape)))
+
+    return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def partition_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The same as NamedShardings, for jit's in_shardings and out_shardings or jax.device_put."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
+
+
+def settle(module: nnx.Module, mesh: Mesh | None) -> None:
+    """Move the parameters of a finished module to where they belong on a real mesh: the given one or the context's."""
+    state = nnx.state(module)
+    if not all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(state)):
+        return  # Under jit or eval_shape: whoever traces decides where the results go.
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    if isinstance(mesh, jax.sharding.Mesh) and not mesh.empty:
+        nnx.update(module, jax.device_put(state, partition_shardings(state, mesh)))
+
+
+class RingAttention(nnx.Module):
+    """Multi-head self-attention over a sequence that is sharded across devices.
+
+        out = ring_attention(rope(x W_q), rope(x W_k), x W_v) W_o
+
+    Parameters have the names and shapes of ``flax.nnx.MultiHeadAttention`` (query, key, value, out; kernel, bias), so
+    its weights fit. Their metadata name mesh axes: features over the batch and sequence axes (FSDP), heads over
+    ``head_axis_name``; see :func:`partition_specs`. Without a mesh the layer runs on one device.
+
+    Args:
+      num_heads: N, query heads.
+      in_features: E.
+      num_kv_heads: K, key/value heads, a divisor of N; default N.
+      head_dim: H; default in_features / num_heads.
+      out_features: default in_features.
+      use_bias: biases on all four projections.
+      rope_theta: base of the rotary embedding; None for none.
+      qk_norm: RMSNorm with a learned scale on every query and key head, before RoPE.
+      use_sinks: one learned logit a query head in the softmax's denominator, starting at 0.
+      norm_eps: of qk_norm.
+      scale, is_causal, local_window_size, logits_soft_cap, layout, axis_name, batch_axis_name, head_axis_name, mesh,
+        config: as in :func:`ringjax.ring_attention`. With Explicit axes the batch axes are read off the input.
+      dtype: of the computation; default: the common dtype of inputs and parameters.
+      param_dtype: of the parameters.
+      kernel_init, out_kernel_init, bias_init: called as ``init(key, [fan in, fan out], dtype)``; out_kernel_init
+        defaults to kernel_init.
+      rngs: random streams; "params" is used.
+
+    Raises:
+      ValueError: for sizes that do not fit, an unknown layout, or axis names that the mesh lacks.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        out_features: int | None = None,
+        use_bias: bool = False,
+        rope_theta: float | None = 10000.0,
+        qk_norm: bool = False,
+        use_sinks: bool = False,
+        norm_eps: float = 1e-6,
+        scale: float | None = None,
+        is_causal: bool = False,
+        local_window_size: int | tuple[int | None, int | None] | None = None,
+        logits_soft_cap: float | None = None,
+        layout: str | Layout = "contiguous",
+        axis_name: str | tuple[str, ...] = "sp",
+        batch_axis_name: AxisNames = None,
+        head_axis_name: AxisNames = None,
+        mesh: Mesh | None = None,
+        config: RingConfig | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: Initializer | None = None,
+        out_kernel_init: Initializer | None = None,
+        bias_init: Initializer = nnx.initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        self.spec = AttentionSpec.of(
+            in_features,
+            num_kv_heads,
+            head_dim,
+            out_features,
+            num_heads=num_heads,
+            use_bias=use_bias,
+            qk_norm=qk_norm,
+            use_sinks=use_sinks,
+            norm_eps=norm_eps,
+            rope_theta=rope_theta,
+            scale=scale,
+            is_causal=is_causal,
+            local_window_size=local_window_size,
+            logits_soft_cap=logits_soft_cap,
+            layout=layout,
+            dtype=dtype,
+            config=RingConfig() if config is None else config,
+        )
+        self.axis_name, self.batch_axis_name, self.head_axis_name = axis_name, batch_axis_name, head_axis_name
+        self.mesh = mesh
+        kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
+        inits = {"kernel": kernel_init, "out_kernel": out_kernel_init or kernel_init, "bias": bias_init}
+        place = self.place()
+        self.query: Weights
+        self.key: Weights
+        self.value: Weights
+        self.out: Weights
+        for name, table in self.spec.parameters().items():
+            setattr(self, name, Weights(table, place, inits, param_dtype=param_dtype, rngs=rngs))
+        settle(self, mesh)
+
+    def place(self) -> Place:
+        """Where the layer runs if called here."""
+        return find_place(self.axis_name, self.mesh, self.batch_axis_name, self.head_axis_name)
+
+    def arrays(self) -> dict[str, dict[str, jax.Array]]:
+        """The parameters as plain arrays, by part and name."""
+        return {name: part.arrays() for name, part in vars(self).items() if isinstance(part, Weights)}
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        seq_lengths: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attend.
+
+        Args:
+          inputs: [B, T, E] in ring order; inside shard_map the local shard.
+          positions: int [T] or [B, T]; replaces the layout's positions, for RoPE and for the mask.
+          segment_ids: int [B, T]; only tokens of equal ids attend each other (packed documents).
+          seq_lengths: int [B]; tokens from there on are padding.
+
+        Returns:
+          [B, T, out_features], sharded as the inputs.
+        """
+        return run_layer(self.arrays(), inputs, self.spec, self.place(), positions, segment_ids, seq_lengths)
+
+    def within(
+        self,
+        inputs: jax.Array,
+        place: Place,
+        *,
+        rotated_by: Rotation | None,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+    ) -> jax.Array:
+        """The layer inside a model that has already looked around and computed the rotation once for all layers."""
+        return apply_attention(
+            self.arrays(),
+            inputs,
+            self.spec,
+            place,
+            rotated_by=rotated_by,
+            positions=positions,
+            segment_ids=segment_ids,
+        )

@@ -1,0 +1,1 @@
+"""`ringjax tune`: finds the fastest tiles of a GPU kernel on this machine."""

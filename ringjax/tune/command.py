@@ -1,0 +1,401 @@
+"""`ringjax tune`: finds the fastest tiles of the GPU kernels on this machine's GPU and writes them to the user's table.
+
+For every kernel, head size and way of calling it, candidates are compiled, held against the results of the built-in
+tiles, and timed in turns with them. What is faster by more than 2%, twice, goes into the table, which later processes
+read by themselves (see RINGJAX_TILES); where nothing is, the key's entry is dropped. The table is written after each
+key, so an interrupted search keeps what it has found. Tiles are looked up by GPU, kernel, 16-bit or float32, and head
+size; RingConfig.block_q and block_kv go before any table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.metadata
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from ringjax.bench.gpu import Program, in_turns
+from ringjax.kernels import tiles as tile_table
+from ringjax.kernels.choose import Target, default
+from ringjax.tune.space import HEAD_SIZES, KERNELS, Problem
+
+MARGIN = 1.02  # times as fast as the built-in tiles, or it is noise
+UNIT = 256  # the largest tile: lengths are a multiple of it, so that no tile is ragged
+
+Say = Callable[[str], None]
+# Milliseconds of the programs of each of some tiles together, round by round, of so many rounds.
+Timer = Callable[[Mapping[Any, Sequence[Program]], int], Mapping[Any, Sequence[float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The fastest tiles of a key; ``ratio`` is how many times as fast as the built-in ones, 1 for these themselves."""
+
+    problem: Problem
+    built_in: Any
+    built_in_ms: float
+    best: Any
+    best_ms: float
+    ratio: float
+    dropped: int  # candidates that failed
+
+    @property
+    def entry(self) -> dict[str, Any] | None:
+        """As it goes into the table; None: the built-in tiles are as good."""
+        if self.best == self.built_in:
+            return None
+        found = {
+            "ms": round(self.best_ms, 4),
+            "built_in_ms": round(self.built_in_ms, 4),
+            "length": self.problem.length,
+            "heads": self.problem.heads,
+            "jax": jax.__version__,
+            "ringjax": importlib.metadata.version("ringjax"),
+        }
+        return {"tiles": dataclasses.asdict(self.best), "found": found}
+
+
+class TuneError(RuntimeError):
+    """A key cannot be searched."""
+
+
+class DeviceLost(TuneError):
+    """Nothing runs any more: a candidate has taken the GPU's context with it."""
+
+
+# ------------------------------------------------------------------------------------------------------- one key
+
+
+def time_in_turns(programs: Mapping[Any, Sequence[Program]], rounds: int) -> dict[Any, list[float]]:
+    """The timer of real searches."""
+    times = iter(in_turns([program for each in programs.values() for program in each], rounds))
+    return {
+        tiles: [sum(calls) for calls in zip(*(next(times) for _ in each), strict=True)]
+        for tiles, each in programs.items()
+    }
+
+
+def search(problem: Problem, *, rounds: int, say: Say, known: Any = None, timer: Timer = time_in_turns) -> Outcome:
+    """The fastest tiles of one key; ``known`` are those that the table has."""
+    built_in, *candidates = problem.candidates()
+    trial = _Trial(problem, say)
+    programs = trial.prepare([built_in])
+    if not programs:
+        raise TuneError("the built-in tiles fail")
+    programs |= trial.prepare(dict.fromkeys([*([] if known in (None, built_in) else [known]), *candidates]))
+    best = _fastest(timer(programs, rounds), built_in)
+    if best != built_in:
+        finer = {best: programs[best], **trial.prepare(problem.refinements(best))}
+        best = _fastest(timer(finer, rounds), best)
+        programs |= finer
+    # Of many that are timed the luckiest wins: once more, alone with the built-in ones.
+    times = timer({tiles: programs[tiles] for tiles in (built_in, best)}, rounds)
+    ratio = _ratio(times, built_in, best)
+    if ratio < MARGIN:
+        best, ratio = built_in, 1.0
+    built_in_ms, best_ms = (statistics.median(times[tiles]) for tiles in (built_in, best))
+    return Outcome(problem, built_in, built_in_ms, best, best_ms, ratio, trial.failed)
+
+
+def _fastest(times: Mapping[Any, Sequence[float]], standard: Any) -> Any:
+    """The tiles that beat the standard by most; the standard if none does by more than the noise."""
+    ratio, best = max(((_ratio(times, standard, tiles), tiles) for tiles in times), key=lambda pair: pair[0])
+    return best if ratio >= MARGIN else standard
+
+
+def _ratio(times: Mapping[Any, Sequence[float]], standard: Any, tiles: Any) -> float:
+    """How many times as fast as the standard, in the median over rounds."""
+    return statistics.median(a / b for a, b in zip(times[standard], times[tiles], strict=True))
+
+
+class _Trial:
+    """Compiles tiles of one key and holds what they compute against the first ones, the built-in tiles."""
+
+    def __init__(self, problem: Problem, say: Say) -> None:
+        self.problem, self.say = problem, say
+        self.arrays = problem.arrays()
+        self.failed = 0
+        self._standard: list[Program] = []
+        self._expected: list[Any] = []
+
+    def prepare(self, candidates: Iterable[Any]) -> dict[Any, list[Program]]:
+        """The programs of those that compile and are right; what is wrong with the others is said."""
+        ready: dict[Any, list[Program]] = {}
+        for tiles, programs in self._compile(list(candidates)):
+            try:
+                if isinstance(programs, Exception):
+                    raise programs
+                self._check(programs)
+                ready[tiles] = programs
+            except Exception as error:  # of the compiler or the GPU: whatever it is, these tiles are out
+                self.failed += 1
+                self.say(f"  dropped {describe(tiles)}: {_first_line(error)}")
+                self._still_there(tiles)
+        return ready
+
+    def _compile(self, candidates: Sequence[Any]) -> list[tuple[Any, list[Program] | Exception]]:
+        """The compiler works on several at once."""
+
+        def compiled(tiles: Any) -> list[Program] | Exception:
+            try:
+                calls = self.problem.calls(tiles, self.arrays)
+                return [Program(jax.jit(call).lower(*args).compile(), args) for call, args in calls]
+            except Exception as error:
+                return error
+
+        pool = concurrent.futures.ThreadPoolExecutor()
+        try:
+            return list(zip(candidates, pool.map(compiled, candidates), strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)  # of an interrupted search, what has not begun
+
+    def _check(self, programs: list[Program]) -> None:
+        results = [jax.block_until_ready(program.run(*program.arguments)) for program in programs]
+        if not self._standard:
+            self._standard, self._expected = programs, results
+        for result, expected in zip(results, self._expected, strict=True):
+            for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+                error = _difference(x, y)
+                if not error <= _TOLERANCE[tile_table.dtype_class(self.problem.dtype)]:
+                    raise TuneError(f"the result differs from that of the built-in tiles by {error:.1e} times its size")
+
+    def _still_there(self, tiles: Any) -> None:
+        """Raises DeviceLost if the built-in tiles do not run any more either."""
+        try:
+            for program in self._standard:
+                jax.block_until_ready(program.run(*program.arguments))
+        except Exception:
+            raise DeviceLost(f"nothing runs on the GPU any more after {describe(tiles)}") from None
+
+
+# float32 sums in another order, and in 16 bits weights and results are rounded too.
+_TOLERANCE = {"half": 2e-2, "float32": 1e-4}
+
+
+def _difference(x: jax.Array, y: jax.Array) -> float:
+    """The largest difference, relative to y, of matrices to a row's largest number. NaN if there is any in either.
+
+    Of a causal call the first rows have much larger numbers than the last.
+    """
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    size = jnp.max(jnp.abs(y), axis=-1, keepdims=True) if y.ndim == 4 else jnp.maximum(jnp.abs(y), 1.0)
+    return float(jnp.max(jnp.where(x == y, 0.0, jnp.abs(x - y) / size)))  # equal infinities do not differ
+
+
+# ------------------------------------------------------------------------------------------------------ all keys
+
+
+def tune(
+    problems: Sequence[Problem],
+    file: Path,
+    *,
+    rounds: int,
+    seconds: float | None,
+    say: Say,
+    timer: Timer = time_in_turns,
+) -> tuple[list[Outcome], int]:
+    """Outcomes of the keys that could be searched, and how many could not. The file is written after each of them.
+
+    No key is begun once ``seconds`` have passed; those that the file lacks come first.
+    """
+    start, outcomes, failed = time.monotonic(), [], 0
+    entries = tile_table.read(file)
+    problems = sorted(problems, key=lambda problem: str(problem.key) in entries)
+    for number, problem in enumerate(problems):
+        if seconds is not None and time.monotonic() - start > seconds:
+            say(f"{seconds:g} seconds have passed: {len(problems) - number} of {len(problems)} keys were not searched")
+            break
+        say(f"{problem.key} ({number + 1} of {len(problems)})")
+        try:
+            known = _known(problem, entries.get(str(problem.key)))
+            outcome = search(problem, rounds=rounds, say=say, known=known, timer=timer)
+        except DeviceLost:
+            raise
+        except (TuneError, jax.errors.JaxRuntimeError) as error:  # the latter: no memory for a key's arrays, say
+            failed += 1
+            say(f"  not searched: {_first_line(error)}")
+            continue
+        tile_table.merge(file, {problem.key: outcome.entry})
+        outcomes.append(outcome)
+        say(f"  {outcome.ratio:.3f} times as fast: {_tiles(outcome)}")
+    return outcomes, failed
+
+
+def _known(problem: Problem, entry: Any) -> Any:
+    """Tiles of the table, if they are such as the kernel takes."""
+    if entry is None:
+        return None
+    try:
+        tiles = tile_table.parse(entry, problem.key, problem.built_in())
+    except ValueError:
+        return None
+    return tiles if problem.accepts(tiles) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
+def describe(tiles: Any) -> str:
+    return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(tiles).items()).replace(", ", ",")
+
+
+def _tiles(outcome: Outcome) -> str:
+    """What differs from the built-in tiles."""
+    new, old = (dataclasses.asdict(tiles) for tiles in (outcome.best, outcome.built_in))
+    changed = " ".join(f"{name}={value}" for name, value in new.items() if value != old[name])
+    return changed.replace(", ", ",") or "as built in"
+
+
+def render(outcomes: Sequence[Outcome], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("kernel", "head size", "built-in ms", "best ms", "times as fast", "tiles"):
+        table.add_column(name, justify="left" if name in ("kernel", "tiles") else "right")
+    for outcome in outcomes:
+        numbers = (f"{outcome.built_in_ms:.3f}", f"{outcome.best_ms:.3f}", f"{outcome.ratio:.3f}")
+        table.add_row(outcome.problem.kernel, str(outcome.problem.head_size), *numbers, _tiles(outcome))
+    return table
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ringjax tune", description=__doc__)
+    add = parser.add_argument
+    add("--implementation", choices=["pallas_gpu", "pallas_triton"],
+        help="default: pallas_gpu on Hopper GPUs in 16 bits, else pallas_triton")  # fmt: skip
+    add("--head-size", dest="head_sizes", action="append", type=int, choices=HEAD_SIZES,
+        help="repeatable; default: all. Other sizes take the tiles of the next larger one")  # fmt: skip
+    add("--direction", choices=["forward", "backward", "both"], default="both",
+        help="default %(default)s. The backward kernels of pallas_gpu have nothing to tune: their registers leave one "
+        "choice of tiles")  # fmt: skip
+    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+        help="default %(default)s; bfloat16 and float16 share their tiles")  # fmt: skip
+    add("--seq-len", type=int, default=8192, help="tokens of the calls that are timed (default %(default)s)")
+    add("--heads", type=int, default=16, help="of these calls (default %(default)s)")
+    add("--rounds", type=int, default=7, help="in which all candidates are timed (default %(default)s)")
+    add("--seconds", type=float, metavar="S", help="begin no further key after so long; default: search all")
+    add("--table", type=Path, metavar="FILE", help=f"to write; default: that of {tile_table.VARIABLE}, or of the user")
+    add("--dry-run", action="store_true", help="print the candidates and do nothing else")
+    add("--device-kind", metavar="NAME", help="with --dry-run: a GPU that is not there, as JAX names it")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`ringjax tune [options]`; returns the exit status."""
+    parser, console = _parser(), Console()
+    options = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    say: Say = lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
+    problems = _problems(options, parser, say)
+    if options.dry_run:
+        for problem in problems:
+            candidates = problem.candidates()
+            say(f"{problem.key}: {len(candidates)} candidates, the built-in tiles first")
+            for tiles in candidates:
+                say(f"  {describe(tiles)}")
+        return 0
+    file = _table_of(options, parser)
+    before = _modified(file)
+    try:
+        outcomes, failed = tune(problems, file, rounds=options.rounds, seconds=options.seconds, say=say)
+    except DeviceLost as error:
+        say(f"error: {error}. Keys searched before are in {file}; start again for the others.")
+        return 1
+    except OSError as error:
+        say(f"error: {file}: {error.strerror or error}.")
+        return 1
+    except KeyboardInterrupt:
+        say(f"interrupted; what was found before is in {file}" if _modified(file) != before else "interrupted")
+        return 128 + signal.SIGINT
+    first = problems[0]
+    title = f"{first.device_kind}, {first.implementation}, {options.dtype}, 1 x {first.length} x {first.heads}"
+    console.print(render(outcomes, f"{title}; medians of {options.rounds} rounds"))
+    changed = sum(outcome.entry is not None for outcome in outcomes)
+    say(f"{changed} of {len(outcomes)} keys have faster tiles than the built-in ones"
+        + (f"; later processes find them in {file}" if changed else ""))  # fmt: skip
+    if options.table is not None and changed and file != tile_table.path():
+        say(f"{tile_table.VARIABLE}={file} has them read")
+    return 1 if failed else 0
+
+
+def _modified(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _problems(options: argparse.Namespace, parser: argparse.ArgumentParser, say: Say) -> list[Problem]:
+    """All keys that are asked for."""
+    if options.device_kind is not None and not options.dry_run:
+        parser.error(f"--device-kind needs --dry-run: what is timed is the GPU at hand. Got {options.device_kind!r}.")
+    for name in ("heads", "rounds", "seconds"):
+        value = getattr(options, name)
+        if value is not None and not value >= (0 if name == "seconds" else 1):
+            parser.error(f"--{name} must be at least {0 if name == 'seconds' else 1}. Got {value}.")
+    if options.seq_len < UNIT or options.seq_len % UNIT:
+        parser.error(f"--seq-len must be a multiple of {UNIT}. Got {options.seq_len}.")
+    kind, capability = options.device_kind, None
+    if kind is None:
+        platform = jax.default_backend()
+        if platform != "gpu":
+            parser.error(f"needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform {platform!r}.")
+        device: Any = jax.devices()[0]
+        kind, capability = device.device_kind, getattr(device, "compute_capability", None)
+    sizes = list(dict.fromkeys(options.head_sizes or HEAD_SIZES))
+    target = Target(platform="gpu", device_kind=kind, capability=capability)
+    best = lambda dtype: default(target, dtype, max(sizes)).name  # noqa: E731
+    implementation = options.implementation or best(options.dtype)
+    if implementation == "xla":
+        parser.error("needs an NVIDIA GPU of Ampere or later, as JAX names it ('NVIDIA ...'): others run 'xla', which "
+                     f"has no tiles. Got {kind!r}.")  # fmt: skip
+    if implementation == "pallas_gpu":
+        if best("bfloat16") != "pallas_gpu":
+            parser.error(f"--implementation pallas_gpu needs a Hopper GPU (H100, H200). Got {kind!r}.")
+        if best(options.dtype) != "pallas_gpu":
+            parser.error(f"--implementation pallas_gpu needs --dtype bfloat16 or float16. Got {options.dtype}.")
+        if options.direction == "backward":
+            parser.error("--direction backward: the backward kernels of pallas_gpu have nothing to tune, their "
+                         "registers leave one choice of tiles. --implementation pallas_triton has.")  # fmt: skip
+        if options.direction == "both":
+            say("pallas_gpu: forward only, its backward kernels have nothing to tune")
+    directions = ("forward", "backward") if options.direction == "both" else (options.direction,)
+    kernels = [kernel for direction in directions for kernel in KERNELS.get((implementation, direction), ())]
+    return [
+        Problem(implementation, kernel, options.dtype, size, options.seq_len, options.heads, kind)
+        for size in sizes
+        for kernel in kernels
+    ]
+
+
+def _table_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
+    """The file to write: one that can be, since minutes of timing come before."""
+    file = options.table or tile_table.path()
+    if file is None:
+        parser.error(f"--table must name a file where {tile_table.VARIABLE} is empty.")
+    try:
+        tile_table.read(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(f"--table {file}: {error}")
+    if not os.access(file.resolve().parent, os.W_OK):
+        parser.error(f"--table {file}: its directory must be writable.")
+    return file
+
+
+if __name__ == "__main__":
+    sys.exit(main())

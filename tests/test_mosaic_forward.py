@@ -1,0 +1,149 @@
+"""The forward kernel for GPU, as far as a machine without one can tell: it lowers for every feature, and it refuses.
+
+What it computes was compared on an H100, see docs/optimisation-log.md.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from ringjax._compat import GPU_CONCATENATES
+from ringjax.kernels.base import KernelParams
+from ringjax.kernels.mosaic import common as mosaic_common
+from ringjax.kernels.mosaic import forward as mosaic_forward
+from ringjax.kernels.mosaic import kernel as mosaic
+from ringjax.mask import Mask
+from ringjax.partial import Partial
+
+KIND = "NVIDIA H100 80GB HBM3"
+H100 = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=KIND, platform="gpu", num_cores=132))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    q_length: int = 384
+    k_length: int = 384
+    size: int = 128
+    v_size: int = 128
+    causal: bool = False
+    segments: bool = False
+    carry: bool = False
+    finish: bool = True
+    sinks: bool = False
+    soft_cap: float | None = None
+    dtype: Any = jnp.bfloat16
+    kv_heads: int = 2
+
+
+CASES = {
+    "full": Case(),
+    "causal": Case(causal=True),
+    "packed": Case(causal=True, segments=True, sinks=True, soft_cap=20.0),
+    "first hop": Case(finish=False),
+    "hop": Case(carry=True, finish=False, causal=True),
+    "last hop": Case(carry=True, sinks=True),
+    "ragged": Case(q_length=301, k_length=333, causal=True, carry=True, finish=False),
+    "tiny": Case(q_length=3, k_length=5, causal=True),
+    "heads of 64": Case(size=64, v_size=64, segments=True, carry=True),
+    "heads of 256": Case(size=256, v_size=256, causal=True, carry=True, finish=False),
+    "odd heads": Case(size=96, v_size=40, dtype=jnp.float16, kv_heads=4),
+}
+
+
+def carry(case: Case) -> Partial:
+    """As the first hop leaves it, which this kernel alone reads."""
+    first = dataclasses.replace(case, carry=False, finish=False, sinks=False)
+    with jax.sharding.use_abstract_mesh(H100):
+        return jax.eval_shape(lambda *args: run(first, *args), *arguments(first))
+
+
+def arguments(case: Case) -> tuple[Any, ...]:
+    heads = 4
+    shape = lambda *s, dtype=case.dtype: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    return (
+        shape(2, heads, case.q_length, case.size),
+        shape(2, case.kv_heads, case.k_length, case.size),
+        shape(2, case.kv_heads, case.k_length, case.v_size),
+        shape(1, case.q_length, dtype=jnp.int32),
+        shape(1, case.k_length, dtype=jnp.int32),
+        carry(case) if case.carry else None,
+        shape(heads, dtype=jnp.float32) if case.sinks else None,
+    )
+
+
+def run(case: Case, q: Any, k: Any, v: Any, q_index: Any, kv_index: Any, carry: Any, sinks: Any) -> Any:
+    positions = (q_index, kv_index) if case.causal else (None, None)
+    segments = (q_index, kv_index) if case.segments else (None, None)
+    mask = Mask(*positions, *segments, right=0 if case.causal else None)
+    params = KernelParams(0.1, case.soft_cap, device_kind=KIND)
+    return mosaic.forward(q, k, v, mask, params, carry=carry, finish=case.finish, sinks=sinks)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lowers(name: str) -> None:
+    case = CASES[name]
+    with jax.sharding.use_abstract_mesh(H100):
+        traced = jax.jit(lambda *args: run(case, *args)).trace(*arguments(case))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    shapes = [x.shape for x in jax.tree.leaves(traced.out_info)]
+    rows = (2, 4, case.q_length)
+    if case.finish:
+        assert shapes == [(*rows, case.v_size), rows]
+    else:  # as it came in, so that it can be changed in place
+        assert shapes == [x.shape for x in carry(case)]
+
+
+@pytest.mark.parametrize(
+    ("name", "by_tma", "acc"),
+    [
+        ("first hop", False, (2, 4, 6, 16, 64, 8)),
+        ("hop", True, (2, 4, 384, 128)),
+        ("ragged", True, (2, 4, 320, 128)),
+        ("heads of 256", False, (2, 4, 6, 32, 64, 8)),
+    ],
+)
+def test_the_carry_is_padded_and_in_blocks_where_registers_load_it(
+    name: str, by_tma: bool, acc: tuple[int, ...]
+) -> None:
+    if not by_tma and not GPU_CONCATENATES:
+        acc = (2, 4, 384, acc[3] * 8)
+    rows = acc[:3] if len(acc) == 4 else (2, 4, 384)
+    assert [x.shape for x in carry(CASES[name])] == [acc, rows, rows]
+
+
+def test_lowers_under_vmap() -> None:
+    case = CASES["hop"]
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), arguments(case))
+    with jax.sharding.use_abstract_mesh(H100):
+        traced = jax.jit(jax.vmap(lambda *args: run(case, *args))).trace(*stacked)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_refuses_float32() -> None:
+    case = Case(dtype=jnp.float32)
+    with pytest.raises(NotImplementedError, match=r"query.*bfloat16 and float16.*Got float32"):
+        jax.eval_shape(lambda *args: run(case, *args), *arguments(case))
+
+
+def test_refuses_wide_heads() -> None:
+    case = Case(size=264)
+    with pytest.raises(NotImplementedError, match=r"query.*at most 256.*Got 264"):
+        jax.eval_shape(lambda *args: run(case, *args), *arguments(case))
+
+
+@pytest.mark.parametrize(
+    ("size", "masked", "by_tma"),
+    [(64, True, True), (64, False, True), (128, True, True), (128, False, False), (256, True, False)],
+)
+def test_the_carry_comes_by_tma_where_there_is_room(size: int, masked: bool, by_tma: bool) -> None:
+    """A hop in the middle of a ring."""
+    x = jax.ShapeDtypeStruct((1, 2, 256, size), jnp.bfloat16)
+    positions = jnp.zeros((1, 256), jnp.int32) if masked else None
+    mask = Mask(positions, positions, None, None, right=0 if masked else None)
+    tiles = mosaic_common.forward_tiles(x, x, mask, KernelParams(1.0, device_kind=KIND), whole=False)
+    assert mosaic_forward._carry_in_smem(tiles, size, size, True, False) == by_tma
