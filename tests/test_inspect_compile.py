@@ -30,8 +30,16 @@ def test_a_causal_ring_forward_and_backward():
     assert {p.name for p in report.exposed} <= {p.name for p in report.permutes if p.source is None}
     assert sum(p.times for p in report.exposed) == 2
     assert sum(report.kernels.values()) == 16
-    assert report.floor_bytes < report.compiled.peak_bytes * 1.05 < 1.3 * report.floor_bytes
+    assert report.floor_bytes <= report.compiled.peak_bytes < 1.2 * report.floor_bytes
     json.dumps(report.to_json())
+
+
+def test_small_shards_lie_in_vmem_and_the_floor_still_holds():
+    """Two devices: a received block is small enough for VMEM, and the peak of HBM alone is less than the floor."""
+    sizes = {"seq_len": 16384, "heads": 8, "kv_heads": 2, "head_dim": 128}
+    report = inspect_ring("v5e:2x4", ring=2, is_causal=True, **sizes)
+    assert report.compiled.vmem_bytes > 0
+    assert report.floor_bytes <= report.held_bytes < 1.4 * report.floor_bytes
 
 
 def test_rolled_loops_are_counted_as_often_as_they_run():
@@ -75,7 +83,7 @@ def test_memory_follows_the_floor_as_the_ring_grows():
     peaks = {row.ring: row.peak_bytes for row in report.scaling if row.peak_bytes is not None}
     assert sorted(peaks) == [8, 16, 32]
     floors = {row.ring: row.floor_bytes for row in report.scaling}
-    assert all(abs(peaks[ring] / floors[ring] - 1) < 0.1 for ring in peaks)
+    assert all(1 <= peaks[ring] / floors[ring] < 1.2 for ring in peaks)
 
 
 @pytest.mark.parametrize(

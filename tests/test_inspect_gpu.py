@@ -283,7 +283,7 @@ def test_the_ring_of_8_gpus(topology, implementation):
     assert (report.num_hidden, report.num_permutes, report.num_synchronous) == (56, 58, 0)
     assert sum(permute.times for permute in report.exposed) == 2
     assert all(permute.source is None and permute.dtype == "bf16" for permute in report.exposed), "dK and dV"
-    assert 0.8 < report.compiled.peak_bytes / report.floor_bytes < 1.3
+    assert 1 <= report.compiled.peak_bytes / report.floor_bytes < 1.3
     assert sum(isinstance(event, Loop) for event in report.order) == 2
     json.dumps(report.to_json())
 

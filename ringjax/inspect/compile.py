@@ -57,6 +57,7 @@ class Compiled:
     compile_seconds: float
     versions: dict[str, str]
     flags: str = ""  # XLA_FLAGS, which the child inherits
+    vmem_bytes: int = 0  # of arrays that a TPU keeps in VMEM, at most; the peak is of HBM
 
 
 def check_libtpu() -> None:

@@ -143,6 +143,25 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * (int(digits[0]) if digits else 8) // 8
 
 
+_IN_VMEM = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]\{[^}]*S\(1\)[^}]*\}")
+# Ops whose result is another name for what exists, or that are counted where they end.
+_NO_NEW_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "async-done"}
+
+
+def bytes_in_vmem(module: Module) -> int:
+    """At most so many bytes of arrays does a TPU program keep in VMEM, where no peak of memory counts them.
+
+    All arrays that it ever places there, whether or not they exist at the same time.
+    """
+    total = 0
+    for computation in module.computations.values():
+        for op in computation.ops:
+            if op.opcode not in _NO_NEW_ARRAY and not op.opcode.endswith("-start"):
+                found = _IN_VMEM.findall(op.type)
+                total += sum(num_bytes(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in found)
+    return total
+
+
 _MOVES = {"bitcast", "copy", "copy-done", "reshape", "transpose", "collective-permute-done"}
 _SCALAR = re.compile(r"^(s32|u32|s64|u64|pred)\[\](\{[^}]*\})?$")
 

@@ -56,7 +56,7 @@ def _ring(report: Report) -> Iterator[str]:
     passes = "forward and backward" if program.backward else "forward"
     values = "" if program.value_head_dim == program.head_dim else f", values of {program.value_head_dim}"
     yield (
-        f"{passes}; {program.batch} x {program.seq_len} tokens, {program.shard_length} a device; {program.layout}; "
+        f"{passes}; {program.batch} x {program.seq_len} tokens, {program.shard_length} per device; {program.layout}; "
         f"{describe_mask(report)}"
     )
     yield (
@@ -105,7 +105,7 @@ def _wire(report: Report) -> Iterator[str]:
     rotations = report.program.schedule().num_rotations
     yield (
         f"{size(report.wire_bytes_per_hop)} a hop (K, V and what belongs to them), {rotations} rotations, "
-        f"{size(report.wire_bytes)} sent by a device in all"
+        f"{size(report.wire_bytes)} sent per device in all"
     )
     yield f"blocks worked on {report.hops_made} of {report.program.ring}, hops elided {report.hops_elided}"
 
@@ -113,7 +113,12 @@ def _wire(report: Report) -> Iterator[str]:
 def _memory(report: Report) -> Iterator[str]:
     peak, floor = report.compiled.peak_bytes, report.floor_bytes
     hbm = report.program.slice.memory_bytes
-    yield f"peak {size(peak)} a device, {peak / floor:.3f} x the floor of {size(floor)}; {peak / hbm:.1%} of its memory"
+    vmem = report.held_bytes - peak  # small arrays that the compiler for TPUs never places in HBM
+    where = f" of HBM and up to {size(vmem)} of VMEM" if vmem else ""
+    yield (
+        f"peak {size(peak)}{where} per device, {report.held_bytes / floor:.3f} x the floor of {size(floor)}; "
+        f"{peak / hbm:.1%} of its memory"
+    )
     yield from table([(term.name, size(term.bytes)) for term in report.floor_terms])
     yield "as the ring grows and the sequence stays"
     rows = [("devices", "floor", "peak")]
