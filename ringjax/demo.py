@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ringjax
+from ringjax import units
 from ringjax.layout import as_layout
 from ringjax.schedule import plan
 from ringjax.simulate import simulate_cpu_devices
@@ -171,14 +172,6 @@ def _permutes(jaxpr: Any) -> Iterator[tuple[int, int]]:
                     yield from ((repeats * times, size) for times, size in _permutes(inner))
 
 
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} GiB"
-
-
 def _table(console: Console, title: str, *columns: str) -> Table:
     """An empty table; its title, which may be wider than it, is printed at once."""
     console.print(f"\n[bold]{title}[/bold]")
@@ -244,14 +237,14 @@ def show_memory(console: Console, devices: Sequence[Any], length: int) -> None:
     for tokens in lengths:
         now = ring_memory(devices, tokens), dense_memory(devices[0], tokens)
         growth = ("", "") if before is None else tuple(f"x {a / b:.2f}" for a, b in zip(now, before, strict=True))
-        table.add_row(str(tokens), _size(now[0]), growth[0], _size(now[1]), growth[1])
+        table.add_row(str(tokens), units.size(now[0]), growth[0], units.size(now[1]), growth[1])
         before = now
     console.print(table)
     table = _table(console, f"the devices double, length {lengths[-1]}", "devices", "ring", "growth")
     last = None
     for power in range(count.bit_length()):
         size = ring_memory(devices[: 2**power], lengths[-1])
-        table.add_row(str(2**power), _size(size), "" if last is None else f"x {size / last:.2f}")
+        table.add_row(str(2**power), units.size(size), "" if last is None else f"x {size / last:.2f}")
         last = size
     console.print(table)
 
@@ -263,7 +256,7 @@ def show_traffic(console: Console, mesh: Mesh, length: int) -> None:
     block = 2 * (length // count) * KV_HEADS * HEAD_SIZE * 4
     console.print(
         f"A block is the K and V of {length // count} tokens, {KV_HEADS} heads x {HEAD_SIZE}, float32: "
-        f"{_size(block)}. Positions travel along, the {HEADS} query heads do not; backward carries dK and dV too."
+        f"{units.size(block)}. Positions travel along, the {HEADS} query heads do not; backward carries dK and dV too."
     )
     table = _table(console, f"counted in the traced program, length {length}", "case", "permutes", "bytes", "blocks")
     window = {"is_causal": True, "local_window_size": (length // count, 0)}
@@ -275,7 +268,7 @@ def show_traffic(console: Console, mesh: Mesh, length: int) -> None:
     ]
     for name, gradients, options in cases:
         sent = traffic(mesh, length, "contiguous", gradients=gradients, **options)
-        table.add_row(name, str(sent.permutes), _size(sent.bytes), f"{sent.bytes / block:.2f}")
+        table.add_row(name, str(sent.permutes), units.size(sent.bytes), f"{sent.bytes / block:.2f}")
     console.print(table)
 
 

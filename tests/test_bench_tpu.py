@@ -123,9 +123,11 @@ def test_unknown_topology_is_refused():
 
 
 def test_floor():
-    assert tpu.mxu_floor("v5e", 128, "forward", 4096) == 65_536
-    assert tpu.mxu_floor("v5e", 128, "backward", 4096) == 163_840
-    assert tpu.mxu_floor("v6e", 64, "backward", 4096) == 81_920  # half of each unit is idle
+    floors = {
+        key: tpu._row(*key, 4096, []).floor
+        for key in (("v5e", 128, "forward"), ("v5e", 128, "backward"), ("v6e", 64, "backward"))
+    }
+    assert list(floors.values()) == [65_536, 163_840, 81_920]  # heads of 64 leave half of each unit idle
 
 
 def test_cases_fit_the_sequence():

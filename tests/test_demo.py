@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from ringjax import demo
+from ringjax import demo, units
 from ringjax.bench import command
 from ringjax.simulate import set_cpu_devices, simulate_cpu_devices
 
@@ -138,4 +138,4 @@ def test_simulated_devices():
 
 
 def test_sizes():
-    assert [demo._size(n) for n in (512, 2048, 3 * 2**20, 5 * 2**30)] == ["512 B", "2 KiB", "3 MiB", "5 GiB"]
+    assert [units.size(n) for n in (512, 2048, 3 * 2**20, 5 * 2**30)] == ["512 B", "2 KiB", "3 MiB", "5 GiB"]

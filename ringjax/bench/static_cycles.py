@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..inspect.chips import parse_topology
+from ..inspect.chips import parse_slice
 from ..inspect.compile import ENVIRONMENT, check_libtpu
 
 _ENTRY = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)(?:\s+num_equivalent_hlos: (\d+))?')
@@ -90,7 +90,7 @@ def estimate(
     """
     check_libtpu()
     for program in programs:
-        parse_topology(program.topology)
+        parse_slice(program.topology)
     found: list[Estimate] = []
     while len(found) < len(programs):
         for result in _child(programs[len(found) :], timeout):
@@ -196,7 +196,7 @@ def _compile(program: Program, profile: Path) -> dict[str, int]:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    generation = parse_topology(program.topology).generation
+    generation = parse_slice(program.topology).generation
     options = {} if generation.chip_config is None else {"chip_config_name": generation.chip_config}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=program.topology, **options)
     device = topology.devices[0]

@@ -66,10 +66,10 @@ class Row:
 IMPLEMENTATIONS: tuple[str, ...] = ("ringjax", "ringjax, carry", "splash", "splash, raised limit", "flash")
 
 
-def mxu_floor(generation: str, head_size: int, direction: str, length: int) -> int:
-    """Cycles for the products alone: 2 forward, 5 backward, each length x length x head size."""
+def products(head_size: int, direction: str, length: int) -> int:
+    """Multiply-adds for the products alone: 2 forward, 5 backward, each length x length x head size."""
     filled = -(-head_size // _LANES) * _LANES
-    return _PRODUCTS[direction] * length * length * filled // GENERATIONS[generation].macs_per_cycle
+    return _PRODUCTS[direction] * length * length * filled
 
 
 # Block sizes that were best in a wide search: (queries, keys, keys worked on at a time), for T = S = 4096.
@@ -205,7 +205,8 @@ def _row(generation: str, head_size: int, direction: str, length: int, results: 
             best = cycles[case.implementation]
             if best is None or result.total < best:
                 cycles[case.implementation], tiles[case.implementation] = result.total, case.tiles
-    return Row(generation, head_size, direction, mxu_floor(generation, head_size, direction, length), cycles, tiles)
+    floor = GENERATIONS[generation].mxu_floor(products(head_size, direction, length))
+    return Row(generation, head_size, direction, int(floor), cycles, tiles)
 
 
 COLUMNS = ("TPU", "head size", "pass", "products", *IMPLEMENTATIONS, "ringjax / splash")

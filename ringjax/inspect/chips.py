@@ -31,6 +31,10 @@ class Generation:
     longest_side: int | None = None
     chip_config: str | None = None
 
+    def mxu_floor(self, macs: int) -> float:
+        """Cycles that the matrix units of a device need at least for so many multiply-adds."""
+        return macs / (self.macs_per_cycle * self.cores_per_device)
+
 
 _MXU_128, _MXU_256 = 128 * 128, 256 * 256
 _GENERATIONS = (
@@ -68,7 +72,7 @@ class Topology:
         return self.generation.hbm_bytes
 
 
-def parse_topology(name: str) -> Topology:
+def parse_slice(name: str) -> Topology:
     """The topology of a name such as "v5p:8x8x16".
 
     Raises:

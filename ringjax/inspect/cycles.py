@@ -10,7 +10,6 @@ import re
 import tempfile
 from pathlib import Path
 
-from .chips import Topology
 from .compile import InspectError, compile_ring
 from .program import Program
 
@@ -63,10 +62,3 @@ def match_estimates(found: dict[str, int], kernels: dict[str, int]) -> Cycles:
 def base_name(name: str) -> str:
     """A name in a program without the numbers that make it unique."""
     return re.sub(r"(\.(\d+|clone))+$", "", name)
-
-
-def mxu_floor(program: Program, pairs: int, *, backward: bool) -> float:
-    """Cycles that the matrix units of a device need at least for so many (query, key) pairs of one head and row."""
-    assert isinstance(program.slice, Topology), "GPUs have no such floor"
-    generation = program.slice.generation
-    return program.macs(pairs, backward=backward) / (generation.macs_per_cycle * generation.cores_per_device)

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import FancyBboxPatch, Patch
 
+from ..units import size
 from .cycles import base_name
 from .order import Done, Event, Kernel, Loop, Order, Start, num_kernels
 from .report import Report, carries
-from .text import describe_mask, size
+from .text import describe_mask
 
 _MOST_KERNELS = 16  # drawn; a longer order is abbreviated
 _KERNEL_COLOURS = ("#2f6b9a", "#7a5195", "#3d8361", "#8a6d3b")

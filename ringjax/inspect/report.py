@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from .chips import Topology
 from .compile import Compiled
-from .cycles import Cycles, mxu_floor
+from .cycles import Cycles
 from .memory import Term, floor_bytes, floor_terms
 from .order import Loop, Order, Permute, Start, kernels, permutes
 from .program import Program
@@ -161,11 +162,15 @@ class Report:
     @property
     def mxu_floor_cycles(self) -> dict[str, float]:
         """Least cycles of the busiest rank: matrix units alone, attended pairs alone. Empty for GPUs."""
-        if self.program.slice.platform != "tpu":
+        slice_ = self.program.slice
+        if not isinstance(slice_, Topology):
             return {}
         most = int(self.pairs_per_rank.max())
         passes = {"forward": False, "backward": True} if self.program.backward else {"forward": False}
-        return {name: mxu_floor(self.program, most, backward=backward) for name, backward in passes.items()}
+        return {
+            name: slice_.generation.mxu_floor(self.program.macs(most, backward=backward))
+            for name, backward in passes.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """All of it, but for the text of the program."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..hopper import COMBINE, COMBINE_BYTES, is_hopper
+from ..units import size
 from .cycles import base_name
 from .gpus import Hosts
 from .report import Report
@@ -25,15 +26,6 @@ def lines(report: Report) -> Iterator[str]:
             yield ""
         for index, line in enumerate(body):
             yield f"{label if index == 0 else '':<8}{line}"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in the unit that leaves fewest digits."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} GiB"
 
 
 def describe_mask(report: Report) -> str:

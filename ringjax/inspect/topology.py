@@ -13,4 +13,4 @@ def parse_topology(name: str) -> Topology:
     """
     if isinstance(name, str) and name.partition(":")[0] in gpus.GPUS:
         return gpus.parse_hosts(name)
-    return chips.parse_topology(name)
+    return chips.parse_slice(name)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from rich.console import Console
 
+from ..units import size
 from . import devices, program
 from .config import Config
 
@@ -75,10 +76,10 @@ def show(config: Config, console: Console) -> None:
         f"mesh: data {mesh.data} x sequence {mesh.sequence} x tensor {mesh.tensor} = {made.num_devices} devices",
         f"parameters: {made.num_parameters:,}",
         f"tokens a step: {batch} x {length:,} = {made.tokens_per_step:,}",
-        f"a device holds: {batch // mesh.data} x {made.shard_length:,} tokens ({_size(made.batch_bytes_per_device)} "
-        f"of batch), {_size(made.state_bytes_per_device)} of parameters and optimizer state",
+        f"a device holds: {batch // mesh.data} x {made.shard_length:,} tokens ({size(made.batch_bytes_per_device)} "
+        f"of batch), {size(made.state_bytes_per_device)} of parameters and optimizer state",
         f"ring: layout {config.ring.layout}, {mesh.sequence} devices, "
-        f"at most {mesh.sequence - 1} hops a layer of {_size(made.bytes_per_hop)} forward",
+        f"at most {mesh.sequence - 1} hops a layer of {size(made.bytes_per_hop)} forward",
         f"steps: {config.optimizer.steps:,}; traced to shapes, nothing was run",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -95,10 +96,3 @@ def _axes(sharding: NamedSharding) -> str:
 
 def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _size(count: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 2**power:
-            return f"{count / 2**power:.1f} {unit}"
-    return f"{count} B"

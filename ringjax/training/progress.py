@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..units import size
+
 
 class Reporter:
     """Shows records of metrics.jsonl as they come; use it in a `with` statement.
@@ -62,5 +64,5 @@ def _figures(record: dict[str, Any]) -> list[str]:
         f"|grad| {record['grad_norm']:.2f}",
     ]
     if record["peak_memory_bytes"] is not None:
-        parts.append(f"{record['peak_memory_bytes'] / 2**30:.2f} GiB ({record['peak_memory_of']})")
+        parts.append(f"{size(record['peak_memory_bytes'])} ({record['peak_memory_of']})")
     return parts
