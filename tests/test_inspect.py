@@ -16,7 +16,7 @@ from ringjax.cli import app
 from ringjax.inspect import compile as compiler
 from ringjax.inspect import cycles, picture, text
 from ringjax.inspect.memory import floor_bytes, floor_terms
-from ringjax.inspect.order import Done, Kernel, Loop, Start
+from ringjax.inspect.order import Done, Launch, Loop, Start
 from ringjax.inspect.program import Program
 from ringjax.inspect.report import Report, Scaling
 from ringjax.inspect.topology import parse_topology
@@ -195,9 +195,9 @@ def ring_order_of_8() -> tuple:
     def start(name: str, source: int | None, dtype: str = "bf16", heads: int = 128) -> Start:
         return Start(name, dtype, (1, 2, 2048, heads), 2 * 2048 * heads * 2, True, source)
 
-    body = (start("k", 1), start("v", 2, heads=64), Kernel("forward.1"), Done("k"), Done("v"))
+    body = (start("k", 1), start("v", 2, heads=64), Launch("forward.1"), Done("k"), Done("v"))
     home = (start("home", None, "f32", 64), Done("home"))
-    return (Kernel("forward.3"), Loop("while", 7, body), Kernel("backward.4"), *home)
+    return (Launch("forward.3"), Loop("while", 7, body), Launch("backward.4"), *home)
 
 
 def report_of(case: Program, order: tuple, found: cycles.Cycles | None = None) -> Report:
@@ -264,7 +264,7 @@ def test_text_of_a_report():
     for words in ("permutes hidden 14/15, all asynchronous", "v5e:2x4, 8 devices", "no kernel runs behind home",
                   "forward 8, backward 1", "imbalance 1.000", "hops elided 0", "not asked for (--cycles)"):  # fmt: skip
         assert words in said
-    sync = (Start("k", "bf16", (1,), 2, False, 1), Kernel("forward"))
+    sync = (Start("k", "bf16", (1,), 2, False, 1), Launch("forward"))
     said = "\n".join(text.lines(report_of(program(), sync, cycles.Cycles({"forward": 12_345}))))
     assert "permutes hidden 0/1, 1 SYNCHRONOUS" in said and "12,345" in said
     said = "\n".join(text.lines(report_of(program(ring=1), (), cycles.Cycles({}, "because"))))
@@ -294,7 +294,7 @@ def test_lanes_show_every_kernel_and_permute_once():
 
 def test_long_orders_are_abbreviated_and_say_so():
     (loop,) = [event for event in ring_order_of_8() if isinstance(event, Loop)]
-    rolled = (Kernel("forward"), Loop("while", 100, loop.body), Kernel("backward"))
+    rolled = (Launch("forward"), Loop("while", 100, loop.body), Launch("backward"))
     lanes = picture.lay_out(report_of(program(is_causal=True), rolled))
     assert [box.number for box in lanes.boxes] == [1, 2, 101, 102]
     assert [count for _, count in lanes.gaps] == [98]
@@ -307,7 +307,7 @@ def test_long_orders_are_abbreviated_and_say_so():
 
 
 def test_synchronous_permutes_stand_alone_on_the_wire():
-    order = (Kernel("a"), Start("k", "bf16", (1,), 2, False, 1), Kernel("b"))
+    order = (Launch("a"), Start("k", "bf16", (1,), 2, False, 1), Launch("b"))
     lanes = picture.lay_out(report_of(program(), order))
     (bar,) = lanes.bars
     assert lanes.boxes[0].stop <= bar.start and bar.stop <= lanes.boxes[1].start and not bar.hidden
@@ -315,7 +315,7 @@ def test_synchronous_permutes_stand_alone_on_the_wire():
 
 @pytest.mark.parametrize("case", [program(is_causal=True), program("v5p:8x8x16", 64, 2**18), program(ring=1)])
 def test_the_picture_is_a_png_and_the_same_every_time(tmp_path, case):
-    report = report_of(case, ring_order_of_8() if case.ring > 1 else (Kernel("forward"),))
+    report = report_of(case, ring_order_of_8() if case.ring > 1 else (Launch("forward"),))
     for name in ("a.png", "b.png"):
         picture.draw(report, tmp_path / name)
     data = (tmp_path / "a.png").read_bytes()

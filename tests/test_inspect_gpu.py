@@ -17,7 +17,7 @@ from ringjax.inspect import InspectError, Report, inspect_ring, picture, text
 from ringjax.inspect import compile as compiler
 from ringjax.inspect.gpus import GPUS, Hosts, target_config
 from ringjax.inspect.hlo import parse
-from ringjax.inspect.order import Done, Kernel, Loop, Start, kernels, permutes, read_order
+from ringjax.inspect.order import Done, Launch, Loop, Start, kernels, permutes, read_order
 from ringjax.inspect.topology import parse_topology
 from ringjax.inspect.work import pairs
 
@@ -251,7 +251,7 @@ def test_operations_of_several_arrays(target):
     assert order == (
         Start("go.1", "bf16", (2, 4), 16, True, 1),
         Start("go.1", "s32", (2,), 8, True, 2),
-        Kernel("ringjax_forward.7"),
+        Launch("ringjax_forward.7"),
         Done("go.1"),
         Start("again", "bf16", (2, 4), 16, False, 1),
         Start("again", "s32", (2,), 8, False, 2),

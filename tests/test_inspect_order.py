@@ -3,7 +3,7 @@
 import pytest
 
 from ringjax.inspect.hlo import HloError, Scope, num_bytes, parse, trip_count
-from ringjax.inspect.order import Done, Kernel, Loop, Start, kernels, num_kernels, permutes, read_order
+from ringjax.inspect.order import Done, Launch, Loop, Start, kernels, num_kernels, permutes, read_order
 
 BLOCK = "bf16[1,2,64,128]{3,2,1,0:T(8,128)(2,1)}"
 PAIR = f"({BLOCK}, {BLOCK}, u32[]{{:S(2)}}, u32[]{{:S(2)}})"
@@ -58,7 +58,7 @@ def test_a_permute_around_a_kernel_is_hidden_as_often_as_the_loop_runs():
     order = read_order(program(lines(START, RUN, DONE)))
     (loop,) = order
     assert isinstance(loop, Loop) and loop.times == 4
-    assert loop.body == (Start("go", "bf16", (1, 2, 64, 128), 32768, True, 1), Kernel("attend"), Done("go"))
+    assert loop.body == (Start("go", "bf16", (1, 2, 64, 128), 32768, True, 1), Launch("attend"), Done("go"))
     (permute,) = permutes(order)
     assert permute.hidden and (permute.times, permute.kernels_between, permute.bytes) == (4, 1, 32768)
     assert permute.source == 1, "through the loop and the tuple, what travels is the program's second argument"

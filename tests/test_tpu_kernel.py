@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tpu import needs_libtpu
 
 import ringjax
-from ringjax.inspect.compile import ENVIRONMENT
+from ringjax.inspect.process import ENVIRONMENT
 from ringjax.kernels.base import KernelParams
 from ringjax.kernels.tpu import backward as tpu_backward
 from ringjax.kernels.tpu import common as tpu_common

@@ -3,8 +3,6 @@
 Nothing runs on a TPU. Every figure is read from the compiled program by :mod:`ringjax.inspect`.
 """
 
-import functools
-
 import pytest
 from tpu import needs_libtpu
 
@@ -19,19 +17,21 @@ MASKS = {
 }
 
 
-@functools.cache
-def ring_of_8(generation: str, mask: str) -> Report:
-    """Forward and backward in one program, grouped heads, bfloat16."""
-    return inspect_ring(SLICES[generation], seq_len=4096, heads=4, kv_heads=2, backward=True, **MASKS[mask])
+# A window makes a short ring on every generation alike: on the smallest chip, and where a chip is two devices.
+CASES = [*((generation, "zigzag, D = 128") for generation in SLICES), *((g, "window, D = 64") for g in ("v5e", "v7x"))]
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("generation", SLICES)
-def test_every_permute_hides_behind_a_kernel(generation, mask):
+@pytest.mark.parametrize(("generation", "mask"), CASES)
+def test_a_ring_of_8(generation, mask):
+    """Forward and backward in one program, grouped heads, bfloat16. One compilation each: all is asserted on it."""
+    report = inspect_ring(SLICES[generation], seq_len=4096, heads=4, kv_heads=2, backward=True, **MASKS[mask])
+    every_permute_hides_behind_a_kernel(report, 7 if mask.startswith("zigzag") else 2)
+    only_kv_heads_travel_and_no_more_often_than_planned(report)
+
+
+def every_permute_hides_behind_a_kernel(report: Report, rotations: int) -> None:
     """All but those that bring the sums of dK and dV home after the last kernel, which have nothing to hide behind."""
-    report = ring_of_8(generation, mask)
-    schedule = report.program.schedule()
-    assert schedule.num_rotations == (7 if mask.startswith("zigzag") else 2)
+    assert report.program.schedule().num_rotations == rotations
     assert report.num_synchronous == 0
     exposed = report.exposed
     assert sum(permute.times for permute in exposed) == 2
@@ -42,20 +42,17 @@ def test_every_permute_hides_behind_a_kernel(generation, mask):
     assert sum(report.kernels.values()) == 2 * report.hops_made, "one kernel a hop in either pass: no merge kernels"
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("generation", SLICES)
-def test_only_kv_heads_travel_and_no_more_often_than_planned(generation, mask):
-    report = ring_of_8(generation, mask)
-    rotations = report.program.schedule().num_rotations
+def only_kv_heads_travel_and_no_more_often_than_planned(report: Report) -> None:
+    schedule = report.program.schedule()
     size = 512 * 2 * report.program.head_dim
     for payload in report.payloads:
         if payload.carries in ("K", "V"):
             # As often backward as forward: were a rotation of both shared, its block would be kept in between.
-            assert payload.bytes == 2 * size and payload.times == 2 * rotations
+            assert payload.bytes == 2 * size and payload.times == 2 * schedule.num_rotations
         elif payload.carries == "dK, dV":
             assert payload.bytes in (2 * size, 4 * size)
     sums = [payload.times for payload in report.payloads if payload.carries == "dK, dV"]
-    leaving = [strand for strand in report.program.schedule().strands if strand[-1] != 0]
+    leaving = [strand for strand in schedule.strands if strand[-1] != 0]
     assert sum(sums) == 2 * sum(map(len, leaving)), "a sum starts at the first hop of a strand and ends at home"
 
 
@@ -93,10 +90,9 @@ def test_a_ring_over_64_chips_of_v5e_stays_asynchronous():
     assert near.num_synchronous == 0 and near.num_hidden == near.num_permutes == 3 * 63
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_doubles(backward):
+@pytest.mark.parametrize(("backward", "rings"), [(False, (8, 1024)), (True, (8, 64, 1024))])
+def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_doubles(backward, rings):
     """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p."""
-    rings = (8, 64, 256, 1024)
     report = inspect_ring(
         "v5p:8x8x16", ring=8, sweep=rings, seq_len=2**20, heads=16, head_dim=128, is_causal=True,
         backward=backward,
@@ -109,10 +105,10 @@ def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_dou
         assert abs(peak * ring / (peaks[8] * 8) - 1) < 0.1, ring
 
 
-def test_4096_chips_compile_as_fast_as_few():
-    """The loop is rolled: a larger ring makes no larger program, and takes a minute at most."""
+def test_4096_chips_take_no_larger_program_than_few():
+    """The loop is rolled."""
     sizes = {"heads": 16, "kv_heads": 4, "head_dim": 128, "is_causal": True, "backward": True}
-    report = inspect_ring("v5p:16x16x16", seq_len=2**22, timeout=60, **sizes)
+    report = inspect_ring("v5p:16x16x16", seq_len=2**22, **sizes)
     assert report.program.ring == 4096 and report.num_synchronous == 0
     assert len(report.kernels) <= 8 and sum(report.kernels.values()) == 2 * 4096
     assert sum(permute.times for permute in report.exposed) == 2

@@ -168,7 +168,7 @@ def test_a_lost_gpu_is_said(monkeypatch: pytest.MonkeyPatch):
     def dies(self: Any, programs: Any) -> None:
         if self._standard:
             lost.append(1)
-            self._standard = [command.Program(lambda *_: 1 / 0, program.arguments) for program in self._standard]
+            self._standard = [command.Timed(lambda *_: 1 / 0, program.arguments) for program in self._standard]
             raise RuntimeError("an illegal memory access was encountered")
         check(self, programs)
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +28,7 @@ from ringjax.bench import document
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.base import Kernel, KernelParams
 from ringjax.kernels.choose import BY_NAME
-from ringjax.mask import PARTIAL, Mask, tile_kinds
+from ringjax.mask import Mask
 from ringjax.partial import Partial
 
 BEGIN, END = "<!-- ringjax bench gpu: begin -->", "<!-- ringjax bench gpu: end -->"
@@ -77,8 +74,8 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled function and its arguments."""
+class Timed:
+    """What is timed: a function, compiled or still to be, and its arguments."""
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -122,28 +119,28 @@ def _ours(config: ringjax.RingConfig, **options: Any) -> Callable[..., Any]:
 class Measurement:
     """Programs to be timed in turns, and what their times mean: from one list of times for each to a result."""
 
-    programs: tuple[Program, ...]
+    programs: tuple[Timed, ...]
     conclude: Callable[[list[list[float]]], Any]
 
     def result(self, rounds: int) -> Any:
         return self.conclude(in_turns(self.programs, rounds))
 
 
-def compile_all(programs: Sequence[Program]) -> list[Program]:
+def compile_all(programs: Sequence[Timed]) -> list[Timed]:
     """The compiler works on several at once, and not on what is compiled already.
 
     Programs of one function, whose arguments look alike, share the result.
     """
     unique = {id(program.run): program for program in programs}
 
-    def compiled(program: Program) -> Any:
+    def compiled(program: Timed) -> Any:
         if isinstance(program.run, jax.stages.Compiled):
             return program.run
         return jax.jit(program.run).lower(*program.arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         runs = dict(zip(unique, pool.map(compiled, unique.values()), strict=True))
-    return [Program(runs[id(program.run)], program.arguments) for program in programs]
+    return [Timed(runs[id(program.run)], program.arguments) for program in programs]
 
 
 def compile_measurements(measurements: Sequence[Measurement]) -> list[Measurement]:
@@ -152,7 +149,7 @@ def compile_measurements(measurements: Sequence[Measurement]) -> list[Measuremen
     return [dataclasses.replace(m, programs=tuple(next(rest) for _ in m.programs)) for m in measurements]
 
 
-def in_turns(programs: Sequence[Program], rounds: int, budget_ms: float = 60.0) -> list[list[float]]:
+def in_turns(programs: Sequence[Timed], rounds: int, budget_ms: float = 60.0) -> list[list[float]]:
     """Times of every program in every round. As many calls a time as fit into the budget, at least two."""
     calls = []
     for program in programs:
@@ -181,7 +178,7 @@ def _row(what: str, mask: str, direction: str, times: Sequence[Sequence[float]],
 def ceiling(dtype: Any, rounds: int, side: int = CEILING) -> float:
     """TFLOP/s of a square matrix product."""
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.float32).astype(dtype) for i in range(2))
-    (program,) = compile_all([Program(lambda a, b: a @ b, (a, b))])
+    (program,) = compile_all([Timed(lambda a, b: a @ b, (a, b))])
     (times,) = in_turns([program], rounds)
     return 2.0 * side**3 / statistics.median(times) / 1e9
 
@@ -193,8 +190,8 @@ def attention(shape: Shape, config: ringjax.RingConfig, *, dtype: Any, reference
         causal = mask == "causal"
         of_jax: Any = jax.nn.dot_product_attention
         dense = functools.partial(of_jax, is_causal=causal, implementation=reference)
-        ours = Program(_directed(_ours(config, is_causal=causal), direction), inputs)
-        theirs = Program(_directed(dense, direction), inputs)
+        ours = Timed(_directed(_ours(config, is_causal=causal), direction), inputs)
+        theirs = Timed(_directed(dense, direction), inputs)
         work = flops(shape, mask, direction)
         row = functools.partial(_row, str(shape), mask, direction, work=work)
         found.append(Measurement((ours, theirs), row))
@@ -223,8 +220,8 @@ def ring_cost(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -> M
     full = Mask(None, None, None, None)
     run = functools.partial(_loop, kernel, _params(shape))
     programs = (
-        Program(lambda q, blocks: run(q, blocks, [full] * num_shards), (q, blocks)),
-        Program(lambda q, k, v: run(q, [(k, v)], [full]), (q, k, v)),
+        Timed(lambda q, blocks: run(q, blocks, [full] * num_shards), (q, blocks)),
+        Timed(lambda q, k, v: run(q, [(k, v)], [full]), (q, k, v)),
     )
     what = f"{shape}: {num_shards} blocks / one call"
     return Measurement(programs, functools.partial(_row, what, "full", "fwd", work=flops(shape, "full", "fwd")))
@@ -246,7 +243,7 @@ def zigzag_ranks(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -
         return q[:, shards[r]], tuple((k[:, x], v[:, x]) for x in visits), at[0], tuple(at[1:])
 
     whole = jnp.arange(shape.length, dtype=jnp.int32)[None]
-    one_call = Program(lambda q, k, v, at: run(q, [(k, v)], [Mask(at, at, None, None, right=0)]), (q, k, v, whole))
+    one_call = Timed(lambda q, k, v, at: run(q, [(k, v)], [Mask(at, at, None, None, right=0)]), (q, k, v, whole))
 
     def conclude(times: list[list[float]]) -> dict[str, Any]:
         *ranks, whole_times = (statistics.median(x) for x in times)
@@ -260,45 +257,25 @@ def zigzag_ranks(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -
             "sum_over_one_call": sum(ranks) / whole_times,
         }
 
-    return Measurement((*(Program(rank, arguments(r)) for r in range(num_shards)), one_call), conclude)
+    return Measurement((*(Timed(rank, arguments(r)) for r in range(num_shards)), one_call), conclude)
 
 
 def packed(shape: Shape, config: ringjax.RingConfig, *, dtype: Any) -> list[Measurement]:
-    """Documents of 1/32 to 1/4 of the sequence, causal, beside the same call with the predicate in every tile.
-
-    The latter programs are compiled here, the others not yet.
-    """
+    """Documents of 1/32 to 1/4 of the sequence, causal, beside one document in the same program: what is skipped."""
     rng, segments = np.random.default_rng(0), np.zeros((shape.batch, shape.length), np.int32)
     start, document = 0, 0
     while start < shape.length:
         stop = start + int(rng.integers(shape.length // 32, shape.length // 4))
         segments[:, start:stop] = document
         start, document = stop, document + 1
-    arguments = (*draw(shape, dtype), jnp.asarray(segments))
-    # Two functions each, or the second would be served from the cache of what was traced for the first.
-    programs = lambda: [Program(_directed(_ours(config, is_causal=True), each), arguments) for each in PASSES]  # noqa: E731
-    with _every_tile_partial():
-        everywhere = compile_all(programs())
-    what = f"{shape}, {document} documents: block map / predicate everywhere"
-    rows = [functools.partial(_row, what, "causal", each, work=flops(shape, "causal", each)) for each in PASSES]
-    pairs = zip(programs(), everywhere, strict=True)
-    return [Measurement(pair, row) for pair, row in zip(pairs, rows, strict=True)]
-
-
-@contextlib.contextmanager
-def _every_tile_partial() -> Iterator[None]:
-    """Inside, every kernel that is traced evaluates its mask on all tiles."""
-
-    def all_partial(*arguments: Any, **options: Any) -> jax.Array:
-        return jnp.full_like(tile_kinds(*arguments, **options), PARTIAL)
-
-    with contextlib.ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("ringjax.kernels.") and getattr(module, "tile_kinds", None) is tile_kinds:
-                stack.enter_context(mock.patch.object(module, "tile_kinds", all_partial))
-        jax.clear_caches()  # of what was traced with the map
-        yield
-    jax.clear_caches()
+    inputs, found = draw(shape, dtype), []
+    what = f"{shape}, {document} documents: packed / one document"
+    for direction in PASSES:
+        run = _directed(_ours(config, is_causal=True), direction)
+        programs = tuple(Timed(run, (*inputs, jnp.asarray(ids))) for ids in (segments, np.zeros_like(segments)))
+        row = functools.partial(_row, what, "causal", direction, work=flops(shape, "causal", direction))
+        found.append(Measurement(programs, row))
+    return found
 
 
 COLUMNS = ("what", "mask", "pass", "ringjax ms", "reference ms", "times as fast", "TFLOP/s", "reference TFLOP/s")
@@ -341,12 +318,11 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
     )
     say(title)
     long = max(shapes, key=lambda shape: (shape.length, shape.heads == shape.kv_heads))
-    of_packed = packed(long, config, dtype=dtype)  # first, since what it traces must not be mixed with the rest
     *of_rows, of_zigzag = compile_measurements(
         [
             *(m for shape in shapes for m in attention(shape, config, dtype=dtype, reference=options.reference)),
             ring_cost(long, kernel, dtype=dtype, num_shards=options.num_shards),
-            *of_packed,
+            *packed(long, config, dtype=dtype),
             zigzag_ranks(long, kernel, dtype=dtype, num_shards=options.num_shards),
         ]
     )

@@ -12,10 +12,8 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,10 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..inspect import process
 from ..inspect.chips import parse_slice
-from ..inspect.compile import ENVIRONMENT, check_libtpu
+from ..inspect.compile import check_libtpu
+from ..inspect.cycles import profile_to, read_profile
 
-_ENTRY = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)(?:\s+num_equivalent_hlos: (\d+))?')
 _ABORT = re.compile(r"(?:Static LLO profiling of .*? failed|Check failure|Check failed): .*")
 
 
@@ -42,8 +41,8 @@ class Built:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What the child is told. All of it goes through JSON.
+class Recipe:
+    """How the child makes a program. All of it goes through JSON.
 
     Attributes:
       builder: "module:function"; called with the device and the options, returns a :class:`Built`.
@@ -73,12 +72,12 @@ class Estimate:
 
 
 def estimate(
-    programs: Sequence[Program], *, timeout: float = 600.0, progress: Callable[[int, Estimate], None] | None = None
+    recipes: Sequence[Recipe], *, timeout: float = 600.0, progress: Callable[[int, Estimate], None] | None = None
 ) -> list[Estimate]:
     """Compiles programs one after the other, in a child process.
 
     Args:
-      programs: what to compile.
+      recipes: what to compile.
       timeout: seconds for each program.
       progress: called with the index of a program and its estimate, as they come.
 
@@ -89,22 +88,23 @@ def estimate(
       InspectError: libtpu is not installed.
     """
     check_libtpu()
-    for program in programs:
-        parse_slice(program.topology)
+    for recipe in recipes:
+        parse_slice(recipe.topology)
     found: list[Estimate] = []
-    while len(found) < len(programs):
-        for result in _child(programs[len(found) :], timeout):
+    while len(found) < len(recipes):
+        for result in _child(recipes[len(found) :], timeout):
             found.append(result)
             if progress is not None:
                 progress(len(found) - 1, result)
     return found
 
 
-def _child(programs: Sequence[Program], timeout: float) -> Iterator[Estimate]:
+def _child(recipes: Sequence[Recipe], timeout: float) -> Iterator[Estimate]:
     """Estimates until the child ends; if it ended too early, the last one says why. Always at least one."""
     with tempfile.TemporaryDirectory(prefix="ringjax-") as name:
         folder = Path(name)
-        (folder / "programs.json").write_text(json.dumps([dataclasses.asdict(p) for p in programs]), encoding="utf-8")
+        fields = [dataclasses.asdict(recipe) for recipe in recipes]
+        (folder / "recipes.json").write_text(json.dumps(fields), encoding="utf-8")
         log = folder / "stderr.txt"
         count, limit = 0, _Limit(timeout)
         with log.open("w", encoding="utf-8") as stream, _started(folder, stream) as child:
@@ -117,9 +117,20 @@ def _child(programs: Sequence[Program], timeout: float) -> Iterator[Estimate]:
                     yield Estimate(**json.loads(line))
             limit.stop()
             status = child.wait()
-        if count < len(programs):
+        if count < len(recipes):
             said = log.read_text(encoding="utf-8", errors="replace")
             yield Estimate({}, limit.reason or _last_words(said, status))
+
+
+def _started(folder: Path, log: IO[str]) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    return process.started(
+        "ringjax.bench.static_cycles",
+        str(folder),
+        log=log,
+        stdout=subprocess.PIPE,
+        libtpu_args=profile_to(folder / "profile"),
+        environment={"TPU_STDERR_LOG_LEVEL": "0"},  # an abort tells its reason there
+    )
 
 
 class _Limit:
@@ -141,44 +152,7 @@ class _Limit:
 
     def _kill(self, child: subprocess.Popen[str]) -> None:
         self.reason = f"stopped: it took longer than {self.seconds:g} s."
-        _kill(child)
-
-
-@contextlib.contextmanager
-def _started(folder: Path, stream: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """The child, which does not outlive the context."""
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    profile = f"--xla_jf_dump_static_llo_profile_to={folder / 'profile'}"
-    environment = {
-        **os.environ,
-        **ENVIRONMENT,
-        "TPU_STDERR_LOG_LEVEL": "0",  # an abort tells its reason there
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "LIBTPU_INIT_ARGS": " ".join(part for part in (os.environ.get("LIBTPU_INIT_ARGS", ""), profile) if part),
-    }
-    child = subprocess.Popen(
-        [sys.executable, "-m", "ringjax.bench.static_cycles", str(folder)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=stream,
-        text=True,
-        start_new_session=True,  # Ctrl-C reaches it through us alone
-    )
-    try:
-        with child:
-            try:
-                yield child
-            finally:
-                _kill(child)
-    finally:
-        child.wait()
-
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        process.kill(child)
 
 
 def _last_words(said: str, status: int) -> str:
@@ -186,42 +160,39 @@ def _last_words(said: str, status: int) -> str:
     abort = _ABORT.search(said)
     if abort is not None:
         return f"the profiler aborts: {abort[0][:300]}"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return f"the compiler ended with status {status}: {lines[-1][:300] if lines else 'it said nothing'}"
+    return process.how_it_ended(status, said)
 
 
-def _compile(program: Program, profile: Path) -> dict[str, int]:
+def _compile(recipe: Recipe, profile: Path) -> dict[str, int]:
     """In the child: compiles, and collects what the profiler wrote."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    generation = parse_slice(program.topology).generation
+    generation = parse_slice(recipe.topology).generation
     options = {} if generation.chip_config is None else {"chip_config_name": generation.chip_config}
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=program.topology, **options)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=recipe.topology, **options)
     device = topology.devices[0]
-    module, name = program.builder.split(":")
-    built: Built = getattr(importlib.import_module(module), name)(device, **program.options)
+    module, name = recipe.builder.split(":")
+    built: Built = getattr(importlib.import_module(module), name)(device, **recipe.options)
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), built.arguments)
     shutil.rmtree(profile, ignore_errors=True)
     lowered = jax.jit(built.function, donate_argnums=built.donated).lower(*arguments)
-    flags: Any = program.compiler_options or None
+    flags: Any = recipe.compiler_options or None
     lowered.compile(compiler_options=flags)
     operations: dict[str, int] = {}
-    for file in sorted(profile.glob("*")):
-        # Operations that are the same are written once, with their number.
-        for name, cycles, number in _ENTRY.findall(file.read_text(encoding="utf-8")):
-            operations[name] = operations.get(name, 0) + int(cycles) * int(number or 1)
+    for name, cycles, number in read_profile(profile):
+        operations[name] = operations.get(name, 0) + cycles * number
     return operations
 
 
 def _main(folder: Path) -> None:
     """The child: one line of JSON a program."""
-    for fields in json.loads((folder / "programs.json").read_text(encoding="utf-8")):
+    for fields in json.loads((folder / "recipes.json").read_text(encoding="utf-8")):
         start = time.perf_counter()
         try:
-            operations = _compile(Program(**fields), folder / "profile")
+            operations = _compile(Recipe(**fields), folder / "profile")
             result = Estimate(operations, None if operations else "the compiler wrote no estimate.")
         except Exception as error:  # the next program may well compile
             first = next((line for line in str(error).splitlines() if line.strip()), "")

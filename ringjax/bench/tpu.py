@@ -20,7 +20,7 @@ from rich.table import Table
 from ..inspect.chips import GENERATIONS
 from ..inspect.compile import InspectError
 from . import document
-from .static_cycles import Estimate, Program, estimate
+from .static_cycles import Estimate, Recipe, estimate
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 HEAD_SIZES = (128, 64)
@@ -42,7 +42,7 @@ class Case:
     direction: str
     implementation: str
     tiles: str
-    program: Program = dataclasses.field(repr=False)
+    recipe: Recipe = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +133,8 @@ def cases(generation: str, head_size: int, direction: str, length: int = LENGTH)
     def case(name: str, builder: str, tiles: str, flags: dict[str, str], **options: Any) -> Case:
         options = {"length": length, "head_size": head_size, **options}
         builder = f"ringjax.bench.tpu_programs:{builder}_{direction}"
-        program = Program(builder, options, TOPOLOGIES[generation], flags)
-        return Case(generation, head_size, direction, name, tiles, program)
+        recipe = Recipe(builder, options, TOPOLOGIES[generation], flags)
+        return Case(generation, head_size, direction, name, tiles, recipe)
 
     def blocked(name: str, builder: str, blocks: dict[str, Any], flags: dict[str, str]) -> Case:
         ignored = {"block_b"} | (
@@ -149,7 +149,7 @@ def cases(generation: str, head_size: int, direction: str, length: int = LENGTH)
     found += [blocked("splash", "splash", blocks, {}) for blocks in own]
     found += [blocked("splash, raised limit", "splash", blocks, _RAISED) for blocks in raised]
     found += [blocked("flash", "flash", blocks, {}) for blocks in _flash_blocks(direction)]
-    return [c for c in found if _fits(c.program.options.get("blocks", {}), length)]
+    return [c for c in found if _fits(c.recipe.options.get("blocks", {}), length)]
 
 
 def _fits(blocks: dict[str, Any], length: int) -> bool:
@@ -185,7 +185,7 @@ def bench_tpu_static(
     keys = [(g, d, p) for g in generations for d in head_sizes for p in directions]
     todo = [case for key in keys for case in cases(*key, length) if case.implementation in implementations]
     report = None if progress is None else lambda index, found: progress(todo[index], found)
-    found = estimate([case.program for case in todo], timeout=timeout, progress=report)
+    found = estimate([case.recipe for case in todo], timeout=timeout, progress=report)
     rows = []
     for generation, head_size, direction in keys:
         of_row = [

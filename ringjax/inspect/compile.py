@@ -4,27 +4,15 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
 import re
-import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from . import process
 from .program import Program
 
-# What lets libtpu compile where there is no TPU, and several processes do so at once.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
-# Where there is a GPU after all, the program is compiled as on a machine without, and takes none of its memory.
-_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # The packages of a platform's compiler; JAX has one for each major version of CUDA.
 COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-pjrt", "jax-cuda12-pjrt")}
 _CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
@@ -32,9 +20,6 @@ _CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _USED = re.compile(r"(?:Used |\()([\d.]+[KMGT]\w*)\)?(?: of | exceeds available \w+ \()([\d.]+[KMGT]\w*)")
 # Memory that a kernel's tiles may be too large for, by the word that the compiler has for it.
 _TIGHT = {"vmem": "VMEM of a core", "shared memory": "shared memory of a multiprocessor"}
-_NOISE = re.compile(
-    r"^(WARNING|ERROR)?:? ?(Logging before|Failed to find host|=== Source|learning/|\s*$)|worker hostname"
-)
 
 
 class InspectError(Exception):
@@ -98,7 +83,7 @@ def compile_ring(program: Program, *, timeout: float = 600.0, libtpu_args: str =
         status = _run_child(request, result, log, timeout, libtpu_args)
         said = log.read_text(encoding="utf-8", errors="replace")
         if not result.exists():
-            raise InspectError(f"the compiler ended with {_status(status)} and no result. {_last_lines(said)}")
+            raise InspectError(process.how_it_ended(status, said))
         outcome = json.loads(result.read_text(encoding="utf-8"))
     if "error" in outcome:
         raise _refusal(program, outcome)
@@ -115,47 +100,15 @@ def _too_large(detail: str, where: str = "memory of a device (a larger --ring ho
 
 def _run_child(request: Path, result: Path, log: Path, timeout: float, libtpu_args: str) -> int:
     """The exit status; negative is a signal."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    flags = " ".join(part for part in (os.environ.get("LIBTPU_INIT_ARGS", ""), libtpu_args) if part)
-    environment = {
-        **os.environ,
-        **ENVIRONMENT,
-        **_NO_GPU,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "LIBTPU_INIT_ARGS": flags,
-    }
-    command = [sys.executable, "-m", "ringjax.inspect.child", str(request), str(result)]
-    with log.open("w", encoding="utf-8") as stream:
-        # A session of its own, so that all of it can be ended and Ctrl-C reaches it through us alone.
-        child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
-        )
+    arguments = ("ringjax.inspect.child", str(request), str(result))
+    with (
+        log.open("w", encoding="utf-8") as stream,
+        process.started(*arguments, log=stream, stdout=stream, libtpu_args=libtpu_args) as child,
+    ):
         try:
             return child.wait(timeout)
         except subprocess.TimeoutExpired:
             raise InspectError(f"the compiler was stopped: it took longer than --timeout, {timeout:g} s.") from None
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-
-
-def _status(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        return f"signal {signal.Signals(-status).name}"
-    except ValueError:
-        return f"signal {-status}"
-
-
-def _last_lines(said: str, count: int = 3) -> str:
-    """The last lines of a log that say something."""
-    lines = [line.strip() for line in said.splitlines() if not _NOISE.search(line)]
-    # An abort is followed by its stack: what matters stands before that.
-    stack = next((i for i, line in enumerate(lines) if line.startswith(("*** ", "@ ", "Fatal Python"))), len(lines))
-    kept = lines[max(0, stack - count) : stack] or lines[-count:]
-    return "Its last words: " + " / ".join(line[:300] for line in kept) if kept else "It said nothing."
 
 
 def _refusal(program: Program, outcome: dict[str, Any]) -> InspectError:

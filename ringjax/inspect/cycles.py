@@ -8,12 +8,13 @@ process of its own, and a reason in place of a figure.
 import dataclasses
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from .compile import InspectError, compile_ring
 from .program import Program
 
-_ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
+_ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)(?:\s+num_equivalent_hlos: (\d+))?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,23 @@ def estimate_cycles(program: Program, kernels: dict[str, int], *, timeout: float
     """
     with tempfile.TemporaryDirectory(prefix="ringjax-") as folder:
         try:
-            compile_ring(program, timeout=timeout, libtpu_args=f"--xla_jf_dump_static_llo_profile_to={folder}")
+            compile_ring(program, timeout=timeout, libtpu_args=profile_to(Path(folder)))
         except InspectError as error:
             return Cycles({}, f"the profiler gives none: {error}")
-        files = sorted(Path(folder).rglob("*.textproto"))
-        found = dict(pair for file in files for pair in _ESTIMATE.findall(file.read_text(encoding="utf-8")))
-    return match_estimates({name: int(cycles) for name, cycles in found.items()}, kernels)
+        found = {name: cycles for name, cycles, _ in read_profile(Path(folder))}
+    return match_estimates(found, kernels)
+
+
+def profile_to(folder: Path) -> str:
+    """The argument of libtpu that switches the profiler on."""
+    return f"--xla_jf_dump_static_llo_profile_to={folder}"
+
+
+def read_profile(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """What the profiler wrote: an operation's name, its cycles, and how many operations are the same as it."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for name, cycles, number in _ESTIMATE.findall(file.read_text(encoding="utf-8")):
+            yield name, int(cycles), int(number or 1)
 
 
 def match_estimates(found: dict[str, int], kernels: dict[str, int]) -> Cycles:

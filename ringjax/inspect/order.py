@@ -45,7 +45,7 @@ class Done:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class Launch:
     """A block kernel runs."""
 
     name: str
@@ -60,7 +60,7 @@ class Loop:
     body: "Order"
 
 
-Event = Start | Done | Kernel | Loop
+Event = Start | Done | Launch | Loop
 Order = tuple[Event, ...]
 
 
@@ -135,7 +135,7 @@ class _Reader:
             if op.opcode == "call":
                 return list(self.read(Scope(self.module.computations[op.called["to_apply"][0]], op, scope)))
             raise HloError(f"permutes must stand in loops or alone. Got {op.opcode} {op.name} around one.")
-        return [Kernel(_kernel_name(op))] if self._is_kernel(op, inside) else []
+        return [Launch(_kernel_name(op))] if self._is_kernel(op, inside) else []
 
     def _is_kernel(self, op: Op, inside: list[Op]) -> bool:
         if self.pallas:
@@ -182,7 +182,7 @@ def kernels(order: Order, times: int = 1) -> dict[str, int]:
     """How often each block kernel runs, by its name."""
     found: dict[str, int] = {}
     for event in order:
-        if isinstance(event, Kernel):
+        if isinstance(event, Launch):
             found[event.name] = found.get(event.name, 0) + times
         elif isinstance(event, Loop):
             for name, count in kernels(event.body, times * event.times).items():

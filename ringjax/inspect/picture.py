@@ -18,7 +18,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 
 from ..units import size
 from .cycles import base_name
-from .order import Done, Event, Kernel, Loop, Order, Start, num_kernels
+from .order import Done, Event, Launch, Loop, Order, Start, num_kernels
 from .report import Report, carries
 from .text import describe_mask
 
@@ -89,7 +89,7 @@ def lay_out(report: Report, most: int = _MOST_KERNELS) -> Lanes:
         if isinstance(event, Gap):
             gaps.append((x, event.kernels))
             number, x = number + event.kernels, x + 1.0
-        elif isinstance(event, Kernel):
+        elif isinstance(event, Launch):
             number, behind = number + 1, behind + 1
             boxes.append(Box(x, x + 1.0, base_name(event.name), number))
             x += 1.0
@@ -110,7 +110,7 @@ def lay_out(report: Report, most: int = _MOST_KERNELS) -> Lanes:
 
 def _cut(events: list[Event | Gap], most: int) -> list[Event | Gap]:
     """An order that is unrolled in the program: its first and its last kernels."""
-    places = [i for i, event in enumerate(events) if isinstance(event, Kernel)]
+    places = [i for i, event in enumerate(events) if isinstance(event, Launch)]
     if len(places) <= most + 4:
         return events
     first, last = places[most // 2], places[-(most // 2) - 1]
@@ -120,7 +120,7 @@ def _cut(events: list[Event | Gap], most: int) -> list[Event | Gap]:
     while last + 1 < len(events) and isinstance(events[last + 1], Done):
         last += 1
     left_out = sum(
-        event.kernels if isinstance(event, Gap) else isinstance(event, Kernel) for event in events[first : last + 1]
+        event.kernels if isinstance(event, Gap) else isinstance(event, Launch) for event in events[first : last + 1]
     )
     return [*events[:first], Gap(left_out), *events[last + 1 :]]
 

@@ -10,7 +10,7 @@ from .chips import Topology
 from .compile import Compiled
 from .cycles import Cycles
 from .memory import Term, floor_bytes, floor_terms
-from .order import Loop, Order, Permute, Start, kernels, permutes
+from .order import Done, Launch, Loop, Order, Permute, Start, kernels, permutes
 from .program import Program
 
 _LARGEST_MATRIX = 64  # ranks: beyond it the JSON holds sums only
@@ -252,11 +252,14 @@ def _ratio(a: Any, b: Any) -> float:
     return float(a) / float(b) if b else 1.0
 
 
+_EVENTS = {Start: "start", Done: "done", Launch: "kernel"}
+
+
 def _order_json(order: Order) -> list[Any]:
     """["start", name], ["done", name], ["kernel", name] or ["loop", times, [...]]."""
     return [
         ["loop", event.times, _order_json(event.body)]
         if isinstance(event, Loop)
-        else [type(event).__name__.lower(), event.name]
+        else [_EVENTS[type(event)], event.name]
         for event in order
     ]

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from ringjax.bench.gpu import Program, in_turns
+from ringjax.bench.gpu import Timed, in_turns
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.choose import Target, default
 from ringjax.tune.space import HEAD_SIZES, KERNELS, Problem
@@ -37,7 +37,7 @@ UNIT = 256  # the largest tile: lengths are a multiple of it, so that no tile is
 
 Say = Callable[[str], None]
 # Milliseconds of the programs of each of some tiles together, round by round, of so many rounds.
-Timer = Callable[[Mapping[Any, Sequence[Program]], int], Mapping[Any, Sequence[float]]]
+Timer = Callable[[Mapping[Any, Sequence[Timed]], int], Mapping[Any, Sequence[float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DeviceLost(TuneError):
 # ------------------------------------------------------------------------------------------------------- one key
 
 
-def time_in_turns(programs: Mapping[Any, Sequence[Program]], rounds: int) -> dict[Any, list[float]]:
+def time_in_turns(programs: Mapping[Any, Sequence[Timed]], rounds: int) -> dict[Any, list[float]]:
     """The timer of real searches."""
     times = iter(in_turns([program for each in programs.values() for program in each], rounds))
     return {
@@ -128,12 +128,12 @@ class _Trial:
         self.problem, self.say = problem, say
         self.arrays = problem.arrays()
         self.failed = 0
-        self._standard: list[Program] = []
+        self._standard: list[Timed] = []
         self._expected: list[Any] = []
 
-    def prepare(self, candidates: Iterable[Any]) -> dict[Any, list[Program]]:
+    def prepare(self, candidates: Iterable[Any]) -> dict[Any, list[Timed]]:
         """The programs of those that compile and are right; what is wrong with the others is said."""
-        ready: dict[Any, list[Program]] = {}
+        ready: dict[Any, list[Timed]] = {}
         for tiles, programs in self._compile(list(candidates)):
             try:
                 if isinstance(programs, Exception):
@@ -146,13 +146,13 @@ class _Trial:
                 self._still_there(tiles)
         return ready
 
-    def _compile(self, candidates: Sequence[Any]) -> list[tuple[Any, list[Program] | Exception]]:
+    def _compile(self, candidates: Sequence[Any]) -> list[tuple[Any, list[Timed] | Exception]]:
         """The compiler works on several at once."""
 
-        def compiled(tiles: Any) -> list[Program] | Exception:
+        def compiled(tiles: Any) -> list[Timed] | Exception:
             try:
                 calls = self.problem.calls(tiles, self.arrays)
-                return [Program(jax.jit(call).lower(*args).compile(), args) for call, args in calls]
+                return [Timed(jax.jit(call).lower(*args).compile(), args) for call, args in calls]
             except Exception as error:
                 return error
 
@@ -162,7 +162,7 @@ class _Trial:
         finally:
             pool.shutdown(cancel_futures=True)  # of an interrupted search, what has not begun
 
-    def _check(self, programs: list[Program]) -> None:
+    def _check(self, programs: list[Timed]) -> None:
         results = [jax.block_until_ready(program.run(*program.arguments)) for program in programs]
         if not self._standard:
             self._standard, self._expected = programs, results
