@@ -185,3 +185,11 @@ def test_importing_ringjax_loads_neither_flax_nor_pallas():
 )
 def test_training_uses_the_public_surface(path: Path):
     assert imported_rooms(path) <= {"", "nnx", "linen", "training", "simulate", "hopper", "units"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_production_code_does_not_patch_itself(path: Path):
+    """What a program needs to vary is an argument; test doubles belong to tests."""
+    tops = {name.partition(".")[0] for name in imported_modules(path)}
+    assert not tops & {"unittest", "pytest", "mock"}
+    assert "sys.modules" not in path.read_text(encoding="utf-8")

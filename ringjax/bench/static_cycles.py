@@ -82,7 +82,7 @@ def estimate(
       progress: called with the index of a program and its estimate, as they come.
 
     Returns:
-      One estimate a program; what cannot be compiled or estimated has a reason.
+      One estimate per program; what cannot be compiled or estimated has a reason.
 
     Raises:
       InspectError: libtpu is not installed.
@@ -188,7 +188,7 @@ def _compile(recipe: Recipe, profile: Path) -> dict[str, int]:
 
 
 def _main(folder: Path) -> None:
-    """The child: one line of JSON a program."""
+    """The child: one line of JSON per program."""
     for fields in json.loads((folder / "recipes.json").read_text(encoding="utf-8")):
         start = time.perf_counter()
         try:

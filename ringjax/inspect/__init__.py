@@ -1,4 +1,4 @@
-"""`ringjax inspect`: compiles a ring for TPUs or GPUs that are not there, and reads what the compiler made of it.
+"""`ringjax inspect`: compiles a ring for TPUs or GPUs that are absent, and reads what the compiler made of it.
 
 The order in which permutes and kernels are issued, memory against its floor, bytes on the wire, work of every rank.
 The compiler runs in a child process. Nothing runs on a device, so nothing here is a speed.

@@ -64,7 +64,7 @@ def _versions(program: Program) -> dict[str, str]:
 
 
 def _describe(topology: Topology) -> topologies.TopologyDescription:
-    """The devices as the compiler knows them, none of which is there."""
+    """The devices as the compiler knows them, all of them absent."""
     if isinstance(topology, Hosts):
         config = target_config(topology.gpu)
         return topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology.shape)

@@ -176,7 +176,7 @@ def _draw_lanes(report: Report, lanes: Lanes, axes: Any) -> None:
     synchronous = f", {report.num_synchronous} of them synchronous" if report.num_synchronous else ""
     axes.set_title(
         f"permutes hidden {report.num_hidden}/{report.num_permutes}{synchronous}; "
-        f"{size(report.wire_bytes_per_hop)} a hop",
+        f"{size(report.wire_bytes_per_hop)} per hop",
         loc="left",
         fontsize=11,
     )

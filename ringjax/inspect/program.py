@@ -80,7 +80,7 @@ class Program:
 
     @property
     def bounds(self) -> tuple[int | None, int | None]:
-        """(left, right): a query at p attends keys in [p - left, p + right]."""
+        """(left, right): a query at p attends to keys in [p - left, p + right]."""
         return check_window(self.window, self.is_causal)
 
     @property

@@ -96,7 +96,7 @@ def _order(report: Report) -> Iterator[str]:
 def _wire(report: Report) -> Iterator[str]:
     rotations = report.program.schedule().num_rotations
     yield (
-        f"{size(report.wire_bytes_per_hop)} a hop (K, V and what belongs to them), {rotations} rotations, "
+        f"{size(report.wire_bytes_per_hop)} per hop (K, V and what belongs to them), {rotations} rotations, "
         f"{size(report.wire_bytes)} sent per device in all"
     )
     yield f"blocks worked on {report.hops_made} of {report.program.ring}, hops elided {report.hops_elided}"
@@ -123,7 +123,7 @@ def _memory(report: Report) -> Iterator[str]:
 
 def _work(report: Report) -> Iterator[str]:
     pairs = report.pairs_per_rank
-    yield f"attended pairs of a rank, a head: mean {pairs.mean():.4g}, least {pairs.min():.4g}, most {pairs.max():.4g}"
+    yield f"attended pairs per rank and head: mean {pairs.mean():.4g}, least {pairs.min():.4g}, most {pairs.max():.4g}"
     yield (
         f"imbalance {report.imbalance:.3f} (most / mean); hop by hop in lockstep {report.lockstep_imbalance:.3f} "
         "(sum over hops of the most, / mean)"
@@ -141,7 +141,7 @@ def _cycles(report: Report) -> Iterator[str]:
     elif report.cycles.reason is not None:
         yield f"static estimates of the kernels: {report.cycles.reason}"
     else:
-        rows = [("kernel", "cycles a call", "calls")]
+        rows = [("kernel", "cycles per call", "calls")]
         rows += [(name, f"{n:,}", str(report.kernels[name])) for name, n in report.cycles.estimates.items()]
         yield "static estimates of the kernels, every tile visited"
         yield from table(rows)

@@ -1,4 +1,4 @@
-"""Who attends whom, counted exactly: (query, key) pairs of every rank at every hop, by sums in closed form.
+"""Which queries attend to which keys: (query, key) pairs of every rank at every hop, counted exactly in closed form.
 
 Nothing is sampled and no mask is built. A shard is a few runs of consecutive positions (contiguous, zigzag), or evenly
 spaced stripes; pairs between two runs depend on their distance and lengths alone.
