@@ -60,6 +60,7 @@ def started(
             yield child
         finally:
             kill(child)
+            child.wait()  # Popen's own exit waits a quarter of a second at most after Ctrl-C
 
 
 def kill(child: subprocess.Popen[str]) -> None:
