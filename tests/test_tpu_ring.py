@@ -90,7 +90,7 @@ def test_a_ring_over_64_chips_of_v5e_stays_asynchronous():
     assert near.num_synchronous == 0 and near.num_hidden == near.num_permutes == 3 * 63
 
 
-@pytest.mark.parametrize(("backward", "rings"), [(False, (8, 1024)), (True, (8, 64, 1024))])
+@pytest.mark.parametrize(("backward", "rings"), [(False, (8, 64)), (True, (8, 1024))])
 def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_doubles(backward, rings):
     """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p."""
     report = inspect_ring(
