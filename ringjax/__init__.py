@@ -1,4 +1,11 @@
-"""ringjax: exact attention over a sequence that is sharded across devices."""
+"""ringjax: exact attention over a sequence that is sharded across devices.
+
+``ringjax.nnx`` and ``ringjax.linen``, the layers, are imported when they are first asked for: they need Flax.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from .adapters import attention_fn as attention_fn
 from .attention import ring_attention as ring_attention
@@ -14,3 +21,17 @@ from .mesh import ring_mesh as ring_mesh
 from .partial import merge_partials as merge_partials
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import linen as linen
+    from . import nnx as nnx
+else:  # a __getattr__ that a type checker sees would allow it any name
+    _LAZY = ("linen", "nnx")
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LAZY:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LAZY})

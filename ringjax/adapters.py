@@ -5,10 +5,11 @@ signature names all of them: an option left out would be dropped without a word.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypedDict, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .attention import ring_attention
 from .config import RingConfig
@@ -21,10 +22,58 @@ _MASKS = (
 )
 
 
+class AttentionOptions(TypedDict, total=False):
+    """Options of a call, by the names that Flax and ``jax.nn`` give them. Those that the ring lacks must be None."""
+
+    broadcast_dropout: bool
+    dropout_rng: PRNGKeyArray | None
+    dropout_rate: float
+    deterministic: bool
+    dtype: jax.typing.DTypeLike | None
+    precision: jax.lax.PrecisionLike
+    module: object | None
+    promote_dtype: Callable[..., tuple[Array, ...]] | None
+    is_causal: bool
+    force_fp32_for_softmax: bool
+    einsum_dot_general: Callable[..., Array] | None
+    qk_attn_weights_einsum: Callable[..., Array] | None
+    attn_weights_value_einsum: Callable[..., Array] | None
+    input_positions: Int[Array, "..."] | None
+    scale: float | None
+    local_window_size: int | tuple[int | None, int | None] | None
+    query_seq_lengths: Int[Array, " B"] | None
+    key_value_seq_lengths: Int[Array, " B"] | None
+    implementation: str | None
+
+
 class AttentionFn(Protocol):
     """What :func:`attention_fn` returns."""
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, *args: Any, **options: Any) -> Any: ...
+    @overload
+    def __call__(
+        self,
+        query: Float[Array, "*B T N H"],
+        key: Float[Array, "*B S K H"],
+        value: Float[Array, "*B S K Hv"],
+        bias: Float[Array, "..."] | None = None,
+        mask: Bool[Array, "..."] | None = None,
+        *,
+        return_residual: Literal[False] = False,
+        **options: Unpack[AttentionOptions],
+    ) -> Float[Array, "*B T N Hv"]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: Float[Array, "*B T N H"],
+        key: Float[Array, "*B S K H"],
+        value: Float[Array, "*B S K Hv"],
+        bias: Float[Array, "..."] | None = None,
+        mask: Bool[Array, "..."] | None = None,
+        *,
+        return_residual: Literal[True],
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]: ...
 
 
 def attention_fn(
@@ -36,13 +85,13 @@ def attention_fn(
     scale: float | None = None,
     is_causal: bool = False,
     local_window_size: int | tuple[int | None, int | None] | None = None,
-    query_seq_lengths: jax.Array | None = None,
-    key_value_seq_lengths: jax.Array | None = None,
-    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
-    positions: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    query_seq_lengths: Int[Array, " B"] | None = None,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
+    segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    positions: Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]] | None = None,
     layout: str | Layout = "contiguous",
     logits_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
+    sinks: Float[Array, " N"] | None = None,
     config: RingConfig | None = None,
 ) -> AttentionFn:
     """Ring attention as an ``attention_fn``: for ``flax.nnx.MultiHeadAttention``, Linen's, and as a drop-in.
@@ -93,15 +142,15 @@ def attention_fn(
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         dtype: jax.typing.DTypeLike | None = None,
-        precision: Any = None,
-        module: Any = None,
+        precision: jax.lax.PrecisionLike = None,
+        module: object | None = None,
         *,  # From here on NNX and Linen differ in their order.
-        promote_dtype: Callable[..., Any] | None = None,
+        promote_dtype: Callable[..., tuple[Array, ...]] | None = None,
         is_causal: bool = False,
         force_fp32_for_softmax: bool = False,
-        einsum_dot_general: Any = None,
-        qk_attn_weights_einsum: Any = None,
-        attn_weights_value_einsum: Any = None,
+        einsum_dot_general: Callable[..., Array] | None = None,
+        qk_attn_weights_einsum: Callable[..., Array] | None = None,
+        attn_weights_value_einsum: Callable[..., Array] | None = None,
         input_positions: jax.Array | None = None,
         scale: float | None = None,
         local_window_size: int | tuple[int | None, int | None] | None = None,
@@ -135,11 +184,12 @@ def attention_fn(
         )
         return _with_one_batch_axis(query, key, value, call, return_residual)
 
-    return ring_attention_fn
+    # Spelt out above, where Linen reads the names; a type checker would want **options for the protocol's.
+    return cast(AttentionFn, ring_attention_fn)
 
 
 def _promote(arrays: tuple[jax.Array, ...], *, dtype: jax.typing.DTypeLike | None) -> tuple[jax.Array, ...]:
-    """Flax's rule: the dtype asked for, else the common one."""
+    """Flax's rule: the dtype asked for, otherwise the common one."""
     target = jnp.result_type(*arrays) if dtype is None else dtype
     return tuple(jnp.asarray(x, target) for x in arrays)
 

@@ -31,6 +31,9 @@ def change(**fields: Any) -> DecoderConfig:
     return dataclasses.replace(SMALL, **fields)
 
 
+ONE = change(num_shards=1)  # for one device, with tokens in natural order
+
+
 def ring_mesh(num_shards: int) -> jax.sharding.Mesh:
     return jax.make_mesh((num_shards,), ("sp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_shards])
 
@@ -39,25 +42,46 @@ def cube(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
     return jax.make_mesh((2, 2, 2), ("data", "sp", "tensor"), axis_types=(kind,) * 3)
 
 
-def batch(length: int = T) -> tuple[jax.Array, jax.Array, jax.Array]:
+def batch(length: int = T) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, targets and a loss mask, in natural order."""
-    tokens, targets = (jax.random.randint(jax.random.key(i), (B, length), 0, V) for i in range(2))
-    return tokens, targets, jax.random.bernoulli(jax.random.key(2), 0.7, (B, length))
+    rng = np.random.default_rng(7)
+    tokens, targets = (rng.integers(0, V, (B, length), np.int32) for _ in range(2))
+    return tokens, targets, rng.random((B, length)) < 0.7
+
+
+def ring_order(length: int, layout: Any, num_shards: int) -> np.ndarray:
+    return np.asarray(ringjax.ring_positions(length, layout=layout, num_shards=num_shards))
 
 
 @functools.cache
 def make(config: DecoderConfig, mesh: Any = None) -> Decoder:
-    """A Decoder, made in one compiled program where there is no mesh to make it on."""
-    if mesh is not None:
-        return Decoder.init_sharded(config, mesh=mesh, seed=0)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))())
+    """A Decoder whose scales are not the ones they start as, drawn by numpy: to compile Decoder() takes seconds."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, w: Any) -> Any:
+        scale = "scale" in jax.tree_util.keystr(path)
+        return np.asarray(scale + (0.1 if scale else 0.25) * rng.standard_normal(w.shape), w.dtype)
+
+    state = jax.tree.map_with_path(draw, abstract)
+    return nnx.merge(graphdef, jax.device_put(state, None if mesh is None else param_shardings(config, mesh)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def program(graphdef: Any, state: Any, arrays: Any, call: Any) -> Any:
     given = dict(zip(("tokens", "targets", "loss_mask"), arrays, strict=False))
     return jax.value_and_grad(lambda s: nnx.merge(graphdef, s).loss(**given, **call), has_aux=True)(state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward_program(graphdef: Any, state: Any, arrays: Any, call: Any) -> Any:
+    model = nnx.merge(graphdef, state)
+    return model(arrays[0], **call), model.loss(*arrays[:2], loss_mask=arrays[2], **call)[0]
+
+
+def logits_and_loss(decoder: Decoder, *arrays: Any, **call: Any) -> Any:
+    """Logits and loss of tokens, targets and a loss mask."""
+    return forward_program(*nnx.split(decoder), arrays, call)
 
 
 def loss_and_gradients(decoder: Decoder, *arrays: Any, **call: Any) -> tuple[Any, Any]:
@@ -68,6 +92,7 @@ def loss_and_gradients(decoder: Decoder, *arrays: Any, **call: Any) -> tuple[Any
 
 
 def dense_loss(config: DecoderConfig, params: Any, tokens: Any, targets: Any, mask: Any, **call: Any) -> Any:
+    """The loss, and the logits beside it."""
     logits = dense_layers.decoder(
         params,
         tokens,
@@ -77,7 +102,13 @@ def dense_loss(config: DecoderConfig, params: Any, tokens: Any, targets: Any, ma
         logits_soft_cap=config.logits_soft_cap,
         **call,
     )
-    return dense_layers.cross_entropy(logits, targets, mask.astype(jnp.float32))
+    return dense_layers.cross_entropy(logits, targets, mask.astype(jnp.float32)), logits
+
+
+def run_dense(config: DecoderConfig, *natural: Any, **call: Any) -> Any:
+    """((loss, logits), gradients) of the dense decoder with the parameters that `make` gives."""
+    params = nnx.to_pure_dict(nnx.state(make(dataclasses.replace(config, num_shards=1))))
+    return jax.jit(jax.value_and_grad(lambda p: dense_loss(config, p, *natural, **call), has_aux=True))(params)
 
 
 def assert_close(got: Any, want: Any, tolerance: float = 2e-5) -> None:
@@ -88,18 +119,18 @@ def assert_close(got: Any, want: Any, tolerance: float = 2e-5) -> None:
 
 # --------------------------------------------------------------------------------------------------------- values
 
-# Every layout, on 1, 4 and 8 devices, all options between them: C, fields of the config, arguments of the loss.
+# Every layout, on 4 and 8 devices, all options between them: C, fields of the config, arguments of the loss. One device
+# is test_one_device_equals_dense.
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "one device, untied": (1, dict(layout="zigzag", tie_embeddings=False), {}),
-    "packed documents, window, soft cap": (
+    "packed documents, window, soft cap, untied": (
         4,
-        dict(layout="contiguous", local_window_size=(6, 0), logits_soft_cap=2.0),
+        dict(layout="contiguous", local_window_size=(6, 0), logits_soft_cap=2.0, tie_embeddings=False),
         dict(segment_ids=SEGMENTS),
     ),
     "positions, other base, chunk larger than a shard": (
         8,
         dict(layout="zigzag", rope_theta=77.0, loss_chunk=100),
-        dict(positions=np.arange(T)[None] * [[1], [3]]),
+        dict(positions=(np.arange(T)[None] * [[1], [3]]).astype(np.int32)),
     ),
     "length that fits nothing, no remat": (4, dict(layout="striped", remat=False, num_layers=1), dict(length=19)),
 }
@@ -108,15 +139,14 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_equal_dense(case: str):
     num_shards, fields, call = CASES[case]
-    config = change(**fields)
+    config = change(num_shards=num_shards, **fields)
     call = dict(call)
     natural = batch(call.pop("length", T))
-    decoder = make(config, None if num_shards == 1 else ring_mesh(num_shards))
-    order = np.asarray(ringjax.ring_positions(natural[0].shape[1], layout=config.layout, num_shards=num_shards))
-    in_ring = {name: jnp.asarray(x)[:, order] for name, x in call.items()}
+    order = ring_order(natural[0].shape[1], config.layout, num_shards)
+    in_ring = {name: x[:, order] for name, x in call.items()}
+    decoder = make(config, ring_mesh(num_shards))
     (loss, aux), grads = loss_and_gradients(decoder, *(x[:, order] for x in natural), **in_ring)
-    params = nnx.to_pure_dict(nnx.state(decoder))
-    want, want_grads = jax.jit(jax.value_and_grad(lambda p: dense_loss(config, p, *natural, **call)))(params)
+    (want, _), want_grads = run_dense(config, *natural, **call)
     assert loss.dtype == jnp.float32 and loss.shape == ()
     assert float(aux["tokens"]) == float(natural[2].sum())
     assert_close(loss, want)
@@ -124,58 +154,56 @@ def test_loss_and_gradients_equal_dense(case: str):
 
 
 @functools.cache
-def on_one_device() -> tuple[Any, Any, Any]:
-    decoder = make(SMALL)
-    value, grads = loss_and_gradients(decoder, *batch(), segment_ids=SEGMENTS)
-    return value, grads, nnx.jit(lambda m, tokens: m(tokens))(decoder, batch()[0])
+def dense() -> Any:
+    """((loss, logits), gradients) that every decoder without options must give for the documents of SEGMENTS."""
+    return run_dense(SMALL, *batch(), segment_ids=SEGMENTS)
+
+
+def test_one_device_equals_dense():
+    (loss, logits), grads = dense()
+    (got, _), got_grads = loss_and_gradients(make(ONE), *batch(), segment_ids=SEGMENTS)
+    assert_close(got, loss)
+    assert_close(got_grads, grads)
+    assert_close(logits_and_loss(make(ONE), *batch(), segment_ids=SEGMENTS), (logits, loss))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
-    natural = batch()
-    want, want_grads, want_logits = on_one_device()
+    (want, want_logits), want_grads = dense()
     mesh = cube(kind)
     config = change(batch_axis_name="data", head_axis_name="tensor")
-    order = np.asarray(ringjax.ring_positions(T, layout="zigzag", num_shards=2))
+    order = ring_order(T, "zigzag", 2)
+    sharding = NamedSharding(mesh, PartitionSpec("data", "sp"))
     with jax.set_mesh(mesh):
-        decoder = Decoder.init_sharded(config, mesh=mesh, seed=0)
-        sharding = NamedSharding(mesh, decoder.data_spec)
-        *arrays, ids = (jax.device_put(x[:, order], sharding) for x in (*natural, SEGMENTS))
-        got, grads = loss_and_gradients(decoder, *arrays, segment_ids=ids)
-    assert_close(got, want)
-    assert_close(grads, want_grads)
-    if kind == AxisType.Auto:
-        return
-    with jax.set_mesh(mesh):
-        logits = nnx.jit(lambda m, tokens: m(tokens))(decoder, arrays[0])
-    assert tuple(logits.sharding.spec) == ("data", "sp", "tensor")
-    assert logits.shape == (B, T, V) and logits.dtype == jnp.float32
-    assert_close(np.asarray(logits)[:, np.argsort(order)], want_logits)
-
-
-def test_logits_equal_dense():
-    tokens, _, _ = batch()
-    params = nnx.to_pure_dict(nnx.state(make(SMALL)))
-    want = jax.jit(lambda p: dense_layers.decoder(p, tokens, norm_eps=SMALL.norm_eps))(params)
-    assert_close(on_one_device()[2], want)
+        decoder = make(config, mesh)
+        *arrays, ids = (jax.device_put(x[:, order], sharding) for x in (*batch(), SEGMENTS))
+        (got, _), grads = loss_and_gradients(decoder, *arrays, segment_ids=ids)
+        assert_close(got, want)
+        assert_close(grads, want_grads)
+        if kind == AxisType.Explicit:  # whose result says how it is sharded
+            logits, _ = logits_and_loss(decoder, *arrays, segment_ids=ids)
+            assert tuple(logits.sharding.spec) == ("data", "sp", "tensor")
+            assert logits.shape == (B, T, V) and logits.dtype == jnp.float32
+            assert_close(np.asarray(logits)[:, np.argsort(order)], want_logits)
 
 
 def test_masked_targets_may_be_anything():
     tokens, targets, mask = batch()
-    wild = jnp.where(mask, targets, -(10**6))
-    assert_close(loss_and_gradients(make(SMALL), tokens, wild, mask, segment_ids=SEGMENTS), on_one_device()[:2], 0)
+    wild = np.where(mask, targets, -(10**6))
+    got = loss_and_gradients(make(ONE), tokens, wild, mask, segment_ids=SEGMENTS)
+    assert_close(got, loss_and_gradients(make(ONE), *batch(), segment_ids=SEGMENTS), 0)
 
 
 def test_a_batch_without_targets_has_no_loss():
     tokens, targets, mask = batch()
-    (loss, aux), grads = loss_and_gradients(make(SMALL), tokens, targets, mask & False, segment_ids=SEGMENTS)
+    (loss, aux), grads = loss_and_gradients(make(ONE), tokens, targets, mask & False, segment_ids=SEGMENTS)
     assert loss == 0 and aux["tokens"] == 0
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
 def test_mask_may_weigh():
     tokens, targets, mask = batch()
-    decoder = make(SMALL)
+    decoder = make(ONE)
 
     @jax.jit
     def losses(tokens: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
@@ -186,7 +214,98 @@ def test_mask_may_weigh():
     assert_close([as_int, twice], [once, once])
     assert float(double["tokens"]) == 2 * float(count["tokens"]) == 2 * float(mask.sum())
     assert float(all_of_them["tokens"]) == tokens.size
-    assert abs(float(unmasked) - math.log(V)) < 0.5  # it knows nothing yet
+    assert float(unmasked) != float(once)
+
+
+# ------------------------------------------------------------------------------------------------- order of tokens
+
+
+@pytest.mark.parametrize(
+    ("layout", "length", "on_a_mesh"), [("zigzag", T, False), (ringjax.Striped(stripe=2), 19, True)]
+)
+def test_one_device_takes_tokens_dealt_for_several(layout: Any, length: int, on_a_mesh: bool):
+    """All that goes in, and the logits, are in ring order of four shards: with a mesh of one device and without."""
+    order = ring_order(length, layout, 4)
+    decoder = make(change(layout=layout, num_shards=4), ring_mesh(1) if on_a_mesh else None)
+    ids = SEGMENTS[:, :length]
+    logits, loss = logits_and_loss(decoder, *(x[:, order] for x in batch(length)), segment_ids=ids[:, order])
+    want, want_loss = logits_and_loss(make(ONE), *batch(length), segment_ids=ids)
+    assert_close((logits, loss), (np.asarray(want)[:, order], want_loss))
+
+
+def test_refuses_to_guess_the_order_of_tokens():
+    tokens, targets, _ = batch()
+    for layout in ("zigzag", "striped"):
+        decoder = make(change(layout=layout))
+        for call in (lambda d: d(tokens), lambda d: d.loss(tokens, targets)):
+            with pytest.raises(
+                ValueError, match="num_shards must be given where there is no mesh.* 1 for tokens in nat"
+            ):
+                call(decoder)  # noqa: B023
+        # Positions of the caller's own leave nothing to guess.
+        assert jax.eval_shape(lambda d: d(tokens, positions=jnp.arange(T)), decoder).shape == (B, T, V)  # noqa: B023
+    assert jax.eval_shape(lambda d: d(tokens), make(change(layout="contiguous"))).shape == (B, T, V)
+
+
+def test_refuses_a_ring_of_another_size():
+    config = change(num_shards=4)
+    message = "num_shards must be 2, the number of devices on the ring 'sp' here.* Got 4"
+    with pytest.raises(ValueError, match=message):
+        Decoder(config, mesh=ring_mesh(2), rngs=nnx.Rngs(0))
+    decoder = make(config)  # knows no mesh yet
+    with jax.set_mesh(ring_mesh(2)), pytest.raises(ValueError, match=message):
+        decoder(batch()[0])
+
+
+# ------------------------------------------------------------------------------------------------------ vocabulary
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("bad", [V, -1])
+def test_refuses_ids_outside_the_vocabulary(convert: Any, bad: int):
+    tokens, targets, mask = batch()
+    wrong = np.where(np.arange(T) == 5, bad, tokens)
+    message = rf"must be in \[0, {V}\), ids of the vocabulary. Got 2 outside it, from {bad} to {bad}"
+    decoder = make(ONE)
+    with pytest.raises(ValueError, match=f"tokens {message}"):
+        decoder(convert(wrong))
+    with pytest.raises(ValueError, match=f"tokens {message}"):
+        decoder.loss(convert(wrong), convert(targets))
+    for counted in (None, convert(mask | True), convert(np.full((B, T), 0.5, np.float32))):
+        with pytest.raises(ValueError, match=f"targets {message}"):
+            decoder.loss(convert(tokens), convert(wrong), loss_mask=counted)
+
+
+@pytest.mark.parametrize("bad", [V, -1, 10**6])
+def test_under_jit_ids_outside_the_vocabulary_give_nan(bad: int):
+    """Where a token attends to one of them, and nowhere else; never the row of another token."""
+    tokens, targets, mask = batch()
+    wrong = tokens.copy()
+    wrong[0, 15] = bad
+    got, loss = logits_and_loss(make(ONE), wrong, targets, mask, segment_ids=SEGMENTS)
+    got = np.asarray(got)
+    assert np.isnan(loss)
+    reached = np.zeros((B, T), bool)
+    reached[0, 15:] = True  # the last document of the first row
+    np.testing.assert_array_equal(np.isnan(got), np.broadcast_to(reached[..., None], got.shape))
+    (_, want), _ = dense()
+    assert_close(got[~reached], np.asarray(want)[~reached])
+    wrong_targets = np.where(mask & (np.arange(T) == np.argmax(mask[0])), bad, targets)
+    _, loss = logits_and_loss(make(ONE), tokens, wrong_targets, mask, segment_ids=SEGMENTS)
+    assert np.isnan(loss)
+
+
+def test_narrow_ids_and_a_vocabulary_beyond_them():
+    config = change(num_shards=1, vocab_size=300, num_layers=1)
+    tokens, targets, mask = (x.astype(np.uint8) for x in batch())
+    graphdef, state = nnx.split(make(config))
+
+    @jax.jit
+    def losses(state: Any, *pairs: Any) -> Any:
+        return [nnx.merge(graphdef, state).loss(*pair)[0] for pair in pairs]
+
+    narrow, wide = losses(state, (tokens, targets), (tokens.astype(np.int32), targets.astype(np.int32)))
+    assert_close(narrow, wide)
 
 
 # -------------------------------------------------------------------------------------------- what a program holds
@@ -237,13 +356,13 @@ def dots(jaxpr: Any) -> int:
 
 
 def test_remat_recomputes_the_rest():
-    assert dots(gradient_jaxpr(SMALL, None)) > dots(gradient_jaxpr(change(remat=False), None))
+    assert dots(gradient_jaxpr(ONE, None)) > dots(gradient_jaxpr(change(num_shards=1, remat=False), None))
 
 
 def test_logits_never_exist_whole():
-    config = change(vocab_size=1009, loss_chunk=2)  # a size that nothing else has
     for mesh in (None, ring_mesh(4)):
         shards = 1 if mesh is None else 4
+        config = change(vocab_size=1009, loss_chunk=2, num_shards=shards)  # a size that nothing else has
         sizes = {
             out.aval.size
             for eqn, _ in equations(gradient_jaxpr(config, mesh, length=64))
@@ -266,7 +385,7 @@ def test_table_gradient_is_summed_over_devices_once():
     config = change(num_layers=1, vocab_size=48)
     decoder = make(config, mesh)
     graphdef, state = nnx.split(decoder)
-    tokens = jax.device_put(batch()[0], NamedSharding(mesh, decoder.data_spec))
+    tokens = jax.device_put(batch()[0], NamedSharding(mesh, PartitionSpec(None, "sp")))
     gradient = jax.jit(jax.grad(lambda s, t: nnx.merge(graphdef, s).loss(t, t)[0]))
     text = gradient.lower(state, tokens).compile().as_text()
     computation, where = "", []
@@ -328,12 +447,13 @@ def test_init_sharded_makes_the_same_parameters_in_place():
         same = jax.tree.map(lambda w, s: w.sharding.is_equivalent_to(s, w.ndim), state, shardings)
         assert all(jax.tree.leaves(same))
     assert_close(made, moved, 1e-6)
-    assert jax.tree.structure(made) == jax.tree.structure(nnx.state(Decoder(config, rngs=nnx.Rngs(3))))
+    without_a_mesh = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(3)))
+    assert jax.tree.structure(made) == jax.tree.structure(nnx.state(without_a_mesh))
 
 
 def test_parameters_start_at_their_scales():
     config = change(embed_dim=128, mlp_dim=512, num_heads=16, num_layers=8)
-    params = nnx.to_pure_dict(nnx.state(make(config)))
+    params = nnx.to_pure_dict(jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))())
     blocks = params["blocks"]
     std = {
         "table": (params["embedding"]["kernel"], 0.02),
@@ -350,7 +470,7 @@ def test_parameters_start_at_their_scales():
 
 
 def test_dtypes():
-    config = change(dtype="bfloat16")
+    config = change(num_shards=1, dtype="bfloat16")
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, mesh=None, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
@@ -377,11 +497,17 @@ def test_dtypes():
         (dict(loss_chunk=-1), "loss_chunk must be a positive integer"),
         (dict(num_kv_heads=3), "num_kv_heads must divide num_heads. Got num_heads=4, num_kv_heads=3"),
         (dict(head_dim=7), "head_dim must be even"),
-        (dict(rope_theta=0.0), "rope_theta must be positive"),
-        (dict(norm_eps=-1e-5), "norm_eps must be positive"),
+        (dict(rope_theta=0.0), "rope_theta must be a positive number. Got 0.0"),
+        (dict(rope_theta=None), "rope_theta must be a positive number. Got None"),
+        (dict(rope_theta=float("nan")), "rope_theta must be a positive number. Got nan"),
+        (dict(norm_eps=-1e-5), "norm_eps must be a positive number"),
         (dict(dtype="float8"), "dtype must be one of 'float32'.* Got 'float8'"),
         (dict(param_dtype="int32"), "param_dtype must be one of"),
-        (dict(logits_soft_cap=0.0), "logits_soft_cap must be positive or None"),
+        (dict(logits_soft_cap=0.0), "logits_soft_cap must be a positive number or None"),
+        (dict(num_shards=0), "num_shards must be a positive integer. Got 0"),
+        (dict(tie_embeddings=1), "tie_embeddings must be True or False. Got 1"),
+        (dict(axis_name=()), "axis_name must name a mesh axis, or several as a tuple. Got \\(\\)"),
+        (dict(ring=dict(unroll=2)), "ring must be a RingConfig"),
         (dict(layout="spiral"), "layout must be one of"),
         (dict(local_window_size=-1), "local_window_size must be"),
         (dict(batch_axis_name=("data", "sp")), "must name different axes"),
@@ -391,6 +517,12 @@ def test_dtypes():
 def test_refuses_bad_configs(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         change(**fields)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(DecoderConfig)])
+def test_every_field_is_checked(field: str):
+    with pytest.raises(ValueError, match=f"^{field} must be|^{field} must name"):
+        change(**{field: object()})
 
 
 def test_lists_of_a_file_become_tuples():
@@ -421,10 +553,11 @@ def test_refuses_axes_that_the_mesh_lacks():
         (dict(loss_mask=jnp.ones((B, 1))), "loss_mask must have the shape of tokens"),
         (dict(segment_ids=jnp.ones((T,), jnp.int32)), "segment_ids must have the shape of tokens"),
         (dict(positions=jnp.arange(T + 1)), "positions must have shape"),
+        (dict(tokens=[[0, 1]]), "tokens must be an array. Got list"),
     ],
 )
 def test_refuses_bad_batches(arguments: dict[str, Any], message: str):
-    decoder = make(SMALL)
+    decoder = make(ONE)
     tokens, targets, _ = batch()
     with pytest.raises(ValueError, match=message):
         decoder.loss(**({"tokens": tokens, "targets": targets} | arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -77,7 +78,7 @@ def test_agrees_with_nnx():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
-    single = ringjax.linen.RingAttention(**EVERYTHING)
+    single = ringjax.linen.RingAttention(num_shards=1, **EVERYTHING)
     x = inputs()
     variables = single.init(jax.random.key(0), x)
     assert not any(isinstance(p, nn.Partitioned) for p in jax.tree.leaves(variables, is_leaf=_boxed))
@@ -97,6 +98,40 @@ def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
     assert kernel.names == (("data", "sp"), "tensor", None)
     assert tuple(kernel.value.sharding.spec) == (("data", "sp"), "tensor", None)
     assert_close(np.asarray(out)[:, np.argsort(order)], want)
+
+
+def test_the_order_of_tokens_is_said_not_guessed():
+    """num_shards reaches the shared equation: order for four shards on one device, refused where it does not fit."""
+    order = np.asarray(ringjax.ring_positions(T, layout="zigzag", num_shards=4))
+    x = inputs()
+    natural = ringjax.linen.RingAttention(num_shards=1, **EVERYTHING)
+    dealt = ringjax.linen.RingAttention(num_shards=4, **EVERYTHING)
+
+    @jax.jit
+    def run(x: jax.Array, in_ring: jax.Array) -> Any:
+        variables = natural.init(jax.random.key(0), x)
+        return variables, natural.apply(variables, x), dealt.apply(variables, in_ring)
+
+    variables, want, got = run(x, x[:, order])
+    assert_close(got, want[:, order])
+    with pytest.raises(ValueError, match="num_shards must be given"):
+        ringjax.linen.RingAttention(**EVERYTHING).apply(variables, x)
+    with jax.set_mesh(cube()), pytest.raises(ValueError, match="num_shards must be 2"):
+        dealt.apply(variables, x)
+
+
+OPTIONS = [
+    field.name
+    for field in dataclasses.fields(ringjax.linen.RingAttention)
+    if field.name not in ("parent", "name")  # Linen's own
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_checked(option: str):
+    layer = ringjax.linen.RingAttention(**({"num_heads": 4, "head_dim": 4} | {option: object()}))
+    with pytest.raises(ValueError, match=f"^{option} must (be|name)"):
+        layer.init(jax.random.key(0), inputs())
 
 
 def _boxed(x: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import dense_layers
@@ -29,24 +31,28 @@ def cube(kind: AxisType) -> jax.sharding.Mesh:
 
 
 def build(**options: Any) -> RingAttention:
-    """A layer whose biases, scales and sinks are not the trivial ones they start as, made in one compiled program."""
+    """A layer whose biases, scales and sinks are not what they start as, drawn by numpy: nothing compiles."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: RingAttention(in_features=E, rngs=nnx.Rngs(0), **options)))
+    rng = np.random.default_rng(7)
 
-    def make() -> RingAttention:
-        return RingAttention(in_features=E, rngs=nnx.Rngs(0), **options)
+    def draw(path: Any, w: Any) -> Any:
+        size = 0.25 if "kernel" in jax.tree_util.keystr(path) else 0.1
+        return np.asarray(("scale" in jax.tree_util.keystr(path)) + size * rng.standard_normal(w.shape), w.dtype)
 
-    def state() -> Any:
-        keys = iter(jax.random.split(jax.random.key(7), 40))
-        return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), nnx.state(make()))
-
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    state = jax.tree.map_with_path(draw, abstract)
     mesh = options.get("mesh") or jax.sharding.get_mesh()
-    shardings = None if mesh.empty else partition_shardings(abstract, mesh)
-    return nnx.merge(graphdef, jax.jit(state, out_shardings=shardings)())
+    return nnx.merge(graphdef, jax.device_put(state, None if mesh.empty else partition_shardings(abstract, mesh)))
 
 
-def inputs(length: int = T) -> tuple[jax.Array, jax.Array]:
+def inputs(length: int = T) -> tuple[np.ndarray, np.ndarray]:
     """Input and a random cotangent."""
-    return tuple(jax.random.normal(jax.random.key(i), (B, length, E)) for i in (1, 2))  # type: ignore[return-value]
+    rng = np.random.default_rng(1)
+    x, dout = (rng.standard_normal((B, length, E), np.float32) for _ in range(2))
+    return x, dout
+
+
+def ring_order(length: int, layout: Any, num_shards: int) -> np.ndarray:
+    return np.asarray(ringjax.ring_positions(length, layout=layout, num_shards=num_shards))
 
 
 def pure(layer: nnx.Module) -> Any:
@@ -86,8 +92,8 @@ def check(layer: RingAttention, num_shards: int, layout: Any, call: dict[str, An
     """The layer in ring order equals the dense layer in natural order; `call` is in natural order."""
     x, dout = inputs(call.pop("length", T))
     dout = dout[..., : layer.spec.out_features]
-    order = np.asarray(ringjax.ring_positions(x.shape[1], layout=layout, num_shards=num_shards))
-    in_ring = {name: v if name == "seq_lengths" else jnp.asarray(v)[:, order] for name, v in call.items()}
+    order = ring_order(x.shape[1], layout, num_shards)
+    in_ring = {name: v if name == "seq_lengths" else v[:, order] for name, v in call.items()}
     out, dweights, dx = run(layer, x[:, order], dout[:, order], **in_ring)
     if "seq_lengths" in call:
         lengths = call.pop("seq_lengths")
@@ -143,19 +149,117 @@ def test_equals_dense(feature: str):
     check(build(mesh=ring_mesh(num_shards), layout=layout, **options), num_shards, layout, dict(call), **dense)
 
 
+# ------------------------------------------------------------------------------------------------- order of tokens
+
+LENGTHS = np.array([9, 27])
+MASKED: dict[str, Any] = dict(GQA, local_window_size=9)
+
+
+def on_one_device(layout: Any, order: np.ndarray, axis_types: AxisType | None, call: dict[str, Any]) -> Any:
+    """`run` with tokens in that order, on a mesh with a ring of one device or without a mesh."""
+    x, dout = (a[:, order] for a in inputs(len(order)))
+    if axis_types is None:
+        return run(build(**MASKED, layout=layout, num_shards=4), x, dout, **call)
+    mesh = jax.make_mesh((2, 1), ("data", "sp"), axis_types=(axis_types,) * 2, devices=jax.devices()[:2])
+    rows = NamedSharding(mesh, PartitionSpec("data", "sp"))
+    with jax.set_mesh(mesh):
+        layer = build(**MASKED, layout=layout, num_shards=4, batch_axis_name="data")
+        return run(layer, jax.device_put(x, rows), jax.device_put(dout, rows), **call)
+
+
+@pytest.mark.parametrize(
+    ("layout", "length", "axis_types"),
+    [("zigzag", T, None), ("zigzag", T, AxisType.Explicit), (ringjax.Striped(stripe=5), 27, AxisType.Auto)],
+)
+def test_one_device_takes_tokens_dealt_for_several(layout: Any, length: int, axis_types: AxisType | None):
+    """Positions of RoPE and of the mask, and lengths, follow the order for four shards, on the one device there is."""
+    order = ring_order(length, layout, 4)
+    ids = SEGMENTS[:, :length]
+    out, dweights, dx = on_one_device(layout, order, axis_types, dict(segment_ids=ids[:, order], seq_lengths=LENGTHS))
+    want = run_dense(
+        pure(build(**MASKED)), *inputs(length), is_causal=True, local_window_size=9, segment_ids=ids,
+        query_seq_lengths=LENGTHS, key_value_seq_lengths=LENGTHS,
+    )  # fmt: skip
+    back = np.argsort(order)
+    assert_close((np.asarray(out)[:, back], dweights, np.asarray(dx)[:, back]), want)
+
+
+def test_one_device_inside_shard_map_takes_tokens_dealt_for_several():
+    layer = build(**MASKED, layout="zigzag", num_shards=4)
+    order = ring_order(T, "zigzag", 4)
+    graphdef, state = nnx.split(layer)
+
+    def local(state: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, state)(x)
+
+    specs = dict(in_specs=(PartitionSpec(), PartitionSpec(None, "sp")), out_specs=PartitionSpec(None, "sp"))
+    out = jax.jit(jax.shard_map(local, mesh=ring_mesh(1), **specs))(state, inputs()[0][:, order])
+    dense = jax.jit(lambda w, x: dense_layers.attention_layer(w, x, is_causal=True, local_window_size=9))
+    assert_close(np.asarray(out)[:, np.argsort(order)], dense(pure(layer), inputs()[0]))
+
+
 def test_without_a_mesh_runs_on_one_device():
-    layer = build(layout=ringjax.Striped(stripe=5), **GQA)  # a stripe that does not divide T: nobody shares anything
+    # Natural order: nothing is shared out, so a stripe that does not divide T is no matter.
+    layer = build(layout=ringjax.Striped(stripe=5), num_shards=1, **GQA)
     x, _ = inputs()
     dense = jax.jit(lambda w, x: dense_layers.attention_layer(w, x, is_causal=True, segment_ids=SEGMENTS))
     want = dense(pure(layer), x)
     assert_close(nnx.jit(lambda m, x: m(x, segment_ids=jnp.asarray(SEGMENTS)))(layer, x), want)
 
 
+def shape_of(layer: Callable[..., Any], **call: Any) -> Any:
+    return jax.eval_shape(lambda x: layer(x, **call), jnp.ones((B, T, E))).shape
+
+
+ORDERED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rope": ({}, {}),
+    "causal": (dict(rope_theta=None, is_causal=True), {}),
+    "window": (dict(rope_theta=None, local_window_size=3), {}),
+    "lengths": (dict(rope_theta=None), dict(seq_lengths=jnp.array([9, 32]))),
+    "lengths beside positions": ({}, dict(seq_lengths=jnp.array([9, 32]), positions=jnp.arange(T))),
+}
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "striped", ringjax.Striped(stripe=2)])
+@pytest.mark.parametrize("what", ORDERED)
+def test_refuses_to_guess_the_order_of_tokens(what: str, layout: Any):
+    options, call = ORDERED[what]
+    with pytest.raises(ValueError, match="num_shards must be given where there is no mesh .*Got num_shards=None"):
+        shape_of(build(num_heads=2, layout=layout, **options), **call)
+    # As soon as it is said, by the mesh too, or where every number of shards gives one order, there is no question.
+    assert shape_of(build(num_heads=2, layout=layout, num_shards=4, **options), **call) == (B, T, E)
+    assert shape_of(build(num_heads=2, layout=layout, mesh=ring_mesh(4), **options), **call) == (B, T, E)
+    assert shape_of(build(num_heads=2, layout="contiguous", **options), **call) == (B, T, E)
+
+
+def test_does_not_ask_for_an_order_that_nothing_depends_on():
+    assert shape_of(build(num_heads=2, layout="zigzag", rope_theta=None), segment_ids=jnp.asarray(SEGMENTS))
+    assert shape_of(build(**GQA, layout="zigzag"), positions=jnp.arange(T))
+
+
+def test_refuses_a_ring_of_another_size():
+    """However the ring is found: a mesh given, a mesh of the context, inside shard_map, an axis of vmap."""
+    message = "num_shards must be 4, the number of devices on the ring 'sp' here.* Got 8"
+    with pytest.raises(ValueError, match=message):
+        RingAttention(4, E, mesh=ring_mesh(4), num_shards=8, rngs=nnx.Rngs(0))
+    layer = build(**GQA, num_shards=8)
+    with jax.set_mesh(ring_mesh(4)), pytest.raises(ValueError, match=message):
+        shape_of(layer)
+    spec = PartitionSpec(None, "sp")
+    with pytest.raises(ValueError, match=message):
+        shape_of(jax.shard_map(layer, mesh=ring_mesh(4), in_specs=spec, out_specs=spec))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(jax.vmap(layer, axis_name="sp"), jnp.ones((4, B, T // 4, E)))
+
+
+# ------------------------------------------------------------------------------------------------- meshes, weights
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
     options: dict[str, Any] = dict(GQA, use_bias=True, use_sinks=True, qk_norm=True, layout="zigzag")
     x, dout = inputs()
-    order = np.asarray(ringjax.ring_positions(T, layout="zigzag", num_shards=2))
+    order = ring_order(T, "zigzag", 2)
 
     mesh = cube(kind)
     with jax.set_mesh(mesh):
@@ -175,7 +279,7 @@ def test_inside_shard_map():
     layer = build(**GQA, layout="zigzag", local_window_size=9)
     x, _ = inputs()
     mesh = ring_mesh(4)
-    order = np.asarray(ringjax.ring_positions(T, layout="zigzag", num_shards=4))
+    order = ring_order(T, "zigzag", 4)
     spec = PartitionSpec(None, "sp")
     graphdef, state = nnx.split(layer)
 
@@ -276,18 +380,31 @@ def test_state_has_the_same_structure_on_every_mesh():
     ("options", "message"),
     [
         (dict(num_heads=3), "head_dim must be given .* 16 features, num_heads=3"),
-        (dict(num_heads=0), "head_dim must be given"),
+        (dict(num_heads=0), "num_heads must be a positive integer. Got 0"),
         (dict(num_heads=4, num_kv_heads=3), "num_kv_heads must divide num_heads"),
         (dict(num_heads=4, num_kv_heads=0), "num_kv_heads must be a positive integer"),
         (dict(num_heads=4, head_dim=2.0), "head_dim must be a positive integer"),
         (dict(num_heads=4, head_dim=3), "head_dim must be even for RoPE"),
-        (dict(num_heads=4, rope_theta=-1.0), "rope_theta must be positive"),
+        (dict(num_heads=4, rope_theta=-1.0), "rope_theta must be a positive number, or None for no RoPE. Got -1.0"),
+        (dict(num_heads=4, norm_eps=None), "norm_eps must be a positive number. Got None"),
+        (dict(num_heads=4, axis_name=None), "axis_name must name a mesh axis"),
+        (dict(num_heads=4, dtype="int8"), "dtype must be one of 'float32'"),
+        (dict(num_heads=4, param_dtype="float64"), "param_dtype float64 needs jax_enable_x64"),
         (dict(num_heads=4, layout="spiral"), "layout must be one of"),
     ],
 )
 def test_refuses_bad_options(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         RingAttention(in_features=E, rngs=nnx.Rngs(0), **options)
+
+
+OPTIONS = [name for name in inspect.signature(RingAttention.__init__).parameters if name not in ("self", "rngs")]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_checked(option: str):
+    with pytest.raises(ValueError, match=f"^{option} must (be|name)"):
+        RingAttention(**({"num_heads": 4, "in_features": E, "head_dim": 4} | {option: object()}), rngs=nnx.Rngs(0))
 
 
 def test_refuses_axes_that_the_mesh_lacks():

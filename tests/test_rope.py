@@ -43,6 +43,27 @@ def test_positions_of_every_sequence():
     np.testing.assert_allclose(cos[1, :, 0], np.cos(exact(np.array([1, 5, 9]))), atol=1e-6)
 
 
+def test_weights_of_the_other_pairing_fit_once_reordered():
+    """The recipe of RingAttention's docstring, for kernels and biases that were trained with pairs (x_2i, x_2i+1)."""
+    rng = np.random.default_rng(0)
+    features, kernel, bias = rng.standard_normal((1, 8, 5)), rng.standard_normal((5, 2, H)), rng.standard_normal((2, H))
+    angle = exact(np.arange(8))[:, None]
+
+    def theirs(w: np.ndarray, b: np.ndarray) -> np.ndarray:
+        x = np.einsum("bte,enh->btnh", features, w) + b
+        turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)
+        return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+
+    def reordered(w: np.ndarray) -> np.ndarray:
+        return w.reshape(*w.shape[:-1], H // 2, 2).swapaxes(-1, -2).reshape(w.shape)
+
+    x = np.einsum("bte,enh->btnh", features, reordered(kernel)) + reordered(bias)
+    by = rotation(jnp.arange(8, dtype=jnp.int32), H, THETA, jnp.float32)
+    ours = np.asarray(rotate(jnp.asarray(x, jnp.float32), by))
+    # The same head in another order, for queries and keys alike: their products are the same.
+    np.testing.assert_allclose(ours, reordered(theirs(kernel, bias)), atol=1e-4)
+
+
 def test_keeps_the_dtype():
     x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
     assert rotate(x, rotation(jnp.arange(4), 8, THETA, x.dtype)).dtype == jnp.bfloat16

@@ -7,16 +7,19 @@ Letters: B batch, T length, E features, N query heads, K key/value heads, H head
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from .. import partial
+from ..arguments import check_scale, check_soft_cap, check_window
 from ..config import RingConfig
-from ..layout import Layout, as_layout
-from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Place
+from . import checks
+from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Placement, Role
 from .rope import Rotation, rotate, rotation
+
+Initializer = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +27,14 @@ class ParamInfo:
     """Shape of a parameter, how it starts, and the role of each dimension."""
 
     shape: tuple[int, ...]
-    kind: str  # "kernel", "out_kernel", "bias", "ones" or "zeros"
-    roles: tuple[str | None, ...]
+    kind: Literal["kernel", "out_kernel", "bias", "ones", "zeros"]
+    roles: tuple[Role, ...]
     fan_in: int = 1  # kernels: the product of the dimensions that are summed over
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """What both RingAttention layers are built from; checked here, once."""
+    """What both RingAttention layers compute; checked here, once."""
 
     in_features: int
     num_heads: int
@@ -47,42 +50,67 @@ class AttentionSpec:
     is_causal: bool
     local_window_size: int | tuple[int | None, int | None] | None
     logits_soft_cap: float | None
-    layout: str | Layout
     dtype: jax.typing.DTypeLike | None
     config: RingConfig
 
     def __post_init__(self) -> None:
+        checked: dict[str, Any] = {}
         for name in ("in_features", "num_heads", "num_kv_heads", "head_dim", "out_features"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be a positive integer. Got {size!r}.")
+            checked[name] = checks.positive_integer(name, getattr(self, name))
+        for name in ("use_bias", "qk_norm", "use_sinks", "is_causal"):
+            checks.flag(name, getattr(self, name))
+        checked["norm_eps"] = checks.positive_number("norm_eps", self.norm_eps)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads. Got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}."
             )
-        if self.rope_theta is not None and not self.rope_theta > 0:
-            raise ValueError(f"rope_theta must be positive, or None for no RoPE. Got {self.rope_theta!r}.")
-        if self.rope_theta is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for RoPE (rope_theta=None turns it off). Got {self.head_dim}.")
-        as_layout(self.layout)
+        if self.rope_theta is not None:
+            checked["rope_theta"] = checks.positive_number("rope_theta", self.rope_theta, ", or None for no RoPE")
+            if self.head_dim % 2:
+                raise ValueError(f"head_dim must be even for RoPE (rope_theta=None turns it off). Got {self.head_dim}.")
+        if self.scale is not None:
+            checked["scale"] = check_scale(self.scale, self.head_dim)
+        checked["logits_soft_cap"] = check_soft_cap(self.logits_soft_cap)
+        check_window(self.local_window_size, self.is_causal)
         if isinstance(self.local_window_size, list):
-            object.__setattr__(self, "local_window_size", tuple(self.local_window_size))  # hashable
+            checked["local_window_size"] = tuple(self.local_window_size)  # hashable
+        if self.dtype is not None:
+            checked["dtype"] = checks.floating("dtype", self.dtype)
+        checks.ring_config("config", self.config)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether the result depends on the positions of the tokens."""
+        return self.rope_theta is not None or self.is_causal or self.local_window_size is not None
 
     @classmethod
     def of(
-        cls, in_features: int, num_kv_heads: int | None, head_dim: int | None, out_features: int | None, **rest: Any
-    ):
-        """With Flax's defaults filled in: one key head a query head, in_features / num_heads, in_features."""
-        heads = rest["num_heads"]
-        if head_dim is None and (not isinstance(heads, int) or heads < 1 or in_features % heads):
-            raise ValueError(
-                "head_dim must be given where num_heads does not divide the features. "
-                f"Got {in_features} features, num_heads={heads}."
-            )
+        cls,
+        *,
+        in_features: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        out_features: int | None,
+        **rest: Any,
+    ) -> "AttentionSpec":
+        """With Flax's defaults filled in: a key/value head per query head, in_features / num_heads, in_features."""
+        if head_dim is None:
+            checks.positive_integer("in_features", in_features)
+            checks.positive_integer("num_heads", num_heads)
+            if in_features % num_heads:
+                raise ValueError(
+                    "head_dim must be given where num_heads does not divide the features. "
+                    f"Got {in_features} features, num_heads={num_heads}."
+                )
+            head_dim = in_features // num_heads
         return cls(
             in_features=in_features,
-            num_kv_heads=heads if num_kv_heads is None else num_kv_heads,
-            head_dim=in_features // heads if head_dim is None else head_dim,
+            num_heads=num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+            head_dim=head_dim,
             out_features=in_features if out_features is None else out_features,
             **rest,
         )
@@ -114,8 +142,20 @@ class AttentionSpec:
         return table
 
 
+def checked_initializers(
+    kernel_init: Initializer, out_kernel_init: Initializer | None, bias_init: Initializer
+) -> dict[str, Initializer]:
+    """What draws each kind of parameter; by default the output kernel is drawn as the others are."""
+    out_kernel_init = kernel_init if out_kernel_init is None else out_kernel_init
+    named = {"kernel_init": kernel_init, "out_kernel_init": out_kernel_init, "bias_init": bias_init}
+    for name, init in named.items():
+        if not callable(init):
+            raise ValueError(f"{name} must be callable as init(key, shape, dtype). Got {init!r}.")
+    return {"kernel": kernel_init, "out_kernel": out_kernel_init, "bias": bias_init}
+
+
 def initial_value(
-    info: ParamInfo, key: jax.Array, dtype: jax.typing.DTypeLike, inits: Mapping[str, Callable[..., jax.Array]]
+    info: ParamInfo, key: jax.Array, dtype: jax.typing.DTypeLike, inits: Mapping[str, Initializer]
 ) -> jax.Array:
     """A fresh parameter. Kernels are drawn as matrices [fan in, fan out], as in Flax, whatever their rank."""
     if info.kind == "ones":
@@ -140,12 +180,14 @@ def _spread(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-def layer_rotation(spec: AttentionSpec, place: Place, x: jax.Array, positions: jax.Array | None) -> Rotation | None:
+def layer_rotation(
+    spec: AttentionSpec, placement: Placement, x: jax.Array, positions: jax.Array | None
+) -> Rotation | None:
     """The RoPE rotation of the tokens of x [B, T, E]; None without RoPE."""
     if spec.rope_theta is None:
         return None
     if positions is None:
-        positions = place.positions(x.shape[1], spec.layout)
+        positions = placement.positions(x.shape[1])
     allowed = ((x.shape[1],), x.shape[:2])
     if positions.shape not in allowed:
         raise ValueError(
@@ -158,7 +200,7 @@ def apply_attention(
     weights: Mapping[str, Mapping[str, jax.Array]],
     x: jax.Array,
     spec: AttentionSpec,
-    place: Place,
+    placement: Placement,
     *,
     rotated_by: Rotation | None,
     positions: jax.Array | None = None,
@@ -167,12 +209,12 @@ def apply_attention(
 ) -> jax.Array:
     """out = attention(rope(x W_q), rope(x W_k), x W_v) W_o on sequence-sharded activations x [B, T, E]."""
     dtype = jnp.result_type(x, weights["query"]["kernel"]) if spec.dtype is None else jnp.dtype(spec.dtype)
-    x = place.constrain(x.astype(dtype), BATCH, SEQUENCE, None)
+    x = placement.constrain(x.astype(dtype), BATCH, SEQUENCE, None)
 
     def project(name: str) -> jax.Array:
         # The FSDP part of a kernel is gathered here, in the compute dtype; activations never move for it.
-        kernel = place.constrain(weights[name]["kernel"].astype(dtype), None, TENSOR, None)
-        y = place.constrain(jnp.einsum("bte,enh->btnh", x, kernel), BATCH, SEQUENCE, TENSOR, None)
+        kernel = placement.constrain(weights[name]["kernel"].astype(dtype), None, TENSOR, None)
+        y = placement.constrain(jnp.einsum("bte,enh->btnh", x, kernel), BATCH, SEQUENCE, TENSOR, None)
         return y + _spread(weights[name]["bias"].astype(dtype), 4) if "bias" in weights[name] else y
 
     query, key, value = project("query"), project("key"), project("value")
@@ -181,7 +223,7 @@ def apply_attention(
         key = rms_norm(key, weights["key_norm"]["scale"], spec.norm_eps)
     if rotated_by is not None:
         query, key = rotate(query, rotated_by), rotate(key, rotated_by)
-    attended = place.attend(
+    attended = placement.attend(
         query,
         key,
         value,
@@ -192,14 +234,13 @@ def apply_attention(
         key_value_seq_lengths=seq_lengths,
         segment_ids=segment_ids,
         positions=positions,
-        layout=spec.layout,
         logits_soft_cap=spec.logits_soft_cap,
         sinks=weights["sinks"]["logit"] if spec.use_sinks else None,
         config=spec.config,
     )
-    attended = place.constrain(attended, BATCH, SEQUENCE, TENSOR, None)
-    kernel = place.constrain(weights["out"]["kernel"].astype(dtype), TENSOR, None, None)
-    out = place.constrain(jnp.einsum("btnh,nhe->bte", attended, kernel), BATCH, SEQUENCE, None)
+    attended = placement.constrain(attended, BATCH, SEQUENCE, TENSOR, None)
+    kernel = placement.constrain(weights["out"]["kernel"].astype(dtype), TENSOR, None, None)
+    out = placement.constrain(jnp.einsum("btnh,nhe->bte", attended, kernel), BATCH, SEQUENCE, None)
     return out + _spread(weights["out"]["bias"].astype(dtype), 3) if "bias" in weights["out"] else out
 
 
@@ -207,7 +248,7 @@ def run_layer(
     weights: Mapping[str, Mapping[str, jax.Array]],
     x: jax.Array,
     spec: AttentionSpec,
-    place: Place,
+    placement: Placement,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
     seq_lengths: jax.Array | None,
@@ -215,19 +256,25 @@ def run_layer(
     """A whole layer from the outside: checks x, computes the rotation, and hides Explicit axes from the inside."""
     if x.ndim != 3 or x.shape[-1] != spec.in_features:
         raise ValueError(f"inputs must have shape [B, T, {spec.in_features}]. Got {x.shape}.")
-    place = place.sharded_like(x)
+    if seq_lengths is not None or (positions is None and spec.knows_positions):
+        placement.require_num_shards()
+    placement = placement.sharded_like(x)
 
     def run(weights: Any, x: jax.Array, positions: Any, segment_ids: Any, seq_lengths: Any) -> jax.Array:
-        return apply_attention(
+        x = placement.to_natural(x, 1)
+        positions = placement.to_natural(positions, -1)
+        rotated_by = layer_rotation(spec, placement, x, positions)
+        out = apply_attention(
             weights,
             x,
             spec,
-            place,
-            rotated_by=layer_rotation(spec, place, x, positions),
+            placement,
+            rotated_by=rotated_by,
             positions=positions,
-            segment_ids=segment_ids,
+            segment_ids=placement.to_natural(segment_ids, -1),
             seq_lengths=seq_lengths,
         )
+        return placement.from_natural(out, 1)
 
-    out_spec = place.spec((*x.shape[:2], spec.out_features), BATCH, SEQUENCE, None)
-    return place.with_auto_axes(run, out_spec, weights, x, positions, segment_ids, seq_lengths)
+    out_spec = placement.spec((*x.shape[:2], spec.out_features), BATCH, SEQUENCE, None)
+    return placement.with_auto_axes(run, out_spec, weights, x, positions, segment_ids, seq_lengths)

@@ -8,21 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from .. import partial
-from ..arguments import check_window
+from ..arguments import check_soft_cap, check_window
 from ..config import RingConfig
 from ..layout import Layout, as_layout
+from . import checks
 from .attention import ParamInfo, layer_rotation, rms_norm
 from .loss import chunked_loss
 from .nnx_attention import RingAttention, Weights, partition_shardings, partition_specs, settle
-from .placement import BATCH, FSDP, SEQUENCE, TENSOR, AxisNames, Mesh, Place, as_axes, find_place
+from .placement import BATCH, FSDP, SEQUENCE, TENSOR, AxisNames, Distribution, Mesh, Placement, Role, as_axes
 from .rope import Rotation
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-# What the ring made is kept; all else in a block is computed again in backward, without one more hop.
+# What the ring made is kept; all else in a layer is computed again in backward, without one more hop.
 _KEEP = ("ring_out", "ring_lse")
 
 
@@ -33,18 +35,22 @@ class DecoderConfig:
     Attributes:
       vocab_size, num_layers, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim: sizes; num_heads a multiple of
         num_kv_heads, head_dim even.
-      rope_theta: base of the rotary embedding.
-      local_window_size: None, w or (left, right): every layer attends the last w (left) tokens only.
+      rope_theta: base of the rotary embedding, which turns the pairs (x_i, x_{i + H/2}) of a head, see
+        :class:`ringjax.nnx.RingAttention`.
+      local_window_size: None, w or (left, right): a token attends to itself and to the w (left) tokens before it only.
       logits_soft_cap: of the attention logits.
       tie_embeddings: the output projection is the embedding table.
       norm_eps: of every RMSNorm.
       loss_chunk: tokens of one shard, of each sequence of the batch, whose logits exist at a time in the loss.
-      remat: recompute blocks in backward, all but what the ring returned.
+      remat: recompute layers in backward, all but what the ring returned.
       dtype, param_dtype: of the computation and of the parameters, by name.
       axis_name: mesh axis of the sequence.
       batch_axis_name: mesh axis or axes of the batch.
       head_axis_name: mesh axis of heads, MLP width and vocabulary (tensor parallelism).
       layout: "contiguous", "zigzag", "striped" or a Layout object.
+      num_shards: C, the number of shards for which the tokens are dealt; None is the number of devices on the ring. A
+        ring of another number of devices raises, but one of a single device takes tokens in ring order of any C.
+        Without a mesh a layout other than "contiguous" requires it: 1 for tokens in natural order.
       ring: tuning of the ring, the ``config`` of ring_attention.
     """
 
@@ -68,49 +74,53 @@ class DecoderConfig:
     batch_axis_name: AxisNames = None
     head_axis_name: str | None = None
     layout: str | Layout = "zigzag"
+    num_shards: int | None = None
     ring: RingConfig = RingConfig()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            self._positive_integer(name)
-        self._positive_integer("loss_chunk")
+        checked: dict[str, Any] = {}
+        for name in (
+            "vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "loss_chunk",
+        ):  # fmt: skip
+            checked[name] = checks.positive_integer(name, getattr(self, name))
+        for name in ("rope_theta", "norm_eps"):
+            checked[name] = checks.positive_number(name, getattr(self, name))
+        for name in ("tie_embeddings", "remat"):
+            checks.flag(name, getattr(self, name))
+        for name in ("dtype", "param_dtype"):
+            checks.one_of(name, getattr(self, name), checks.FLOATS)
+        checked["axis_name"] = checks.required_axes("axis_name", self.axis_name)
+        for name in ("batch_axis_name", "head_axis_name"):
+            checked[name] = checks.axes(name, getattr(self, name))
+        if self.num_shards is not None:
+            checked["num_shards"] = checks.positive_integer("num_shards", self.num_shards)
+        checked["logits_soft_cap"] = check_soft_cap(self.logits_soft_cap)
+        check_window(self.local_window_size, True)
+        if isinstance(self.local_window_size, list):  # of a file; a config must be hashable
+            checked["local_window_size"] = tuple(self.local_window_size)
+        as_layout(self.layout)
+        checks.ring_config("ring", self.ring)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads. Got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}."
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE turns pairs). Got {self.head_dim}.")
-        for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive. Got {getattr(self, name)!r}.")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _DTYPES:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, _DTYPES))}. Got {getattr(self, name)!r}.")
-        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
-            raise ValueError(f"logits_soft_cap must be positive or None. Got {self.logits_soft_cap!r}.")
-        as_layout(self.layout)
-        # Files give lists; a config must be hashable.
-        for name in ("local_window_size", "batch_axis_name"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_window(self.local_window_size, True)
-        axes = [*as_axes(self.batch_axis_name), self.axis_name, *as_axes(self.head_axis_name)]
+        axes = [*as_axes(self.batch_axis_name), *as_axes(self.axis_name), *as_axes(self.head_axis_name)]
         if len(set(axes)) != len(axes):
             raise ValueError(f"axis_name, batch_axis_name and head_axis_name must name different axes. Got {axes}.")
 
-    def _positive_integer(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer. Got {value!r}.")
 
-
-class Block(nnx.Module):
+class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + down(silu(gate(norm(x))) * up(norm(x))) (SwiGLU, arXiv:2002.05202)."""
 
     def __init__(self, config: DecoderConfig, *, mesh: Mesh | None, rngs: nnx.Rngs):
         embed, width = config.embed_dim, config.mlp_dim
         inner = nnx.initializers.lecun_normal()
-        # Each block adds two of these to the stream: with this variance their sum does not grow with depth.
+        # Each layer adds two of these to the stream: with this variance their sum does not grow with depth.
         outer = nnx.initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")
         self.attention = RingAttention(
             config.num_heads,
@@ -122,6 +132,7 @@ class Block(nnx.Module):
             local_window_size=config.local_window_size,
             logits_soft_cap=config.logits_soft_cap,
             layout=config.layout,
+            num_shards=config.num_shards,
             config=config.ring,
             axis_name=config.axis_name,
             batch_axis_name=config.batch_axis_name,
@@ -136,7 +147,7 @@ class Block(nnx.Module):
 
         def weights(**table: ParamInfo) -> Weights:
             inits = {"kernel": inner, "out_kernel": outer}
-            return Weights(table, self.attention.place(), inits, param_dtype=config.param_dtype, rngs=rngs)
+            return Weights(table, self.attention.distribution.here(), inits, param_dtype=config.param_dtype, rngs=rngs)
 
         self.attention_norm = weights(scale=ParamInfo((embed,), "ones", (None,)))
         self.mlp_norm = weights(scale=ParamInfo((embed,), "ones", (None,)))
@@ -148,30 +159,35 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        place: Place,
+        placement: Placement,
         *,
         rotated_by: Rotation | None,
         positions: jax.Array | None,
         segment_ids: jax.Array | None,
     ) -> jax.Array:
-        def kernel(part: Weights, *roles: str | None) -> jax.Array:
-            return place.constrain(part.arrays()["kernel"].astype(x.dtype), *roles)
+        def kernel(part: Weights, *roles: Role) -> jax.Array:
+            return placement.constrain(part.arrays()["kernel"].astype(x.dtype), *roles)
 
         y = rms_norm(x, self.attention_norm.arrays()["scale"], self.norm_eps)
-        x = x + self.attention.within(y, place, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids)
+        x = x + self.attention.within(y, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids)
         y = rms_norm(x, self.mlp_norm.arrays()["scale"], self.norm_eps)
         wide = jax.nn.silu(y @ kernel(self.gate, None, TENSOR)) * (y @ kernel(self.up, None, TENSOR))
-        wide = place.constrain(wide, BATCH, SEQUENCE, TENSOR)
-        return place.constrain(x + wide @ kernel(self.down, TENSOR, None), BATCH, SEQUENCE, None)
+        wide = placement.constrain(wide, BATCH, SEQUENCE, TENSOR)
+        return placement.constrain(x + wide @ kernel(self.down, TENSOR, None), BATCH, SEQUENCE, None)
 
 
 class Decoder(nnx.Module):
     """A decoder of the Llama architecture: RMSNorm, RoPE, grouped-query ring attention, SwiGLU.
 
-    Tokens, targets, segment ids and masks are in ring order of ``config.layout``. Activations stay sharded over batch
-    and sequence throughout. Blocks are stacked and scanned, so compile time does not grow with depth. Parameters name
-    their mesh axes in their metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP width and
-    vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one device.
+    Tokens, targets, segment ids and masks [B, T] are in the ring order that :func:`ringjax.to_ring_order` makes for
+    ``config.layout`` and ``config.num_shards``. They and all activations are sharded over ``config.batch_axis_name``
+    and ``config.axis_name``. Layers are stacked and scanned, so compile time does not grow with depth. Parameters
+    name their mesh axes in their metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP
+    width and vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one
+    device.
+
+    Every token id lies in [0, V), padding and masked tokens included. Ids that can be seen are checked. Under ``jit``
+    they cannot be: an id outside makes the logits of every token that attends to it NaN, and so the loss.
 
     Args:
       config: sizes and options.
@@ -182,20 +198,19 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, mesh: Mesh | None = None, rngs: nnx.Rngs):
         for name in ("dtype", "param_dtype"):
-            if getattr(config, name) == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-                raise ValueError(f"{name} float64 needs jax_enable_x64. Got jax_enable_x64=False.")
+            checks.floating(name, getattr(config, name))
         self.config = config
         self.mesh = mesh
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, mesh=mesh, rngs=rngs)
+        def stack(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, mesh=mesh, rngs=rngs)
 
         def weights(**table: ParamInfo) -> Weights:
             # Table rows have a norm of about 1 / 50 sqrt(E), as is usual; the first RMSNorm brings them to sqrt(E).
             inits = {"kernel": nnx.initializers.normal(0.02)}
-            return Weights(table, self._place(), inits, param_dtype=config.param_dtype, rngs=rngs)
+            return Weights(table, self._placement(), inits, param_dtype=config.param_dtype, rngs=rngs)
 
         rows = ParamInfo((config.vocab_size, config.embed_dim), "kernel", (TENSOR, FSDP))
         self.embedding = weights(kernel=rows)
@@ -215,111 +230,138 @@ class Decoder(nnx.Module):
         )
         return nnx.merge(graphdef, make())
 
-    @property
-    def data_spec(self) -> PartitionSpec:
-        """How tokens, targets, segment ids and masks [B, T] are sharded."""
-        return PartitionSpec(self.config.batch_axis_name, self.config.axis_name)
-
     def __call__(
         self,
-        tokens: jax.Array,
+        tokens: Int[Array, "B T"],
         *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> jax.Array:
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
         """Logits of the next token, float32 [B, T, V], whole: for evaluation and small use. Training uses `loss`.
 
         Args:
           tokens: int [B, T] in ring order.
-          segment_ids: int [B, T]; only tokens of equal ids attend each other.
+          segment_ids: int [B, T]; tokens attend only to tokens of the same id.
           positions: int [T] or [B, T]; replaces the layout's positions, for RoPE and for the mask.
+
+        Raises:
+          ValueError: for shapes that do not fit, ids outside the vocabulary, and where nothing says for how many shards
+            the tokens are dealt.
         """
         self._check(tokens, segment_ids=segment_ids)
 
-        def run(model: "Decoder", place: Place, tokens: Any, segment_ids: Any, positions: Any) -> jax.Array:
-            x = model._features(place, tokens, segment_ids, positions)
-            table = place.constrain(model._output_table().astype(x.dtype), TENSOR, None)
+        def run(model: "Decoder", placement: Placement, tokens: Any, segment_ids: Any, positions: Any) -> jax.Array:
+            x = model._features(placement, tokens, segment_ids, positions)
+            table = placement.constrain(model._output_table().astype(x.dtype), TENSOR, None)
             wide = partial.wide(x.dtype)
             logits = jnp.einsum("bte,ve->btv", x, table, preferred_element_type=wide)
-            return place.constrain(logits, BATCH, SEQUENCE, TENSOR)
+            return placement.from_natural(placement.constrain(logits, BATCH, SEQUENCE, TENSOR), 1)
 
-        def out_specs(place: Place) -> PartitionSpec:
-            return place.spec((*tokens.shape, self.config.vocab_size), BATCH, SEQUENCE, TENSOR)
+        def out_specs(placement: Placement) -> PartitionSpec:
+            return placement.spec((*tokens.shape, self.config.vocab_size), BATCH, SEQUENCE, TENSOR)
 
         return self._on_auto_axes(run, out_specs, tokens, segment_ids, positions)
 
     def loss(
         self,
-        tokens: jax.Array,
-        targets: jax.Array,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
         *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        loss_mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
+        loss_mask: Bool[Array, "B T"] | Int[Array, "B T"] | Float[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Mean cross entropy over the tokens that count; the logits [B, T, V] never exist whole.
 
         Args:
           tokens, targets: int [B, T] in ring order; targets[b, i] is what follows tokens[b, i] in natural order.
           segment_ids, positions: as in the call.
-          loss_mask: bool, int or float [B, T], the weight of each token; None is 1 for all.
+          loss_mask: bool, int or float [B, T], the weight of each token; None is 1 for all. Where it is 0, the target
+            may be anything. A target outside the vocabulary that counts raises, or makes the loss NaN under ``jit``.
 
         Returns:
           (sum(weight * cross entropy) / sum(weight), {"tokens": sum(weight)}), float32 scalars; a loss of 0 where no
           token counts.
+
+        Raises:
+          ValueError: as the call.
         """
         self._check(tokens, targets=targets, segment_ids=segment_ids, loss_mask=loss_mask)
 
-        def run(model: "Decoder", place: Place, tokens: Any, targets: Any, segments: Any, positions: Any, mask: Any):
-            x = model._features(place, tokens, segments, positions)
-            total = chunked_loss(place, x, model._output_table(), targets, mask, model.config.loss_chunk)
+        def run(
+            model: "Decoder",
+            placement: Placement,
+            tokens: Any,
+            segments: Any,
+            positions: Any,
+            targets: Any,
+            mask: Any,
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            x = model._features(placement, tokens, segments, positions)
+            total = chunked_loss(placement, x, model._output_table(), targets, mask, model.config.loss_chunk)
             count = jnp.float32(tokens.size) if mask is None else jnp.sum(mask.astype(jnp.float32))
             return total / jnp.where(count > 0, count, 1), {"tokens": count}
 
-        def out_specs(place: Place) -> Any:
+        def out_specs(placement: Placement) -> Any:
             return PartitionSpec(), {"tokens": PartitionSpec()}
 
-        return self._on_auto_axes(run, out_specs, tokens, targets, segment_ids, positions, loss_mask)
+        return self._on_auto_axes(run, out_specs, tokens, segment_ids, positions, targets, loss_mask)
 
-    def _place(self) -> Place:
+    def _placement(self) -> Placement:
         config = self.config
-        place = find_place(config.axis_name, self.mesh, config.batch_axis_name, config.head_axis_name)
-        if place.inside:
+        placement = Distribution.of(
+            axis_name=config.axis_name,
+            batch_axis_name=config.batch_axis_name,
+            head_axis_name=config.head_axis_name,
+            mesh=self.mesh,
+            layout=config.layout,
+            num_shards=config.num_shards,
+        ).here()
+        if placement.inside:
             raise ValueError(
                 f"Decoder must be called on whole arrays, outside shard_map. Got axis {config.axis_name!r} bound."
             )
-        return place
+        return placement
 
-    def _on_auto_axes(self, run: Any, out_specs: Any, tokens: jax.Array, *rest: Any) -> Any:
-        """run(model, place, tokens, ...) with all mesh axes of Auto type; the model goes in as an argument."""
-        place = self._place().sharded_like(tokens)
+    def _on_auto_axes(
+        self, run: Any, out_specs: Any, tokens: jax.Array, segment_ids: Any, positions: Any, *rest: Any
+    ) -> Any:
+        """run(model, placement, tokens, ...) with all mesh axes of Auto type; the model goes in as an argument.
+
+        A ring of one device is given everything in natural order.
+        """
+        placement = self._placement().sharded_like(tokens)
+        if positions is None:
+            placement.require_num_shards()
         graphdef, state = nnx.split(self)
 
         def on_arrays(state: Any, *arrays: Any) -> Any:
-            return run(nnx.merge(graphdef, state), place, *arrays)
+            return run(nnx.merge(graphdef, state), placement, *(placement.to_natural(x, -1) for x in arrays))
 
-        return place.with_auto_axes(on_arrays, out_specs(place), state, tokens, *rest)
+        return placement.with_auto_axes(on_arrays, out_specs(placement), state, tokens, segment_ids, positions, *rest)
 
     def _output_table(self) -> jax.Array:
         return (self.embedding if self.config.tie_embeddings else self.output).arrays()["kernel"]
 
     def _features(
-        self, place: Place, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
+        self, placement: Placement, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
     ) -> jax.Array:
         """What the output table is multiplied with: [B, T, E]."""
-        table = place.constrain(self.embedding.arrays()["kernel"], TENSOR, None)
-        x = jnp.take(table, tokens, axis=0).astype(self.config.dtype)
-        x = place.constrain(x, BATCH, SEQUENCE, None)
+        table = placement.constrain(self.embedding.arrays()["kernel"], TENSOR, None)
+        # Ids outside the vocabulary give NaN, never the row of another token.
+        rows = table.at[checks.as_index(tokens)].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        x = rows.astype(self.config.dtype)
+        x = placement.constrain(x, BATCH, SEQUENCE, None)
         graphdef, layers = nnx.split(self.blocks)
-        rotated_by = layer_rotation(self.blocks.attention.spec, place, x, positions)
+        rotated_by = layer_rotation(self.blocks.attention.spec, placement, x, positions)
         if rotated_by is not None:
             cos, sin = rotated_by
             roles = (BATCH if cos.shape[0] > 1 else None, SEQUENCE, None, None)
-            rotated_by = place.constrain(cos, *roles), place.constrain(sin, *roles)
+            rotated_by = placement.constrain(cos, *roles), placement.constrain(sin, *roles)
 
         def layer(x: jax.Array, arrays: Any) -> tuple[jax.Array, None]:
             block = nnx.merge(graphdef, arrays)
-            return block(x, place, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids), None
+            return block(x, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids), None
 
         if self.config.remat:
             policy = jax.checkpoint_policies.save_only_these_names(*_KEEP)
@@ -328,14 +370,21 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.norm.arrays()["scale"], self.config.norm_eps)
 
     def _check(self, tokens: jax.Array, **others: jax.Array | None) -> None:
+        for name, x in {"tokens": tokens, **others}.items():
+            if x is not None and not isinstance(x, (jax.Array, np.ndarray)):
+                raise ValueError(f"{name} must be an array. Got {type(x).__name__}.")
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T]. Got {tokens.dtype} {tokens.shape}.")
         for name, x in others.items():
             if x is not None and x.shape != tokens.shape:
                 raise ValueError(f"{name} must have the shape of tokens, {tokens.shape}. Got {x.shape}.")
+        checks.ids("tokens", tokens, self.config.vocab_size)
         targets = others.get("targets")
-        if targets is not None and not jnp.issubdtype(targets.dtype, jnp.integer):
+        if targets is None:
+            return
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise ValueError(f"targets must be integers. Got dtype {targets.dtype}.")
+        checks.ids("targets", targets, self.config.vocab_size, counted=others.get("loss_mask"))
 
 
 def param_specs(config: DecoderConfig, mesh: Mesh) -> nnx.State:

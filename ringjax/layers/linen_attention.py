@@ -1,25 +1,25 @@
 """Flax Linen's RingAttention: declares the parameters and calls the equation it shares with ringjax.nnx. Needs flax."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, Int
 
 from ..config import RingConfig
 from ..layout import Layout
-from .attention import AttentionSpec, ParamInfo, initial_value, run_layer
-from .placement import AxisNames, Mesh, Place, find_place, fit_spec
-
-Initializer = Callable[..., jax.Array]
+from . import checks
+from .attention import AttentionSpec, Initializer, ParamInfo, checked_initializers, initial_value, run_layer
+from .placement import AxisNames, Distribution, Mesh, Placement, fit_spec
 
 
 class Weights(nn.Module):
     """The parameters of one part of the layer (kernel, bias, scale, logit), as plain arrays."""
 
     table: Mapping[str, ParamInfo]
-    place: Place
+    placement: Placement
     inits: Mapping[str, Initializer]
     param_dtype: jax.typing.DTypeLike
 
@@ -30,10 +30,10 @@ class Weights(nn.Module):
     def _param(self, name: str, info: ParamInfo) -> jax.Array:
         def init(key: jax.Array) -> Any:
             value = initial_value(info, key, self.param_dtype, self.inits)
-            if not self.place.sizes:
+            if not self.placement.sizes:
                 return value
             # Linen places what its metadata say as they say it, so they are fitted to this mesh.
-            names = fit_spec(self.place.names(info.roles), info.shape, self.place.sizes)
+            names = fit_spec(self.placement.names(info.roles), info.shape, self.placement.sizes)
             return nn.Partitioned(value, tuple(names))
 
         # Unboxed without Linen's sharding constraint, which no mesh with Explicit axes accepts.
@@ -53,9 +53,10 @@ class RingAttention(nn.Module):
 
     Attributes:
       num_heads, num_kv_heads, head_dim, out_features, use_bias, rope_theta, qk_norm, use_sinks, norm_eps, scale,
-        is_causal, local_window_size, logits_soft_cap, layout, axis_name, batch_axis_name, head_axis_name, mesh, config,
-        dtype, param_dtype, kernel_init, out_kernel_init, bias_init: as in :class:`ringjax.nnx.RingAttention`. The
-        number of input features is that of the first input.
+        is_causal, local_window_size, logits_soft_cap, layout, axis_name, batch_axis_name, head_axis_name, mesh,
+        num_shards, config, dtype, param_dtype, kernel_init, out_kernel_init, bias_init: as in
+        :class:`ringjax.nnx.RingAttention`, RoPE's pairs of the weights too. The number of input features is that of
+        the first input. ``init`` outside a mesh is a call without a mesh: give num_shards, or set the mesh.
     """
 
     num_heads: int
@@ -76,6 +77,7 @@ class RingAttention(nn.Module):
     batch_axis_name: AxisNames = None
     head_axis_name: AxisNames = None
     mesh: Mesh | None = None
+    num_shards: int | None = None
     config: RingConfig = RingConfig()  # noqa: RUF009  frozen
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
@@ -86,19 +88,19 @@ class RingAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: jax.Array,
+        inputs: Float[Array, "B T E"],
         *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        seq_lengths: jax.Array | None = None,
-    ) -> jax.Array:
+        positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        seq_lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T O"]:
         """Attend. Arguments and result are those of :meth:`ringjax.nnx.RingAttention.__call__`."""
         spec = AttentionSpec.of(
-            inputs.shape[-1],
-            self.num_kv_heads,
-            self.head_dim,
-            self.out_features,
+            in_features=inputs.shape[-1],
             num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            out_features=self.out_features,
             use_bias=self.use_bias,
             qk_norm=self.qk_norm,
             use_sinks=self.use_sinks,
@@ -108,15 +110,21 @@ class RingAttention(nn.Module):
             is_causal=self.is_causal,
             local_window_size=self.local_window_size,
             logits_soft_cap=self.logits_soft_cap,
-            layout=self.layout,
             dtype=self.dtype,
             config=self.config,
         )
-        place = find_place(self.axis_name, self.mesh, self.batch_axis_name, self.head_axis_name)
-        out_init = self.out_kernel_init or self.kernel_init
-        inits = {"kernel": self.kernel_init, "out_kernel": out_init, "bias": self.bias_init}
+        checks.floating("param_dtype", self.param_dtype)
+        placement = Distribution.of(
+            axis_name=self.axis_name,
+            batch_axis_name=self.batch_axis_name,
+            head_axis_name=self.head_axis_name,
+            mesh=self.mesh,
+            layout=self.layout,
+            num_shards=self.num_shards,
+        ).here()
+        inits = checked_initializers(self.kernel_init, self.out_kernel_init, self.bias_init)
         weights = {
-            name: Weights(table, place, inits, self.param_dtype, name=name)()
+            name: Weights(table, placement, inits, self.param_dtype, name=name)()
             for name, table in spec.parameters().items()
         }
-        return run_layer(weights, inputs, spec, place, positions, segment_ids, seq_lengths)
+        return run_layer(weights, inputs, spec, placement, positions, segment_ids, seq_lengths)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from .. import partial
-from .placement import BATCH, SEQUENCE, TENSOR, Place
+from . import checks
+from .placement import BATCH, SEQUENCE, TENSOR, Placement
 
 
 def chunked_loss(
-    place: Place, x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array | None, chunk: int
+    placement: Placement, x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array | None, chunk: int
 ) -> jax.Array:
     r"""sum_t weight_t (logsumexp_v(x_t . table_v) - x_t . table_{target_t}), float32 or better.
 
@@ -19,19 +20,21 @@ def chunked_loss(
     computes the logits of that chunk once more. So B * C * chunk * V logits exist at a time, C shards together.
 
     Args:
-      place: where this runs.
+      placement: where this runs.
       x: [B, T, E], sharded over batch and sequence.
       table: [V, E], of the parameter dtype. Cast chunk by chunk, so that its gradient is summed in that dtype.
       targets: int [B, T].
-      weights: [B, T] or None for 1. What is not 0 counts; targets of weight 0 may be anything.
+      weights: [B, T] or None for 1. What is not 0 counts: a target outside [0, V) gives NaN then; one of weight 0 may
+        be anything.
       chunk: tokens of one shard and sequence at a time.
     """
     batch, length = targets.shape
     # A length that does not divide has no local parts (one shard): its chunks are whole on every device.
-    groups, shards = place.count(batch, BATCH), place.count(length, SEQUENCE)
+    groups, shards = placement.count(batch, BATCH), placement.count(length, SEQUENCE)
     per_shard = length // shards
     chunk = min(chunk, per_shard)
     wide = partial.wide(x.dtype)
+    targets = checks.as_index(targets)
     weights = jnp.ones(targets.shape, wide) if weights is None else weights.astype(wide)
 
     def cut(a: jax.Array) -> jax.Array:
@@ -40,26 +43,27 @@ def chunked_loss(
         a = a.reshape(groups, batch // groups, shards, per_shard, *rest)
         a = _pad(a, 3, -(-per_shard // chunk) * chunk)
         a = jnp.moveaxis(a.reshape(*a.shape[:3], -1, chunk, *rest), 3, 0)
-        return place.constrain(a, None, BATCH, None, SEQUENCE, *(None for _ in a.shape[4:]))
+        return placement.constrain(a, None, BATCH, None, SEQUENCE, *(None for _ in a.shape[4:]))
 
     # One copy of the table for every shard of the tokens. Nothing is copied (each device has its own), but its gradient
     # is now summed over devices once, after the scan, and not chunk by chunk.
-    table = place.constrain(table, TENSOR, None)
+    table = placement.constrain(table, TENSOR, None)
     copies = jnp.broadcast_to(table[None, None], (groups, shards, *table.shape))
-    copies = place.constrain(copies, BATCH, SEQUENCE, TENSOR, None)
+    copies = placement.constrain(copies, BATCH, SEQUENCE, TENSOR, None)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         x, targets, weights = part
         logits = jnp.einsum("gbcte,gcve->gbctv", x, copies.astype(x.dtype), preferred_element_type=wide)
-        logits = place.constrain(logits, BATCH, None, SEQUENCE, None, TENSOR)
+        logits = placement.constrain(logits, BATCH, None, SEQUENCE, None, TENSOR)
         words = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, None, None, :]
         # A masked sum, not a gather: it stays local where the vocabulary is sharded.
         hit = jnp.sum(jnp.where(words == targets[..., None], logits, 0), axis=-1)
-        loss = jax.nn.logsumexp(logits, axis=-1) - hit
-        return total + jnp.sum(jnp.where(weights != 0, loss * weights, 0), axis=(1, 3)), None
+        known = (targets >= 0) & (targets < logits.shape[-1])  # a target that is no word has no cross entropy
+        loss = jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - hit, jnp.nan)
+        return total + jnp.sum(jnp.where(weights != 0, loss, 0) * weights, axis=(1, 3)), None
 
-    start = place.constrain(jnp.zeros((groups, shards), wide), BATCH, SEQUENCE)
+    start = placement.constrain(jnp.zeros((groups, shards), wide), BATCH, SEQUENCE)
     total, _ = jax.lax.scan(step, start, (cut(x), cut(targets), cut(weights)))
     return jnp.sum(total)
 

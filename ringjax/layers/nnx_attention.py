@@ -1,21 +1,29 @@
 """RingAttention for Flax NNX: declares the parameters and calls the shared equation. Public as ringjax.nnx."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..config import RingConfig
 from ..layout import Layout
-from .attention import AttentionSpec, ParamInfo, apply_attention, initial_value, run_layer
-from .placement import AxisNames, Mesh, Place, find_place, fit_spec
+from . import checks
+from .attention import (
+    AttentionSpec,
+    Initializer,
+    ParamInfo,
+    apply_attention,
+    checked_initializers,
+    initial_value,
+    run_layer,
+)
+from .placement import AxisNames, Distribution, Mesh, Placement, fit_spec
 from .rope import Rotation
-
-Initializer = Callable[..., jax.Array]
 
 
 class Weights(nnx.Module):
@@ -24,7 +32,7 @@ class Weights(nnx.Module):
     def __init__(
         self,
         table: Mapping[str, ParamInfo],
-        place: Place,
+        placement: Placement,
         inits: Mapping[str, Initializer],
         *,
         param_dtype: jax.typing.DTypeLike,
@@ -33,13 +41,17 @@ class Weights(nnx.Module):
         for name, info in table.items():
             value = initial_value(info, rngs.params(), param_dtype, inits)
             # Not sharded on creation (eager_sharding): `settle` does that for a whole module, and fits it to the mesh.
-            setattr(self, name, nnx.Param(value, out_sharding=place.names(info.roles), eager_sharding=False))
+            setattr(self, name, nnx.Param(value, out_sharding=placement.names(info.roles), eager_sharding=False))
 
     def arrays(self) -> dict[str, jax.Array]:
         return {name: x[...] for name, x in vars(self).items() if isinstance(x, nnx.Param)}
 
 
-def partition_specs(tree: Any, mesh: Mesh) -> Any:
+@overload
+def partition_specs(tree: nnx.State, mesh: Mesh) -> nnx.State: ...
+@overload
+def partition_specs(tree: PyTree[nnx.Variable], mesh: Mesh) -> PyTree[PartitionSpec]: ...
+def partition_specs(tree: PyTree[nnx.Variable], mesh: Mesh) -> PyTree[PartitionSpec]:
     """PartitionSpecs for a tree of parameters, or of what an optimizer makes of them, on this mesh.
 
     As ``nnx.get_partition_spec``, but leaves out mesh axes that do not divide a dimension. What carries no metadata is
@@ -55,7 +67,11 @@ def partition_specs(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def partition_shardings(tree: Any, mesh: Mesh) -> Any:
+@overload
+def partition_shardings(tree: nnx.State, mesh: Mesh) -> nnx.State: ...
+@overload
+def partition_shardings(tree: PyTree[nnx.Variable], mesh: Mesh) -> PyTree[NamedSharding]: ...
+def partition_shardings(tree: PyTree[nnx.Variable], mesh: Mesh) -> PyTree[NamedSharding]:
     """The same as NamedShardings, for jit's in_shardings and out_shardings or jax.device_put."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
 
@@ -79,6 +95,10 @@ class RingAttention(nnx.Module):
     its weights fit. Their metadata name mesh axes: features over the batch and sequence axes (FSDP), heads over
     ``head_axis_name``; see :func:`partition_specs`. Without a mesh the layer runs on one device.
 
+    RoPE turns the pairs (x_i, x_{i + H/2}), the two halves of a head, as in Hugging Face's checkpoints of Llama.
+    Weights trained with the pairs (x_{2i}, x_{2i+1}), as Meta publishes them, fit once the last axis of the kernels
+    and biases of query and key is reordered: ``w.reshape(*w.shape[:-1], H // 2, 2).swapaxes(-1, -2).reshape(w.shape)``.
+
     Args:
       num_heads: N, query heads.
       in_features: E.
@@ -86,12 +106,16 @@ class RingAttention(nnx.Module):
       head_dim: H; default in_features / num_heads.
       out_features: default in_features.
       use_bias: biases on all four projections.
-      rope_theta: base of the rotary embedding; None for none.
+      rope_theta: base of the rotary embedding (pairs as above); None for none.
       qk_norm: RMSNorm with a learned scale on every query and key head, before RoPE.
       use_sinks: one learned logit a query head in the softmax's denominator, starting at 0.
       norm_eps: of qk_norm.
       scale, is_causal, local_window_size, logits_soft_cap, layout, axis_name, batch_axis_name, head_axis_name, mesh,
         config: as in :func:`ringjax.ring_attention`. With Explicit axes the batch axes are read off the input.
+      num_shards: C, the number of shards for which the tokens are dealt; None is the number of devices on the ring. A
+        ring of another number of devices raises, but one of a single device takes tokens in ring order of any C (it
+        brings them into natural order within). Without a mesh a layout other than "contiguous" requires it, 1 being
+        natural order, unless the result depends on no position.
       dtype: of the computation; default: the common dtype of inputs and parameters.
       param_dtype: of the parameters.
       kernel_init, out_kernel_init, bias_init: called as ``init(key, [fan in, fan out], dtype)``; out_kernel_init
@@ -99,7 +123,8 @@ class RingAttention(nnx.Module):
       rngs: random streams; "params" is used.
 
     Raises:
-      ValueError: for sizes that do not fit, an unknown layout, or axis names that the mesh lacks.
+      ValueError: for an option that is not what it must be, sizes that do not fit, axis names that the mesh lacks, or a
+        mesh with another number of devices on the ring than num_shards.
     """
 
     def __init__(
@@ -124,6 +149,7 @@ class RingAttention(nnx.Module):
         batch_axis_name: AxisNames = None,
         head_axis_name: AxisNames = None,
         mesh: Mesh | None = None,
+        num_shards: int | None = None,
         config: RingConfig | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -133,11 +159,11 @@ class RingAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.spec = AttentionSpec.of(
-            in_features,
-            num_kv_heads,
-            head_dim,
-            out_features,
+            in_features=in_features,
             num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            out_features=out_features,
             use_bias=use_bias,
             qk_norm=qk_norm,
             use_sinks=use_sinks,
@@ -147,26 +173,28 @@ class RingAttention(nnx.Module):
             is_causal=is_causal,
             local_window_size=local_window_size,
             logits_soft_cap=logits_soft_cap,
-            layout=layout,
             dtype=dtype,
             config=RingConfig() if config is None else config,
         )
-        self.axis_name, self.batch_axis_name, self.head_axis_name = axis_name, batch_axis_name, head_axis_name
-        self.mesh = mesh
+        self.distribution = Distribution.of(
+            axis_name=axis_name,
+            batch_axis_name=batch_axis_name,
+            head_axis_name=head_axis_name,
+            mesh=mesh,
+            layout=layout,
+            num_shards=num_shards,
+        )
+        checks.floating("param_dtype", param_dtype)
         kernel_init = nnx.initializers.lecun_normal() if kernel_init is None else kernel_init
-        inits = {"kernel": kernel_init, "out_kernel": out_kernel_init or kernel_init, "bias": bias_init}
-        place = self.place()
+        inits = checked_initializers(kernel_init, out_kernel_init, bias_init)
+        placement = self.distribution.here()
         self.query: Weights
         self.key: Weights
         self.value: Weights
         self.out: Weights
         for name, table in self.spec.parameters().items():
-            setattr(self, name, Weights(table, place, inits, param_dtype=param_dtype, rngs=rngs))
+            setattr(self, name, Weights(table, placement, inits, param_dtype=param_dtype, rngs=rngs))
         settle(self, mesh)
-
-    def place(self) -> Place:
-        """Where the layer runs if called here."""
-        return find_place(self.axis_name, self.mesh, self.batch_axis_name, self.head_axis_name)
 
     def arrays(self) -> dict[str, dict[str, jax.Array]]:
         """The parameters as plain arrays, by part and name."""
@@ -174,29 +202,34 @@ class RingAttention(nnx.Module):
 
     def __call__(
         self,
-        inputs: jax.Array,
+        inputs: Float[Array, "B T E"],
         *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        seq_lengths: jax.Array | None = None,
-    ) -> jax.Array:
+        positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        seq_lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T O"]:
         """Attend.
 
         Args:
-          inputs: [B, T, E] in ring order; inside shard_map the local shard.
+          inputs: [B, T, E] in ring order of the layout for num_shards; inside shard_map the local shard.
           positions: int [T] or [B, T]; replaces the layout's positions, for RoPE and for the mask.
-          segment_ids: int [B, T]; only tokens of equal ids attend each other (packed documents).
+          segment_ids: int [B, T]; tokens attend only to tokens of the same id (packed documents).
           seq_lengths: int [B]; tokens from there on are padding.
 
         Returns:
-          [B, T, out_features], sharded as the inputs.
+          [B, T, out_features], in the order of the inputs and sharded as they are.
+
+        Raises:
+          ValueError: for shapes that do not fit, and where nothing says for how many shards the tokens are dealt.
         """
-        return run_layer(self.arrays(), inputs, self.spec, self.place(), positions, segment_ids, seq_lengths)
+        return run_layer(
+            self.arrays(), inputs, self.spec, self.distribution.here(), positions, segment_ids, seq_lengths
+        )
 
     def within(
         self,
         inputs: jax.Array,
-        place: Place,
+        placement: Placement,
         *,
         rotated_by: Rotation | None,
         positions: jax.Array | None,
@@ -207,7 +240,7 @@ class RingAttention(nnx.Module):
             self.arrays(),
             inputs,
             self.spec,
-            place,
+            placement,
             rotated_by=rotated_by,
             positions=positions,
             segment_ids=segment_ids,

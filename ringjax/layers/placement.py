@@ -1,9 +1,9 @@
-"""Where a layer runs: in shard_map, on a mesh, or on one device. Shardings of a layer's arrays follow from it."""
+"""Where a layer runs: in shard_map, on a mesh, or on one device. Shardings and positions follow from it."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .._compat import axis_is_bound
 from ..attention import ring_attention
-from ..layout import Layout, as_layout, ring_positions
+from ..layout import Contiguous, Layout, as_layout, ring_positions
+from . import checks
 
 AxisNames = str | tuple[str, ...] | None
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 Names = tuple[str | tuple[str, ...] | None, ...]
 
-# Roles that a dimension of an array can play; a Place says which mesh axes share it.
-BATCH, SEQUENCE, TENSOR, FSDP = "batch", "sequence", "tensor", "fsdp"
+# What a dimension of an array can be; a Placement says which mesh axes share it. None: whole on every device.
+Role = Literal["batch", "sequence", "tensor", "fsdp"] | None
+BATCH: Final = "batch"
+SEQUENCE: Final = "sequence"
+TENSOR: Final = "tensor"
+FSDP: Final = "fsdp"
 
 
 def as_axes(names: AxisNames) -> tuple[str, ...]:
@@ -42,89 +47,188 @@ def fit_spec(names: Names, shape: tuple[int, ...], sizes: Mapping[str, int]) -> 
     return PartitionSpec(*(fit(entry, size) for entry, size in zip(names, shape, strict=True)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a layer runs: in shard_map on local shards, on a mesh with global arrays, or on one device without one.
-
-    ``sizes`` holds the mesh axes that a sharding may name here, and is empty without a mesh.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """What a layer is told of where its arrays lie; checked here, once."""
 
     axis_name: str | tuple[str, ...]
     batch_axis_name: AxisNames
     head_axis_name: AxisNames
-    mesh: Mesh | None  # as given to the layer; None: the context's
-    sizes: Mapping[str, int]
+    mesh: Mesh | None  # None: the context's
+    layout: Layout
+    num_shards: int | None  # for which the tokens are dealt; None: as many as the ring has devices
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        axis_name: str | tuple[str, ...],
+        batch_axis_name: AxisNames,
+        head_axis_name: AxisNames,
+        mesh: Mesh | None,
+        layout: str | Layout,
+        num_shards: int | None,
+    ) -> "Distribution":
+        if mesh is not None and not isinstance(mesh, Mesh):
+            raise ValueError(f"mesh must be a jax.sharding.Mesh or AbstractMesh, or None. Got {mesh!r}.")
+        return cls(
+            axis_name=checks.required_axes("axis_name", axis_name),
+            batch_axis_name=checks.axes("batch_axis_name", batch_axis_name),
+            head_axis_name=checks.axes("head_axis_name", head_axis_name),
+            mesh=mesh,
+            layout=as_layout(layout),
+            num_shards=None if num_shards is None else checks.positive_integer("num_shards", num_shards),
+        )
+
+    def here(self) -> "Placement":
+        """Look around: is the axis bound, is there a mesh, does it have the axes, is the ring as long as was said?"""
+        ring = as_axes(self.axis_name)
+        if all(axis_is_bound(axis) for axis in ring):
+            ring_size = math.prod(jax.lax.axis_size(axis) for axis in ring)
+            num_shards = self._dealt_for(ring_size)
+            return Placement(told=self, sizes={}, explicit=(), inside=True, ring_size=ring_size, num_shards=num_shards)
+        context = jax.sharding.get_abstract_mesh()
+        seen = self.mesh if context.empty else context
+        if seen is None:
+            # One device, and nothing that says how many there were when the tokens were dealt. Only the contiguous
+            # layout leaves them in natural order whatever the number.
+            num_shards = 1 if isinstance(self.layout, Contiguous) else self.num_shards
+            return Placement(told=self, sizes={}, explicit=(), inside=False, ring_size=1, num_shards=num_shards)
+        if self.mesh is not None and dict(self.mesh.shape) != dict(seen.shape):
+            raise ValueError(f"mesh must be the mesh of the context {dict(seen.shape)}. Got {dict(self.mesh.shape)}.")
+        for argument in ("axis_name", "batch_axis_name", "head_axis_name"):
+            for axis in as_axes(getattr(self, argument)):
+                if axis not in seen.shape:
+                    raise ValueError(f"{argument} must name axes of the mesh, {seen.axis_names}. Got {axis!r}.")
+        kinds = dict(zip(seen.axis_names, seen.axis_types, strict=True))
+        ring_size = math.prod(seen.shape[axis] for axis in ring)
+        return Placement(
+            told=self,
+            sizes={axis: size for axis, size in seen.shape.items() if kinds[axis] != AxisType.Manual},
+            explicit=tuple(axis for axis, kind in kinds.items() if kind == AxisType.Explicit),
+            inside=False,
+            ring_size=ring_size,
+            num_shards=self._dealt_for(ring_size),
+        )
+
+    def _dealt_for(self, ring_size: int) -> int:
+        """The number of shards for which the tokens are dealt: as many as devices, unless one device has them all."""
+        if self.num_shards is None:
+            return ring_size
+        if self.num_shards != ring_size != 1:
+            raise ValueError(
+                f"num_shards must be {ring_size}, the number of devices on the ring {self.axis_name!r} here, or the "
+                f"ring must have one device. Got {self.num_shards}."
+            )
+        return 1 if isinstance(self.layout, Contiguous) and ring_size == 1 else self.num_shards
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a layer runs: in shard_map on local shards, on a mesh with global arrays, or on one device without one."""
+
+    told: Distribution
+    sizes: Mapping[str, int]  # the mesh axes that a sharding may name here; empty without a mesh
     explicit: tuple[str, ...]  # mesh axes of the context with Explicit type
     inside: bool  # the ring's axis is bound: arrays are local shards
-    num_shards: int
+    ring_size: int  # devices on the ring
+    num_shards: int | None  # for which the tokens are dealt; None: nothing says
 
-    def names(self, roles: tuple[str | None, ...]) -> Names:
+    def names(self, roles: tuple[Role, ...]) -> Names:
         """The mesh axes of every dimension, whatever its size: what a parameter's metadata say on every mesh."""
-        batch, sequence = as_axes(self.batch_axis_name), as_axes(self.axis_name)
+        batch, sequence = as_axes(self.told.batch_axis_name), as_axes(self.told.axis_name)
         axes = {
             None: (),
             BATCH: batch,
             SEQUENCE: sequence,
-            TENSOR: as_axes(self.head_axis_name),
+            TENSOR: as_axes(self.told.head_axis_name),
             FSDP: batch + sequence,
         }
         return tuple(_entry(axes[role]) for role in roles)
 
-    def spec(self, shape: tuple[int, ...], *roles: str | None) -> PartitionSpec:
+    def spec(self, shape: tuple[int, ...], *roles: Role) -> PartitionSpec:
         """How an array of this shape is sharded here."""
         return fit_spec(self.names(roles), shape, self.sizes)
 
-    def count(self, size: int, role: str) -> int:
+    def count(self, size: int, role: Role) -> int:
         """How many shards a dimension is cut into here."""
         (entry,) = self.spec((size,), role)
         return math.prod(self.sizes[axis] for axis in as_axes(entry))
 
-    def constrain(self, x: jax.Array, *roles: str | None) -> jax.Array:
+    def constrain(self, x: jax.Array, *roles: Role) -> jax.Array:
         """Pin the sharding of an activation; without a mesh, and on local shards, there is nothing to pin."""
         if self.inside or not self.sizes:
             return x
         spec = self.spec(x.shape, *roles)
         in_context = not jax.sharding.get_abstract_mesh().empty
-        if in_context or self.mesh is None:
+        if in_context or self.told.mesh is None:
             return jax.lax.with_sharding_constraint(x, spec)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.told.mesh, spec))
 
-    def positions(self, length: int, layout: str | Layout) -> jax.Array:
-        """Global position of every token at hand: of the whole sequence in ring order, or of the local shard."""
+    def require_num_shards(self) -> None:
+        """Refuses to guess the order of the tokens. Call it wherever the result depends on that order."""
+        if self.num_shards is None:
+            raise ValueError(
+                f"num_shards must be given where there is no mesh and the layout is {self.told.layout}: the number of "
+                "shards for which the tokens were dealt (to_ring_order's), or 1 for tokens in natural order. "
+                "Got num_shards=None and no mesh."
+            )
+
+    def to_natural(self, x: jax.Array | None, axis: int) -> Any:
+        """Natural order for a ring of one device, for however many shards the tokens were dealt.
+
+        A ring of several devices has as many as there are shards: tokens stay in ring order.
+        """
+        order = self._order(x, axis)
+        return x if x is None or order is None else jnp.take(x, jnp.argsort(order), axis=axis)
+
+    def from_natural(self, x: jax.Array, axis: int) -> jax.Array:
+        """The inverse of to_natural."""
+        order = self._order(x, axis)
+        return x if order is None else jnp.take(x, order, axis=axis)
+
+    def _order(self, x: jax.Array | None, axis: int) -> jax.Array | None:
+        if x is None or self.num_shards is None or self.num_shards == self.ring_size:
+            return None
+        return ring_positions(x.shape[axis], layout=self.told.layout, num_shards=self.num_shards)
+
+    def positions(self, length: int) -> jax.Array:
+        """Global position of every token at hand: of the whole sequence in ring order, or of the local shard.
+
+        On a ring of one device the tokens are in natural order, see to_natural.
+        """
         if not self.inside:
-            return ring_positions(length, layout=layout, num_shards=self.num_shards)
+            return ring_positions(length, layout=self.told.layout, num_shards=self.ring_size)
         # Row-major over the axes of a two-level ring, as shard_map deals the shards.
         rank = jnp.int32(0)
-        for axis in as_axes(self.axis_name):
+        for axis in as_axes(self.told.axis_name):
             rank = rank * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
-        return as_layout(layout).positions(rank, jnp.arange(length, dtype=jnp.int32), length, self.num_shards)
+        return self.told.layout.positions(rank, jnp.arange(length, dtype=jnp.int32), length, self.ring_size)
 
-    def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, *, layout: str | Layout, **options: Any
-    ) -> Any:
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
         """ring_attention here."""
         if self.inside or self.sizes:
             return ring_attention(
                 query,
                 key,
                 value,
-                axis_name=self.axis_name,
-                mesh=self.mesh if jax.sharding.get_abstract_mesh().empty else None,
-                batch_axis_name=self.batch_axis_name,
-                head_axis_name=self.head_axis_name,
-                layout=layout,
+                axis_name=self.told.axis_name,
+                mesh=self.told.mesh if jax.sharding.get_abstract_mesh().empty else None,
+                batch_axis_name=self.told.batch_axis_name,
+                head_axis_name=self.told.head_axis_name,
+                layout=self.told.layout,
                 **options,
             )
 
         # No mesh: a ring of one, on whatever device the arrays are. With one shard every layout is the natural order.
         def ring_of_one(_: jax.Array) -> Any:
-            return ring_attention(query, key, value, axis_name=self.axis_name, layout="contiguous", **options)
+            return ring_attention(query, key, value, axis_name=self.told.axis_name, layout="contiguous", **options)
 
         run = ring_of_one
-        for axis in as_axes(self.axis_name):
+        for axis in as_axes(self.told.axis_name):
             run = jax.vmap(run, axis_name=axis, axis_size=1, in_axes=None, out_axes=0)
         out = run(jnp.zeros(()))
-        return out.reshape(out.shape[len(as_axes(self.axis_name)) :])
+        return out.reshape(out.shape[len(as_axes(self.told.axis_name)) :])
 
     def with_auto_axes(self, run: Callable[..., Any], out_specs: Any, *args: Any) -> Any:
         """Call run(*args) with every mesh axis of Auto type, so that ``constrain`` and XLA decide the shardings.
@@ -141,35 +245,10 @@ class Place:
             )
         return jax.sharding.auto_axes(run, axes=self.explicit, out_sharding=out_specs)(*args)
 
-    def sharded_like(self, x: jax.Array) -> "Place":
+    def sharded_like(self, x: jax.Array) -> "Placement":
         """With the batch axes read off an input on Explicit axes, where none are given."""
-        if self.batch_axis_name is not None or not self.explicit:
+        if self.told.batch_axis_name is not None or not self.explicit:
             return self
         spec = tuple(jax.typeof(x).sharding.spec)
-        return dataclasses.replace(self, batch_axis_name=spec[0] if spec else None)
-
-
-def find_place(
-    axis_name: str | tuple[str, ...], mesh: Mesh | None, batch_axis_name: AxisNames, head_axis_name: AxisNames
-) -> Place:
-    """Look around: is the axis bound, is there a mesh, and does it have the axes?"""
-    ring = as_axes(axis_name)
-    if all(axis_is_bound(axis) for axis in ring):
-        count = math.prod(jax.lax.axis_size(axis) for axis in ring)
-        return Place(axis_name, batch_axis_name, head_axis_name, mesh, {}, (), True, count)
-    context = jax.sharding.get_abstract_mesh()
-    seen = mesh if context.empty else context
-    if seen is None:
-        return Place(axis_name, batch_axis_name, head_axis_name, None, {}, (), False, 1)
-    if mesh is not None and dict(mesh.shape) != dict(seen.shape):
-        raise ValueError(f"mesh must be the mesh of the context {dict(seen.shape)}. Got {dict(mesh.shape)}.")
-    wanted = {"axis_name": ring, "batch_axis_name": as_axes(batch_axis_name), "head_axis_name": as_axes(head_axis_name)}
-    for argument, axes in wanted.items():
-        for axis in axes:
-            if axis not in seen.shape:
-                raise ValueError(f"{argument} must name axes of the mesh, {seen.axis_names}. Got {axis!r}.")
-    kinds = dict(zip(seen.axis_names, seen.axis_types, strict=True))
-    explicit = tuple(axis for axis, kind in kinds.items() if kind == AxisType.Explicit)
-    sizes = {axis: size for axis, size in seen.shape.items() if kinds[axis] != AxisType.Manual}
-    count = math.prod(seen.shape[axis] for axis in ring)
-    return Place(axis_name, batch_axis_name, head_axis_name, mesh, sizes, explicit, False, count)
+        told = dataclasses.replace(self.told, batch_axis_name=spec[0] if spec else None)
+        return dataclasses.replace(self, told=told)
