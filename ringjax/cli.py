@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from enum import StrEnum
@@ -24,8 +25,9 @@ class ResumeMode(StrEnum):
     """What to do about a checkpoint in the output directory."""
 
     auto = "auto"
-    never = "never"
+    intact = "intact"
     force = "force"
+    never = "never"
 
 
 @app.command()
@@ -38,8 +40,9 @@ def train(
     resume: Annotated[
         ResumeMode,
         typer.Option(
-            help="auto: continue from the newest checkpoint in the output if its configuration agrees; "
-            "force: even if it does not; never: refuse an output that has a checkpoint."
+            help="auto: continue from the newest checkpoint in the output if its configuration agrees and it is not "
+            "damaged; intact: pass over damaged checkpoints, and set them aside; force: continue even if the "
+            "configuration does not agree; never: refuse an output that has a checkpoint."
         ),
     ] = ResumeMode.auto,
     dry_run: Annotated[
@@ -67,7 +70,9 @@ def train(
         if dry_run:
             dryrun.show(settings, Console())
             return
-        outcome = loop.train(settings, resume=resume.value)
+        sets = [part for override in overrides or () for part in ("--set", override)]
+        command = shlex.join(["ringjax", "train", str(config), *sets])
+        outcome = loop.train(settings, resume=resume.value, command=command)
     except loop.REFUSALS as error:
         _fail(error)
     except loop.TrainingError as error:

@@ -1,10 +1,13 @@
 """Checkpoints of a run: written in the background, committed by a rename, restored onto any mesh.
 
-A checkpoint that was being written when the process died is not committed; it is ignored and cleaned up.
+A checkpoint that was being written when the process died is not committed; it is ignored and cleaned up. One that is
+committed and cannot be read is damaged: it is never deleted, and never continued from.
 """
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -12,11 +15,22 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from .output import TrainingError, reason_of, set_aside
+from .processes import raise_together
+
 State = TypeVar("State")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is there but cannot be continued from."""
+
+
+class DamagedError(CheckpointError):
+    """A part of a checkpoint is absent or cannot be read."""
+
+
+class SaveError(TrainingError):
+    """A checkpoint could not be written."""
 
 
 class Checkpoints:
@@ -29,8 +43,22 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         self.directory = directory.absolute()
+        # Orbax logs with a traceback each error that it raises, and we raise again in a sentence.
+        self._log = logging.getLogger("absl")
+        self._log_level = self._log.level
+        self._log.setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # The manager's own `restore` ends in a barrier: a process that cannot read would leave the others waiting.
+        me = jax.process_index()
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), about=ocp.JsonCheckpointHandler()),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader{me}"
+            ),
+        )
+        self._writing = 0  # the step of the last checkpoint that was begun
+        self._failed = False
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -38,11 +66,18 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as late:  # the write that failed is reported once
+            if not self._failed:
+                raise self._failure(late) from late
+        finally:
+            self._reader.close()
+            self._log.setLevel(self._log_level)
 
-    def latest(self) -> int | None:
-        """The step of the newest committed checkpoint."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The steps of the committed checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
         """Starts to write. The arrays of `state` may be donated as soon as this returns.
@@ -51,43 +86,103 @@ class Checkpoints:
           step: number of steps done.
           state: a pytree of arrays.
           about: JSON; what `about` returns later.
+
+        Raises:
+          SaveError: this checkpoint or the one before could not be written.
         """
+        self.wait()
+        self._writing = step
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-        self._manager.save(step, args=arguments, force=True)
+        try:
+            self._manager.save(step, args=arguments, force=True)
+        except Exception as error:
+            raise self._failure(error) from error
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is committed."""
-        self._manager.wait_until_finished()
+        """Returns when the last checkpoint is committed. Raises: SaveError."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax raises what its threads met: OSError, ValueError and bare Exception
+            raise self._failure(error) from error
 
     def about(self, step: int) -> dict[str, Any]:
-        """What was said about the checkpoint when it was saved."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        """What was said about the checkpoint when it was saved. Raises: DamagedError."""
+        return self._read(step, "about", lambda: self._restore(step, about=ocp.args.JsonRestore()))
 
     def restore(self, step: int, target: State) -> State:
         """Reads a checkpoint.
 
         Args:
-          step: as returned by `latest`.
+          step: one of `steps()`.
           target: the pytree with a sharded `jax.ShapeDtypeStruct` for each array.
 
         Raises:
-          CheckpointError: it cannot be read into `target`.
+          CheckpointError: it holds arrays of other names or shapes.
+          DamagedError: it cannot be read.
         """
-        try:
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            restored = self._manager.restore(step, args=arguments)["state"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        held = self._read(step, "state/_METADATA", lambda: self._shapes(step))
+        wanted = {tuple(path): leaf.shape for path, leaf in _flat(ocp.tree.serialize_tree(target)).items()}
+        differing = [path for path in sorted(held.keys() | wanted.keys()) if held.get(path) != wanted.get(path)]
+        if differing:
+            path = differing[0]
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)}: must hold the state of this configuration. Got: {error}"
-            ) from error
-        # A leaf that the checkpoint lacks must not come back as a placeholder.
-        missing = [
-            jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(restored) if not _is_array(leaf)
-        ]
-        if missing:
-            raise CheckpointError(f"checkpoint {self.directory / str(step)}: lacks {', '.join(missing)}.")
-        return restored
+                f"checkpoint {self.directory / str(step)}: must hold the arrays of this configuration. Got "
+                f"{len(differing)} that differ, as {'.'.join(path)} of shape {held.get(path, 'absent')} (needed: "
+                f"{wanted.get(path, 'absent')}). Give another output, or the configuration that it was saved with."
+            )
+        return self._read(step, "state", lambda: self._restore(step, state=ocp.args.StandardRestore(target)))
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of the way and returns where it is now. All processes must call it."""
+        moved = Path()
+        if jax.process_index() == 0:
+            moved = set_aside(self.directory / str(step), self.directory.parent)
+        raise_together(None, CheckpointError(""))  # the others wait until it is moved
+        self._manager.reload()
+        return moved
+
+    def _restore(self, step: int, **item: Any) -> Any:
+        (name,) = item
+        return self._reader.restore(self.directory / str(step), args=ocp.args.Composite(**item))[name]
+
+    def _shapes(self, step: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+        held = self._reader.metadata(self.directory / str(step)).item_metadata
+        tree = None if held is None else held["state"]
+        if tree is None:
+            raise FileNotFoundError("absent")
+        return {path: tuple(leaf.shape) for path, leaf in _flat(tree.tree).items()}
+
+    def _read(self, step: int, part: str, read: Any) -> Any:
+        """Calls `read` on all processes. Where one of them fails, all raise DamagedError."""
+        failure, value = None, None
+        try:
+            value = read()
+        except Exception as error:  # TensorStore's errors arrive as bare Exception
+            failure = DamagedError(f"its {part} cannot be read: {reason_of(error)}")
+            failure.__cause__ = error
+        raise_together(failure, DamagedError(f"its {part} cannot be read by another process"))
+        return value
+
+    def _failure(self, error: Exception) -> SaveError:
+        """What to say after a write that failed. Its remains are removed: they take room on a disk that may be full."""
+        self._failed = True
+        if jax.process_index() == 0:
+            for remains in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(remains, ignore_errors=True)
+        return SaveError(
+            f"checkpoint of step {self._writing}: could not be written to {self.directory}: {reason_of(error)}. "
+            f"{self.kept()}"
+        )
+
+    def kept(self) -> str:
+        """What the directory holds, and how to go on from it once a write has failed."""
+        committed = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir()]
+        if not committed:
+            return "No checkpoint was written before. Mend that, then the same command starts again."
+        return (
+            f"The checkpoint of step {max(committed)} is intact. Mend that, then the same command goes on from there."
+        )
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array)
+def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    return ocp.tree.to_flat_dict(tree)

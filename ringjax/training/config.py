@@ -1,15 +1,18 @@
-"""The configuration of a training run: frozen, strictly typed dataclasses. Imports neither JAX nor flax.
+"""The configuration of a training run: frozen, strictly typed dataclasses. Starts no JAX.
 
 Every key of a TOML file under `configs/` is a field below; `loading.py` reads the file and words the errors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
+
+from ringjax import RingConfig
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -31,7 +34,7 @@ class Model:
     head_dim: Count = 32
     mlp_dim: Count = 384
     rope_theta: Positive = 10000.0
-    local_window_size: Natural | None = None  # tokens before itself that a token attends; absent: all of them
+    local_window_size: Natural | None = None  # tokens before itself that a token attends to; absent: all of them
     logits_soft_cap: Positive | None = None
     tie_embeddings: bool = True
     norm_eps: Positive = 1e-5
@@ -48,7 +51,7 @@ class Data:
     source: Literal["stdlib", "paths"] = "stdlib"  # the interpreter's own standard library, or `paths`
     paths: tuple[str, ...] = ()  # files, directories and globs; relative ones start at the working directory
     sequence_length: Count = 8192
-    batch_size: Count = 1  # sequences a step, over all devices
+    batch_size: Count = 1  # sequences per step, over all devices
     seed: Natural = 0
 
 
@@ -67,16 +70,24 @@ class Mesh:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Ring:
-    """How the ring runs: the layout, and the fields of `ringjax.RingConfig`, which decides what is absent."""
+    """How the ring runs: the layout, and every field of `ringjax.RingConfig`, whose defaults these are but for one."""
 
     layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
-    stripe: Count = 1  # tokens a stripe; striped layout only
+    stripe: Count = 1  # tokens per stripe; striped layout only
     implementation: Literal["xla", "pallas_tpu", "pallas_gpu", "pallas_triton"] | None = None
     direction: Literal["forward", "both"] = "forward"
     block_q: Count | None = None
     block_kv: Count | None = None
     unroll: Count | None = None
     dkv_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    interpret: bool = False
+    deterministic: bool = True  # a run that was stopped and resumed has the bits of one that was not
+
+    @property
+    def tuning(self) -> RingConfig:
+        fields = dataclasses.asdict(self)
+        del fields["layout"], fields["stripe"]
+        return RingConfig(**fields)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
@@ -164,6 +175,10 @@ def conflicts(config: Config) -> Iterator[str]:
         )
     if ring.stripe != 1 and ring.layout != "striped":
         yield f"ring.stripe: only layout 'striped' has stripes. Got {ring.stripe} with layout {ring.layout!r}."
+    try:
+        _ = ring.tuning
+    except ValueError as error:
+        yield str(error).replace("RingConfig: ", "ring.", 1)
     if config.optimizer.warmup_steps >= config.optimizer.steps:
         yield (
             f"optimizer.warmup_steps: must be less than optimizer.steps = {config.optimizer.steps}. "

@@ -42,6 +42,7 @@ class Corpus:
     starts: np.ndarray  # int64 [documents]
     lengths: np.ndarray  # int64 [documents], each at least 1
     fingerprint: str  # the same for the same documents in the same order
+    empty: str = ""  # names of files without text, where the user gave some
 
     @classmethod
     def of(cls, documents: Iterable[bytes]) -> Corpus:
@@ -53,7 +54,7 @@ class Corpus:
         text = np.frombuffer(b"".join(kept), np.uint8)
         digest = hashlib.sha256(lengths.tobytes())
         digest.update(text.tobytes())
-        return cls(text, np.cumsum(lengths) - lengths, lengths, digest.hexdigest()[:16])
+        return cls(text=text, starts=np.cumsum(lengths) - lengths, lengths=lengths, fingerprint=digest.hexdigest()[:16])
 
 
 def read(config: Data) -> Corpus:
@@ -68,26 +69,46 @@ def read(config: Data) -> Corpus:
             )
     else:
         files = list(_find(config.paths))
+    documents = [_bytes_of(file) for file in files]
+    empty = [file for file, document in zip(files, documents, strict=True) if not document]
+    if len(empty) == len(files):
+        raise DataError(f"data: needs text. Got nothing but empty files: {_some(empty)}.")
+    corpus = Corpus.of(documents)
+    # The library has empty files on purpose; an empty file among the user's is worth a word.
+    return corpus if config.source == "stdlib" else dataclasses.replace(corpus, empty=_some(empty))
+
+
+def _bytes_of(file: Path) -> bytes:
     try:
-        documents = [file.read_bytes() for file in files]
+        return file.read_bytes()
     except OSError as error:
-        raise DataError(f"data: must be readable. Got {error.filename} ({error.strerror}).") from None
-    if not any(documents):
-        raise DataError(f"data: needs text. Got {len(files)} files, all of them empty.")
-    return Corpus.of(documents)
+        raise DataError(f"data: must be readable. Got {file} ({error.strerror}).") from None
+
+
+def _some(files: Sequence[Path]) -> str:
+    """The names of files, no more than a line takes."""
+    shown = ", ".join(str(file) for file in files[:3])
+    return f"{shown} and {len(files) - 3} more" if len(files) > 3 else shown
 
 
 def _find(patterns: Sequence[str]) -> Iterator[Path]:
     """Files of the patterns, in their order, each file once; a directory stands for all visible files below it."""
     seen: set[Path] = set()
     for pattern in patterns:
-        expanded = Path(pattern).expanduser()
-        hits = [expanded] if expanded.exists() else [Path(p) for p in glob.glob(str(expanded), recursive=True)]
-        files = sorted({file for hit in hits for file in ([hit] if hit.is_file() else _visible_files(hit))})
+        try:
+            files = _matches(pattern)
+        except (OSError, RuntimeError) as error:  # a directory that may not be entered; no home of that name
+            raise DataError(f"data.paths: each entry must be readable. Got {pattern!r} ({error}).") from None
         if not files:
             raise DataError(f"data.paths: each entry must match at least one file. Got {pattern!r} in {Path.cwd()}.")
         yield from (file for file in files if file.resolve() not in seen)
         seen.update(file.resolve() for file in files)
+
+
+def _matches(pattern: str) -> list[Path]:
+    expanded = Path(pattern).expanduser()
+    hits = [expanded] if expanded.exists() else [Path(p) for p in glob.glob(str(expanded), recursive=True)]
+    return sorted({file for hit in hits for file in ([hit] if hit.is_file() else _visible_files(hit))})
 
 
 def _visible_files(root: Path) -> Iterator[Path]:
@@ -124,10 +145,6 @@ class Batches:
         # A corpus shorter than one sequence is repeated until it fills one.
         self._repeats = -(-config.sequence_length // len(corpus.text))
         self._per_epoch = self._repeats * len(corpus.text) // config.sequence_length
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return self._per_epoch / self._config.batch_size
 
     def on_devices(self, step: int, sharding: NamedSharding) -> Batch:
         """The batch of a step (counted from 0); each process builds only the shards of its own devices."""

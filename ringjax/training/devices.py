@@ -7,6 +7,8 @@ import os
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+import ringjax
+
 from ..simulate import set_cpu_devices
 from .config import Config, Distributed
 from .loading import ConfigError
@@ -37,7 +39,7 @@ def start(config: Config) -> jax.sharding.Mesh:
             f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}). "
             f"Got {mesh.data} x {mesh.sequence} x {mesh.tensor} = {mesh.num_devices}.{hint}"
         )
-    return jax.make_mesh(_shape(config), AXES, axis_types=(AxisType.Auto,) * 3)
+    return ringjax.ring_mesh(_shape(config), AXES, ring_axis="sequence")
 
 
 def abstract_mesh(config: Config) -> AbstractMesh:
@@ -53,7 +55,7 @@ def _join(config: Distributed, *, simulated: bool) -> None:
     """Calls jax.distributed.initialize when told so, or when the environment is a cluster.
 
     A key that the configuration lacks is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, and
-    else left to JAX, which knows Cloud TPU, Slurm, Open MPI and Kubernetes.
+    otherwise left to JAX, which knows Cloud TPU, Slurm, Open MPI and Kubernetes.
     """
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = config.num_processes or _from_environment("JAX_NUM_PROCESSES")

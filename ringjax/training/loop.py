@@ -1,38 +1,33 @@
-"""`ringjax train`: start JAX, restore, step, log, save, stop. Every decision here is the same on all processes."""
+"""`ringjax train`: start JAX, restore, compile, step, log, save, stop. All processes decide the same here."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
-import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 
-from . import data, devices, metrics, program
+from . import data, devices, metrics, processes, program
 from .checkpoints import CheckpointError, Checkpoints
 from .config import Config
 from .loading import ConfigError, to_table
+from .output import OutputError, TrainingError, prepare, reason_of, replacing
 from .plot import plot_loss
 from .progress import Reporter
-from .resume import Resume, check_resume
+from .resume import Resume, Start, find_start
 from .signals import StopSignal
 
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; what it had reached is kept."""
-
-
 # What `train` raises before the first step, about its input.
-REFUSALS = (ConfigError, data.DataError, CheckpointError, NotImplementedError)
+REFUSALS = (ConfigError, data.DataError, OutputError, CheckpointError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,34 +39,57 @@ class Outcome:
     stopped_by: signal.Signals | None  # None: all steps are done
 
 
-def train(config: Config, *, resume: Resume = "auto", console: Console | None = None) -> Outcome:
+def train(
+    config: Config,
+    *,
+    resume: Resume = "auto",
+    console: Console | None = None,
+    command: str = "ringjax train CONFIGURATION",
+) -> Outcome:
     """Runs a configuration to its last step, or to a signal.
 
     Args:
       config: the checked configuration.
       resume: "auto" continues from the newest checkpoint in `config.output` if its configuration agrees; "force"
-        continues even if it does not; "never" refuses to touch an output that has a checkpoint.
+        continues even if it does not; "intact" passes over checkpoints that are damaged, and sets them aside; "never"
+        refuses to touch an output that has a checkpoint.
       console: where progress goes; process 0 alone speaks.
+      command: what the user typed, for the last lines, which say what to type next.
 
     Raises:
-      ConfigError, DataError, CheckpointError: before the first step.
-      TrainingError: the loss is not finite, or the processes do not see the same text.
+      ConfigError, DataError, OutputError, CheckpointError: before anything is compiled, but what only the compiler
+        refuses.
+      TrainingError: the loss is not finite, the processes do not see the same text, or the output cannot be written.
     """
     mesh = devices.start(config)
     leader = jax.process_index() == 0
     console = (console or Console()) if leader else Console(quiet=True)
     output = Path(config.output)
     corpus = data.read(config.data)
-    _agree(corpus.fingerprint, "the text that the processes read")
+    processes.check_same(corpus.fingerprint, "the text that the processes read")
     about = {"config": to_table(config), "text": corpus.fingerprint}
     made = program.build(config, mesh)
+    _prepare(output, leader)
     with Checkpoints(output / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        done = checkpoints.latest() or 0
-        notes = check_resume(checkpoints, done, about, resume) if done else []
-        run = _Run(config, made, corpus, checkpoints, output, about)
-        for line in run.describe() + notes:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        return run.go(done, console, leader)
+        start = find_start(checkpoints, made.state, about, resume)
+        run = _Run(
+            config=config,
+            program=made,
+            corpus=corpus,
+            checkpoints=checkpoints,
+            output=output,
+            about=about,
+            command=command,
+            tell=functools.partial(console.print, markup=False, highlight=False, soft_wrap=True),
+        )
+        for line in run.describe() + start.notes:
+            run.tell(line)
+        try:
+            return run.go(start, console, leader)
+        except OSError as error:
+            raise TrainingError(
+                f"output: must stay writable during the run. Got {reason_of(error)}. {checkpoints.kept()}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +102,8 @@ class _Run:
     checkpoints: Checkpoints
     output: Path
     about: dict[str, Any]
+    command: str
+    tell: Callable[[str], None]  # prints a line as it is
 
     def describe(self) -> list[str]:
         mesh = self.config.mesh
@@ -95,42 +115,42 @@ class _Run:
             f"{count:,} parameters on {where}: data {mesh.data} x sequence {mesh.sequence} x tensor {mesh.tensor}",
             f"{len(self.corpus.text):,} bytes of text in {len(self.corpus.lengths):,} documents; a step takes "
             f"{self.config.data.batch_size} x {self.config.data.sequence_length:,} of them",
+            *([f"data: these files are empty: {self.corpus.empty}"] if self.corpus.empty else []),
             *(
                 f"compiled with {name}={value}, so that permutes hide behind kernels; XLA_FLAGS may name another value"
                 for name, value in self.program.compiler_options.items()
             ),
         ]
 
-    def go(self, done: int, console: Console, leader: bool) -> Outcome:
+    def go(self, start: Start, console: Console, leader: bool) -> Outcome:
         """From the restored or fresh state to the end."""
-        total, stopped = self.config.optimizer.steps, None
+        total, done, stopped = self.config.optimizer.steps, start.done, None
         if done >= total:
-            console.print(f"all {total} steps were done before; a larger optimizer.steps goes on", markup=False)
+            self.tell(f"all {total} steps were done before")
         else:
             # What can fail for a wrong configuration comes before the first file is touched.
-            step = self._compile(console)
-            state = self._first_state(done)
+            step = self._compile()
+            state = self.program.jit_init()() if start.state is None else start.state
             file = metrics.MetricsFile(self.output / "metrics.jsonl", done=done) if leader else None
-            if leader:
-                _write_atomically(self.output / "config.json", json.dumps(self.about["config"], indent=2) + "\n")
+            if file is not None:
+                if file.note:
+                    self.tell(file.note)
+                with replacing(self.output / "config.json") as path:
+                    path.write_text(json.dumps(self.about["config"], indent=2) + "\n", encoding="utf-8")
             reporter = Reporter(console, total=total, done=done, every=self.config.logging.every_steps)
             with file or contextlib.nullcontext(), StopSignal() as stop, reporter:
                 done, stopped = self._steps(step, state, done, stop, reporter, file)
         self.checkpoints.wait()
-        self._finish(done, stopped, console, leader)
+        if leader:
+            self._finish(done, stopped)
         return Outcome(done, self.output, stopped)
 
-    def _compile(self, console: Console) -> Any:
-        console.print("compiling", markup=False)
+    def _compile(self) -> Any:
+        self.tell("compiling")
         began = time.perf_counter()
         step = self.program.compile_step()
-        console.print(f"compiled in {time.perf_counter() - began:.1f} s", markup=False, highlight=False)
+        self.tell(f"compiled in {time.perf_counter() - began:.1f} s")
         return step
-
-    def _first_state(self, done: int) -> program.TrainState:
-        if not done:
-            return self.program.jit_init()()
-        return self.checkpoints.restore(done, self.program.state)
 
     def _steps(
         self,
@@ -162,7 +182,7 @@ class _Run:
                 self.checkpoints.save(done, state, self.about)
                 saved = done
             if done < total:
-                stopped = _on_any_process(stop.received)
+                stopped = processes.any_signal(stop.received)
         if done != saved:
             self.checkpoints.save(done, state, self.about)
         return done, stopped
@@ -198,48 +218,39 @@ class _Run:
             "a longer optimizer.warmup_steps or another data.seed (--resume force continues with changed keys)."
         )
 
-    def _finish(self, done: int, stopped: signal.Signals | None, console: Console, leader: bool) -> None:
-        records = metrics.read(self.output / "metrics.jsonl") if leader else []
+    def _finish(self, done: int, stopped: signal.Signals | None) -> None:
+        """Draws the loss and says how it went, where everything is, and what to type next."""
+        output, total = self.output, self.config.optimizer.steps
+        records = metrics.read(output / "metrics.jsonl")
         if records:
-            title = f"{self.output.name}: loss on real text, context {self.config.data.sequence_length:,} tokens"
-            plot_loss(records, self.output / "loss.png", title=title)
+            title = f"{output.name}: loss on real text, context {self.config.data.sequence_length:,} tokens"
+            plot_loss(records, output / "loss.png", title=title)
             last = [record["loss"] for record in records[-max(1, len(records) // 10) :]]  # one step is noisy
-            console.print(
+            self.tell(
                 f"loss {records[0]['loss']:.4f} at step {records[0]['step']} -> {sum(last) / len(last):.4f} over the "
-                f"last {len(last)} of {done} steps; {self.output}/: metrics.jsonl, loss.png, checkpoints/",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+                f"last {len(last)} of {done} steps"
             )
+        steps = ", ".join(str(step) for step in sorted(self.checkpoints.steps()))
+        self.tell(f"picture      {output / 'loss.png'}")
+        self.tell(f"every step   {output / 'metrics.jsonl'}")
+        self.tell(f"settings     {output / 'config.json'}")
+        self.tell(f"checkpoints  {self.checkpoints.directory}: after step {steps}")
         if stopped is not None:
-            console.print(
-                f"stopped by {stopped.name} after step {done} of {self.config.optimizer.steps}, which is saved. "
-                "Give the same command again to go on.",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+            self.tell(
+                f"stopped by {stopped.name} after step {done} of {total}, which is saved. The same command goes on:"
             )
+            self.tell(f"  {self.command}")
+        else:
+            self.tell("to train on, type:")
+            self.tell(f"  {self.command} --set optimizer.steps={2 * done}")
 
 
-def _agree(fingerprint: str, what: str) -> None:
-    """Raises TrainingError unless all processes hold the same hexadecimal string."""
-    if jax.process_count() == 1:
-        return
-    mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
-    everyone = np.asarray(multihost_utils.process_allgather(mine))
-    if (everyone != everyone[0]).any():
-        raise TrainingError(f"{what} must be the same. Got a different fingerprint on process {jax.process_index()}.")
-
-
-def _on_any_process(received: signal.Signals | None) -> signal.Signals | None:
-    """The signal that some process has received: all must leave the loop at the same step."""
-    if jax.process_count() == 1:
-        return received
-    number = int(np.max(multihost_utils.process_allgather(np.array(received or 0, np.int32))))
-    return signal.Signals(number) if number else None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _prepare(output: Path, leader: bool) -> None:
+    """Process 0 tries the output; all raise OutputError where it cannot be written to."""
+    failure = None
+    try:
+        if leader:
+            prepare(output)
+    except OutputError as error:
+        failure = error
+    processes.raise_together(failure, OutputError(f"output: process 0 cannot write to {output}."))

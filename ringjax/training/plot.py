@@ -11,9 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .output import replacing
+
 
 def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draws loss by step, raw and smoothed, in nats on the left and bits a byte on the right; below it the rate.
+    """Draws loss by step, raw and smoothed, in nats per byte (left) and bits per byte (right); below it the rate.
 
     Args:
       records: of metrics.jsonl, at least one.
@@ -31,9 +33,9 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> N
     if len(steps) >= 20:
         window = max(5, len(steps) // 20)
         upper.plot(steps, _smooth(losses, window), color="#1f4e79", linewidth=2, label=f"mean of {window} steps")
-    upper.set_ylabel("loss (nats a byte)")
+    upper.set_ylabel("loss (nats per byte)")
     bits = upper.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda b: b * math.log(2)))
-    bits.set_ylabel("bits a byte")
+    bits.set_ylabel("bits per byte")
     upper.grid(alpha=0.3)
     upper.legend(frameon=False)
     upper.set_title(title)
@@ -43,7 +45,8 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> N
     lower.set_xlabel("step")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     lower.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, metadata={"Software": None})  # the same bits for the same run
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})  # the same bits for the same run
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:

@@ -138,8 +138,6 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
 
 def decoder_config(config: Config) -> DecoderConfig:
     """The decoder that `[model]`, `[mesh]` and `[ring]` describe."""
-    ring = dataclasses.asdict(config.ring)
-    layout, stripe = ring.pop("layout"), ring.pop("stripe")
     model = dataclasses.asdict(config.model)
     if model["local_window_size"] is not None:
         model["local_window_size"] = (model["local_window_size"], 0)  # causal: nothing ahead
@@ -149,8 +147,8 @@ def decoder_config(config: Config) -> DecoderConfig:
         axis_name="sequence",
         batch_axis_name="data",
         head_axis_name="tensor",
-        ring=ringjax.RingConfig(**ring),
-        layout=ringjax.Striped(stripe=stripe) if layout == "striped" else layout,
+        ring=config.ring.tuning,
+        layout=ringjax.Striped(stripe=config.ring.stripe) if config.ring.layout == "striped" else config.ring.layout,
     )
 
 

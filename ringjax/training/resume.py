@@ -1,27 +1,77 @@
-"""May this checkpoint be continued with that configuration?"""
+"""From which checkpoint does a run continue, and may it with this configuration?"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, Literal
 
-from .checkpoints import CheckpointError, Checkpoints
+from .checkpoints import CheckpointError, Checkpoints, DamagedError
 from .loading import flatten
 
-Resume = Literal["auto", "never", "force"]
+Resume = Literal["auto", "intact", "force", "never"]
 # Keys that may differ between a checkpoint and the run that continues it: they change when, where and how fast a step
 # is computed, not what (a new mesh or ring only rounds differently; more steps stretch the rest of the schedule).
 _FREE = ("output", "optimizer.steps", "checkpoint.", "logging.", "devices.", "distributed.", "mesh.", "ring.")
 
 
-def check_resume(checkpoints: Checkpoints, done: int, about: dict[str, Any], resume: Resume) -> list[str]:
-    """Raises CheckpointError if the checkpoint must not be continued; else what there is to tell."""
-    where = checkpoints.directory / str(done)
-    if resume == "never":
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    done: int  # steps that were done before
+    state: Any  # after that step; None: nothing was done yet
+    notes: list[str]  # what there is to tell
+
+
+def find_start(checkpoints: Checkpoints, target: Any, about: dict[str, Any], resume: Resume) -> Start:
+    """Reads the newest checkpoint.
+
+    Args:
+      checkpoints: of the output.
+      target: the state, as `Checkpoints.restore` takes it.
+      about: {"config": the configuration as a table, "text": the fingerprint of the text}.
+      resume: "intact" sets damaged checkpoints aside and takes the newest that is intact; the others refuse a damaged
+        one. "force" continues with another configuration, "never" refuses every checkpoint.
+
+    Raises:
+      CheckpointError: the newest checkpoint must not be continued from.
+    """
+    steps, notes = checkpoints.steps(), []
+    if steps and resume == "never":
         raise CheckpointError(
-            f"--resume never: output must hold no checkpoint. Got {where}; give another output, or move it away."
+            "--resume never: output must hold no checkpoint. "
+            f"Got {checkpoints.directory / str(steps[0])}; give another output, or move it away."
         )
+    damage: dict[int, DamagedError] = {}
+    for step in steps:
+        try:
+            found = check_resume(checkpoints, step, about, resume)
+            state = checkpoints.restore(step, target)
+        except DamagedError as error:
+            damage[step] = error
+            continue
+        except CheckpointError as error:  # it is intact, but not of this configuration
+            if not damage:
+                raise
+            raise CheckpointError(f"{_damaged(checkpoints, damage)}.\n{error}") from error
+        if damage and resume != "intact":
+            raise _refusal(checkpoints, damage, intact=step)
+        for broken, error in damage.items():
+            moved = checkpoints.set_aside(broken)
+            notes.append(f"WARNING: the checkpoint of step {broken} is damaged ({error}); it is now {moved}")
+        return Start(step, state, notes + found)
+    if damage:
+        raise _refusal(checkpoints, damage, intact=None)
+    return Start(0, None, notes)
+
+
+def check_resume(checkpoints: Checkpoints, done: int, about: dict[str, Any], resume: Resume) -> list[str]:
+    """Raises CheckpointError if the checkpoint must not be continued; otherwise returns what there is to tell."""
+    where = checkpoints.directory / str(done)
     then = checkpoints.about(done)
+    if not isinstance(then, dict) or not {"config", "text"} <= then.keys():
+        raise DamagedError("its about lacks the configuration or the fingerprint of the text")
     old, new = flatten(then["config"]), flatten(about["config"])
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     lines = [f"{key} = {json.dumps(new.get(key))} (was {json.dumps(old.get(key))})" for key in differing]
@@ -36,3 +86,20 @@ def check_resume(checkpoints: Checkpoints, done: int, about: dict[str, Any], res
     notes = [f"resuming after step {done} from {where}"]
     changed = [line for line in lines if not line.startswith("output =")]
     return notes + ([f"changed since then: {'; '.join(changed)}"] if changed else [])
+
+
+def _refusal(checkpoints: Checkpoints, damage: dict[int, DamagedError], *, intact: int | None) -> CheckpointError:
+    """What is damaged, and what to type."""
+    if intact is None:
+        way = f"No checkpoint is intact. Give another output, or move {checkpoints.directory} away to start again."
+    else:
+        way = (
+            f"The checkpoint of step {intact} is intact: the same command with --resume intact goes on from there, "
+            "and keeps what is damaged aside."
+        )
+    return CheckpointError(f"{_damaged(checkpoints, damage)}. {way}")
+
+
+def _damaged(checkpoints: Checkpoints, damage: dict[int, DamagedError]) -> str:
+    broken = "; ".join(f"{checkpoints.directory / str(step)} is damaged, {error}" for step, error in damage.items())
+    return f"checkpoint {broken}"

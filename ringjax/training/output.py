@@ -1,0 +1,76 @@
+"""The directory of a run: can it be written to, how its files are replaced, and where damaged ones are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ASIDE = "set_aside"  # below the output: what was damaged or in the way, as it was
+_PROBE_BYTES = 2**16  # more than a full disk takes
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+class OutputError(ValueError):
+    """The output cannot hold a run."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; what it had reached is kept."""
+
+
+def prepare(output: Path) -> None:
+    """Makes the directory of a run and writes to it once.
+
+    Raises:
+      OutputError: it is no directory, is read-only, or its disk is full.
+    """
+    for directory in (output, output / "checkpoints"):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                probe.write(bytes(_PROBE_BYTES))
+        except OSError as error:
+            reason = "which is a file" if directory.is_file() else reason_of(error)
+            raise OutputError(
+                f"output: must be a directory that can be written to, on a disk with room. Got {directory}: {reason}. "
+                "Mend that, or give another output."
+            ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to. It takes the place of `path` when the block ends, and is removed when the block fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def set_aside(path: Path, output: Path) -> Path:
+    """Moves a file or directory out of the way, under a name that is free, and says where it is now."""
+    target, number = output / ASIDE / path.name, 1
+    target.parent.mkdir(exist_ok=True)
+    while target.exists():
+        number += 1
+        target = output / ASIDE / f"{path.name}.{number}"
+    return path.rename(target)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, on one line: Orbax and TensorStore append whole specifications."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f" ({error.filename})" if error.filename else "")
+    for number in _DISK:
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
+    first = str(error).strip().split("\n")[0].split(". See ")[0].rstrip(".")
+    if len(first) > 160:
+        first = first[:157] + "..."
+    return first or type(error).__name__
