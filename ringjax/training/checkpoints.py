@@ -120,8 +120,8 @@ class Checkpoints:
           CheckpointError: it holds arrays of other names or shapes.
           DamagedError: it cannot be read.
         """
-        held = self._read(step, "state/_METADATA", lambda: self._shapes(step))
-        wanted = {tuple(path): leaf.shape for path, leaf in _flat(ocp.tree.serialize_tree(target)).items()}
+        held = self._read(step, "state/_METADATA", lambda: self._held_shapes(step))
+        wanted = _shapes(target)
         differing = [path for path in sorted(held.keys() | wanted.keys()) if held.get(path) != wanted.get(path)]
         if differing:
             path = differing[0]
@@ -145,12 +145,12 @@ class Checkpoints:
         (name,) = item
         return self._reader.restore(self.directory / str(step), args=ocp.args.Composite(**item))[name]
 
-    def _shapes(self, step: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+    def _held_shapes(self, step: int) -> dict[tuple[str, ...], tuple[int, ...]]:
         held = self._reader.metadata(self.directory / str(step)).item_metadata
         tree = None if held is None else held["state"]
         if tree is None:
             raise FileNotFoundError("absent")
-        return {path: tuple(leaf.shape) for path, leaf in _flat(tree.tree).items()}
+        return _shapes(tree.tree)
 
     def _read(self, step: int, part: str, read: Any) -> Any:
         """Calls `read` on all processes. Where one of them fails, all raise DamagedError."""
@@ -184,5 +184,5 @@ class Checkpoints:
         )
 
 
-def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    return ocp.tree.to_flat_dict(tree)
+def _shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    return {tuple(map(str, path)): tuple(leaf.shape) for path, leaf in ocp.tree.to_flat_dict(tree).items()}
