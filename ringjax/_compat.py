@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import config as _config
+from jax._src import core as _core
+from jax._src import mesh as _mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -57,6 +59,29 @@ def vary_like(x: jax.Array, *references: Any) -> jax.Array:
 def checks_varying_axes() -> bool:
     """Whether this code is traced inside a shard_map with check_vma=True."""
     return bool(manual_axes()) and bool(_config._check_vma.value)
+
+
+def inside_spmd_vmap() -> bool:
+    """Whether this is traced inside ``jax.vmap(..., spmd_axis_name=...)``."""
+    return bool(_core.get_axis_env().spmd_axis_names)
+
+
+def is_placed(x: Any, num_devices: int) -> bool | None:
+    """Whether this array lies on that many devices for good; None where tracing hides it."""
+    value = _core.to_concrete_value(x)
+    if value is None:
+        return None
+    return isinstance(value, jax.Array) and value.committed and len(value.sharding.device_set) == num_devices
+
+
+def context_has_devices() -> bool:
+    """Whether the mesh of the context, if any, is one of devices (``jax.set_mesh``), not an abstract one."""
+    return not _mesh.get_concrete_mesh().empty
+
+
+def mesh_size_inside() -> int:
+    """Devices of the mesh over which the shard_map is that this is traced in; 1 outside one."""
+    return jax.sharding.get_abstract_mesh().size if manual_axes() else 1
 
 
 def take(x: jax.Array, index: np.ndarray, axis: int) -> jax.Array:

@@ -78,6 +78,11 @@ def ring_attention(
       denominator in float32 (float64 for float64). A query that attends nothing gives 0, lse -inf (with sinks: the
       sink) and zero gradients. NaN or Inf in a key or value reaches only queries that attend it.
 
+      Inside ``shard_map`` both vary over ``axis_name``, also where query does not: a rank's queries stand at its own
+      positions, and each rank sums in its own order, so that ranks agree up to rounding at most. To return one
+      result from such a query (a mask that does not depend on the rank: none, segments or ``positions``) take
+      ``jax.lax.pmean(out, axis_name)``, which ``out_specs=P()`` accepts and whose gradients are right.
+
     Raises:
       ValueError: for arguments that do not fit, naming the argument, what is required and what was given.
       NotImplementedError: for what this path cannot do yet.
@@ -95,6 +100,10 @@ def ring_attention(
     left, right = check_window(local_window_size, is_causal)
     axis = _check_axis_name(axis_name)
     inside = _compat.axis_is_bound(axis)
+    if inside:
+        _refuse_outside_arguments(axis, mesh, batch_axis_name, head_axis_name)
+    whole_mesh = None if inside else find_mesh(axis, mesh)
+    _refuse_symbolic_sizes(arrays, _compat.mesh_size_inside() if whole_mesh is None else whole_mesh.size)
     target = _target(mesh)
     largest_head = max(arrays.query.shape[3], arrays.value.shape[3])
     backend = choose(config, target, arrays.query.dtype, largest_head)
@@ -102,10 +111,9 @@ def ring_attention(
     call = Call(
         axis, as_layout(layout), left, right, check_scale(scale, arrays.query.shape[3]),
         check_soft_cap(logits_soft_cap), config, backend.load(),
-        _unroll(config, axis, inside, target.platform), target.device_kind, interpreted, None,
+        _unroll(config, axis, inside, target.platform), target.device_kind, interpreted,
     )  # fmt: skip
-    if inside:
-        _refuse_outside_arguments(axis, mesh, batch_axis_name, head_axis_name)
+    if whole_mesh is None:
         if interpreted and _compat.checks_varying_axes():
             raise NotImplementedError(
                 "config.implementation: Pallas' interpreter needs jax.shard_map(..., check_vma=False), or a call "
@@ -113,7 +121,7 @@ def ring_attention(
             )
         out, lse = _local(call, arrays)
     else:
-        out, lse = sharded(_local, call, arrays, find_mesh(axis, mesh), batch_axis_name, head_axis_name)
+        out, lse = sharded(_local, call, arrays, whole_mesh, batch_axis_name, head_axis_name)
     return (out, lse) if return_residual else out
 
 
@@ -153,6 +161,19 @@ def _target(mesh: Mesh | AbstractMesh | None) -> Target:
     )
 
 
+def _refuse_symbolic_sizes(arrays: Arrays, num_devices: int) -> None:
+    """A program exported with a symbolic size that something in a shard_map needs kills the process that calls it.
+
+    XLA fills in such sizes everywhere but there (JAX 0.10 to 0.12). On one device, or under vmap alone, all is well.
+    """
+    for name, x in arrays._asdict().items():
+        if x is not None and num_devices > 1 and not all(isinstance(n, int) for n in x.shape):
+            raise NotImplementedError(
+                f"{name}: the sizes must be known where there are several devices, also for jax.export: export once "
+                f"for every batch size. Got shape {x.shape}."
+            )
+
+
 def _refuse_outside_arguments(axis: str, mesh: Any, batch_axis_name: Any, head_axis_name: Any) -> None:
     given = {"mesh": mesh, "batch_axis_name": batch_axis_name, "head_axis_name": head_axis_name}
     for name, value in given.items():
@@ -174,7 +195,8 @@ def _local(call: Call, arrays: Arrays) -> tuple[Array, Array]:
                 f"{name}: the length of a shard must be a multiple of {unit} for {call.layout}. Got {length}."
             )
     # One type for all under check_vma: the gradient of what is replicated is then summed by JAX itself.
-    axes = frozenset({call.axis_name}) if _compat.checks_varying_axes() else frozenset()
+    # An axis of vmap is no mesh axis, and nothing is typed by it.
+    axes = frozenset({call.axis_name}).intersection(_compat.manual_axes() if _compat.checks_varying_axes() else ())
     axes = axes.union(*(_compat.varying_axes(x) for x in jax.tree.leaves(arrays)))
     arrays = jax.tree.map(lambda x: _compat.vary_over(x, axes), arrays)
     # Positions that only the run time knows say nothing of which hops are needed.
@@ -211,11 +233,13 @@ def _local_mask(call: Call, arrays: Arrays, num_shards: int) -> Mask:
         q_segments, kv_segments = jnp.zeros((1, q_length), jnp.int32), jnp.zeros((1, k_length), jnp.int32)
     if arrays.q_lengths is not None:
         q_segments = exclude(q_segments, index(q_length) < arrays.q_lengths[:, None], NO_QUERY)
+    if call.query_length is not None:
+        q_segments = exclude(q_segments, index(q_length) < call.query_length, NO_QUERY)
     if arrays.kv_lengths is not None:
         kv_segments = exclude(kv_segments, index(k_length) < arrays.kv_lengths[:, None], NO_KEY)
     if call.key_length is not None:
         kv_segments = exclude(kv_segments, index(k_length) < call.key_length, NO_KEY)
-    divided = (arrays.q_segments, arrays.q_lengths, arrays.kv_lengths, call.key_length)
+    divided = (arrays.q_segments, arrays.q_lengths, arrays.kv_lengths, call.query_length, call.key_length)
     if all(x is None for x in divided):
         q_segments = kv_segments = None
     mask = Mask(q_positions, kv_positions, q_segments, kv_segments, left=call.left, right=call.right)

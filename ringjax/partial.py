@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # The maximum over no keys. Finite, not -inf: exp(-inf - -inf) is NaN. Below every logit that a masked row could meet.
 NO_LOGIT = -0.7 * 3.4e38
@@ -22,6 +22,11 @@ NO_LOGIT = -0.7 * 3.4e38
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype of accumulators: float32, or float64 for float64."""
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
+
+
+def attends_to_nothing(lse: Float[Array, "*b"]) -> Bool[Array, "*b"]:
+    """Where the log-sum-exp is -inf. Said so since on a constant of -inf jax_debug_infs recurses for minutes."""
+    return lse < jnp.finfo(lse.dtype).min
 
 
 class Partial(NamedTuple):
@@ -61,7 +66,7 @@ def finish(partial: Partial, sinks: Float[Array, " N"] | None = None) -> tuple[A
         acc, total, top = acc * scale[..., None], total * scale + jnp.exp(sink - new_top), new_top
     some = total != 0  # NaN counts as some: a NaN logit must show
     safe = jnp.where(some, total, jnp.ones_like(total))
-    return acc / safe[..., None], jnp.where(some, top + jnp.log(safe), -jnp.inf)
+    return acc / safe[..., None], top + jnp.log(total)
 
 
 def merge_partials(
@@ -94,7 +99,7 @@ def merge_partials(
             )
     dtype = wide(pairs[0][1].dtype)
     lses = jnp.stack([lse.astype(dtype) for _, lse in pairs])
-    attended = lses != -jnp.inf  # NaN counts as attended: it must show
+    attended = ~attends_to_nothing(lses)  # NaN counts as attended: it must show
     # The maximum cancels in the result, so its gradient is zero; finite even where every lse is -inf.
     top = jax.lax.stop_gradient(jnp.max(jnp.where(attended, lses, NO_LOGIT), axis=0, keepdims=True))
     # Replace -inf before the exponential: a where() after it would still give NaN gradients.
@@ -104,5 +109,6 @@ def merge_partials(
     safe = jnp.where(some, total, 1.0)
     outs = jnp.where(attended[..., None], jnp.stack([out.astype(dtype) for out, _ in pairs]), 0.0)
     out = jnp.sum(outs * (weights / safe)[..., None], axis=0)
-    lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)[0]
+    # log(some) is 0 or -inf, without a gradient: that of log(total) would be NaN where total is 0.
+    lse = (top + jnp.log(safe) + jnp.log(some.astype(dtype)))[0]
     return out.astype(pairs[0][0].dtype), lse

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from .kernels.base import Kernel, KernelParams
 from .mask import Mask
-from .partial import wide
+from .partial import attends_to_nothing, wide
 from .schedule import Schedule, permutation
 
 
@@ -65,7 +65,7 @@ def _ring_bwd(spec: RingSpec, residuals: tuple[Any, ...], cotangents: tuple[Arra
     dsinks = None
     if sinks is not None:  # the sink is a key whose value is zero: dsink = sum of p (0 - delta)
         p = jnp.exp(sinks.astype(dtype)[None, None, :] - lse)
-        dsinks = -jnp.sum(jnp.where(lse == -jnp.inf, 0.0, p * delta), axis=(0, 1)).astype(sinks.dtype)
+        dsinks = -jnp.sum(jnp.where(attends_to_nothing(lse), 0.0, p * delta), axis=(0, 1)).astype(sinks.dtype)
     rows = (_head_major(q), _head_major(dout), jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2))
     dq, dk, dv = _backward(spec, rows, (_head_major(k), _head_major(v), *_travelling(mask)), mask)
     grads = (_head_major(g).astype(x.dtype) for g, x in zip((dq, dk, dv), (q, k, v), strict=True))

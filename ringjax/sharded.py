@@ -33,14 +33,18 @@ class Call:
     unroll: int
     device_kind: str
     interpreted: bool  # the kernel runs in Pallas' interpreter
-    key_length: int | None  # of the whole sequence, where it was padded: what lies beyond is nobody's key
+    # Of the whole sequences, where they were padded: what lies beyond is absent.
+    query_length: int | None = None
+    key_length: int | None = None
 
 
 def find_mesh(axis: str, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
     manual = _compat.manual_axes()
-    if manual and mesh is None:
+    if manual:
         raise ValueError(
-            f"axis_name must be a manual axis inside shard_map: one of {', '.join(map(repr, manual))}. Got {axis!r}."
+            f"axis_name must be a manual axis inside shard_map: one of {', '.join(map(repr, manual))}. For a ring over "
+            "another axis use one shard_map over all of these and it, since JAX cannot differentiate one shard_map "
+            f"within another. Got {axis!r}{'' if mesh is None else ' and a mesh'}."
         )
     found = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
     if not isinstance(found, (Mesh, AbstractMesh)):
@@ -69,11 +73,18 @@ def sharded(
     heads = heads if heads is not None else _explicit_axes(arrays.query, 2, mesh)
     kv_heads = heads if arrays.key.shape[2] > 1 else None  # a single K/V head stays whole
     _check_sizes(call, arrays, mesh, batch, heads)
-    k_length = arrays.key.shape[1]
-    padded = padded_length(k_length, call.layout, mesh.shape[call.axis_name]) != k_length
-    call = dataclasses.replace(call, key_length=k_length if padded else None)
+    _check_placed(arrays, mesh)
+    num_shards = mesh.shape[call.axis_name]
+    lengths = (x.shape[1] for x in (arrays.query, arrays.key))
+    padded = [length if padded_length(length, call.layout, num_shards) != length else None for length in lengths]
+    call = dataclasses.replace(call, query_length=padded[0], key_length=padded[1])
     specs = _specs(arrays, call.axis_name, batch, heads, kv_heads)
-    return _compiled(attend, call, mesh, tuple(specs.items()))({name: getattr(arrays, name) for name in specs})
+    # Pallas' interpreter mixes types, JAX 0.10 to 0.12. vmap(spmd_axis_name=) adds its axis to the types of the arrays
+    # that it maps, but not to those of constants: of no loop that starts from one, nor of Pallas' outputs.
+    check_vma = not call.interpreted and not _compat.inside_spmd_vmap()
+    return _compiled(attend, call, mesh, tuple(specs.items()), check_vma)(
+        {name: getattr(arrays, name) for name in specs}
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -82,6 +93,7 @@ def _compiled(
     call: Call,
     mesh: Mesh | AbstractMesh,
     specs: tuple[tuple[str, PartitionSpec], ...],
+    check_vma: bool,
 ) -> Callable[[dict[str, Array]], tuple[Array, Array]]:
     """The sharded call under jit. Cached, or every eager call would compile anew."""
     by_name = dict(specs)
@@ -96,7 +108,7 @@ def _compiled(
         mesh=mesh,
         in_specs=(by_name,),
         out_specs=(out_spec, PartitionSpec(*out_spec[:3])),
-        check_vma=not call.interpreted,  # Pallas' interpreter mixes types, JAX 0.10 to 0.12
+        check_vma=check_vma,
     )
 
     def run(given: dict[str, Array]) -> tuple[Array, Array]:
@@ -154,6 +166,19 @@ def _check_sizes(
         raise ValueError(
             f"query and key: the numbers of heads must be multiples of {num_heads}, the size of head_axis_name "
             f"{heads!r} (a single K/V head may stay whole). Got N = {q_heads}, K = {kv_heads}."
+        )
+
+
+def _check_placed(arrays: Arrays, mesh: Mesh | AbstractMesh) -> None:
+    """An AbstractMesh has no devices: they are those of the arrays, or of nothing where the call is only lowered."""
+    if isinstance(mesh, Mesh) or mesh.size == 1 or _compat.context_has_devices():
+        return
+    placed = [_compat.is_placed(x, mesh.size) for x in arrays if x is not None]
+    if not any(placed) and None not in placed:
+        raise ValueError(
+            f"mesh: with an AbstractMesh the arrays must be placed on its {mesh.size} devices (jax.device_put with a "
+            "NamedSharding), or the call be traced by jax.jit; otherwise pass a jax.sharding.Mesh. "
+            "Got arrays that are placed on no mesh."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import cases
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -275,6 +276,21 @@ def test_inside_axis_that_is_not_manual() -> None:
         inside(attend, *SHAPES, mesh=mesh, axis_names={"sp"})
 
 
+@pytest.mark.parametrize("give_mesh", [True, False])
+def test_a_ring_within_a_shard_map_over_another_axis(give_mesh: bool) -> None:
+    # JAX runs it, but fails in its own words on the gradient.
+    mesh = jax.make_mesh((2, 4), ("data", "sp"), (jax.sharding.AxisType.Auto,) * 2)
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        # JAX takes the mesh of the context here, and no other.
+        here = jax.sharding.get_abstract_mesh() if give_mesh else None
+        return ringjax.ring_attention(query, key, value, mesh=here)
+
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"), axis_names={"data"})
+    with pytest.raises(ValueError, match="axis_name must be a manual axis.*'data'.*one shard_map over all.*Got 'sp'"):
+        jax.eval_shape(mapped, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in SHAPES))
+
+
 @pytest.mark.parametrize("name", ["batch_axis_name", "head_axis_name"])
 def test_inside_batch_or_head_axis(name: str) -> None:
     attend = functools.partial(ringjax.ring_attention, **{name: "data"})
@@ -314,3 +330,51 @@ def test_traced_scale() -> None:
     scaled = jax.jit(lambda s: call(scale=s))
     with pytest.raises(ValueError, match="scale must be .*known at trace time"):
         scaled(0.5)
+
+
+# ---------------------------------------------------------------------------------------------- arrays on no device
+
+
+ABSTRACT = jax.sharding.AbstractMesh((4,), ("sp",), (jax.sharding.AxisType.Auto,))
+
+
+@pytest.mark.parametrize("where", ["argument", "context"])
+@pytest.mark.parametrize("kind", ["numpy", "uncommitted", "one device", "gradient"])
+def test_an_abstract_mesh_with_arrays_on_none_of_its_devices(kind: str, where: str) -> None:
+    arrays = [np.zeros(shape, np.float32) for shape in SHAPES]
+    if kind != "numpy":
+        arrays = [jax.device_put(x, jax.devices()[0] if kind == "one device" else None) for x in arrays]
+    mesh = ABSTRACT if where == "argument" else None
+    attend = lambda q, k, v: ringjax.ring_attention(q, k, v, mesh=mesh).sum()  # noqa: E731
+    attend = jax.grad(attend) if kind == "gradient" else attend
+    with jax.sharding.use_abstract_mesh(ABSTRACT if where == "context" else jax.sharding.AbstractMesh((), ())):
+        with pytest.raises(ValueError, match="mesh: with an AbstractMesh the arrays must be placed.*4 devices.*Got"):
+            attend(*arrays)
+
+
+def test_an_abstract_mesh_with_arrays_on_its_devices_is_right() -> None:
+    sharding = jax.sharding.NamedSharding(cases.mesh_of(4), P(None, "sp"))
+    placed = [jax.device_put(np.ones(shape, np.float32), sharding) for shape in SHAPES]
+    np.testing.assert_allclose(ringjax.ring_attention(*placed, mesh=ABSTRACT), 1.0, rtol=1e-6)
+
+
+def test_an_abstract_mesh_with_nothing_but_shapes_is_right() -> None:
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in SHAPES]
+    attend = jax.jit(lambda q, k, v: ringjax.ring_attention(q, k, v, mesh=ABSTRACT))
+    assert attend.lower(*shapes).out_info.shape == SHAPES[0]
+
+
+# ------------------------------------------------------------------------------------------------ symbolic sizes
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_symbolic_size_over_several_devices(where: str) -> None:
+    # Exported, it would kill the process that calls it.
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((batch, *shape[1:]), jnp.float32) for shape in SHAPES]
+    attend = functools.partial(ringjax.ring_attention, mesh=cases.mesh_of(4) if where == "outside" else None)
+    if where == "inside":
+        spec = P(None, "sp")
+        attend = jax.shard_map(attend, mesh=cases.mesh_of(4), in_specs=(spec,) * 3, out_specs=spec)
+    with pytest.raises(NotImplementedError, match=r"query: the sizes must be known.*jax.export.*Got shape \(b,"):
+        jax.export.export(jax.jit(attend))(*shapes)

@@ -8,6 +8,7 @@ from typing import Any
 
 import cases
 import jax
+import jax.export
 import jax.numpy as jnp
 import jaxprs
 import numpy as np
@@ -290,6 +291,112 @@ def test_vmap_over_stacked_shards_is_a_ring(num_shards: int) -> None:
         return jax.tree.map(unstack, jax.vmap(local, axis_name="sp")(*stacked))
 
     check(program_of(attend), case, num_shards=num_shards, layout="contiguous")
+
+
+@pytest.mark.parametrize("name", ["causal_window_sinks", "lengths"])
+def test_vmap_over_a_mesh_axis_beside_the_ring(name: str) -> None:
+    case = cases.BY_NAME[name]
+    mesh = jax.make_mesh((2, 2), ("d", "sp"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    options = options_of(case, layout="zigzag", mesh=mesh)
+
+    def attend(query: Any, key: Any, value: Any, sinks: Any, masks: Any) -> Any:
+        # What is mapped varies over "d", what is not does not: both kinds meet in the ring's loops.
+        local = lambda q, k, v: ringjax.ring_attention(q, k, v, sinks=sinks, **masks, **options)  # noqa: E731
+        mapped = jax.vmap(local, in_axes=(0, None, None), spmd_axis_name="d")
+        return jax.tree.map(lambda x: x.mean(0), mapped(jnp.stack([query, query]), key, value))
+
+    check(program_of(attend), case)
+
+
+def dense_lse(q: Any, k: Any, v: Any) -> Any:
+    """Attention without a mask in two lines, and its log-sum-exp."""
+    logits = jnp.einsum("btnh,bsnh->btns", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("btns,bsnh->btnh", jax.nn.softmax(logits), v), jax.nn.logsumexp(logits, axis=-1)
+
+
+def assert_same_gradients(attend: Any, want: Any, *arrays: Any) -> None:
+    """Of a scalar of the output and the log-sum-exp, both with a weight for each element."""
+
+    def loss(attend: Any, *arrays: Any) -> Any:
+        out, lse = attend(*arrays)
+        weigh = lambda x: jnp.sum(jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)  # noqa: E731
+        return weigh(out) + weigh(lse)
+
+    run = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, f), argnums=tuple(range(len(arrays)))))
+        for f in (attend, want)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), run[0](*arrays), run[1](*arrays))
+
+
+def normal(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_an_axis_of_vmap_within_a_shard_map_gives_the_local_result() -> None:
+    # The natural way to a partial result, to be merged by the caller.
+    spec = P(None, "sp")
+    call = functools.partial(ringjax.ring_attention, axis_name="one", return_residual=True)
+
+    def local(*arrays: Any) -> Any:
+        out, lse = jax.vmap(lambda _: call(*arrays), axis_name="one", axis_size=1, in_axes=None)(None)
+        return out[0], lse[0]
+
+    attend = jax.shard_map(local, mesh=cases.mesh_of(2), in_specs=(spec,) * 3, out_specs=(spec, spec))
+
+    def want(*arrays: Any) -> Any:
+        halves = [dense_lse(*(x[:, half] for x in arrays)) for half in (np.s_[:4], np.s_[4:])]
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *halves)
+
+    assert_same_gradients(attend, want, *(normal(2, 8, 2, 4, seed=seed) for seed in range(3)))
+
+
+def test_a_query_that_all_ranks_share() -> None:
+    # As the docstring says: the mean over the ranks is typed as the same on each, and its gradients are right.
+    spec = P(None, "sp")
+
+    def local(*arrays: Any) -> Any:
+        return jax.lax.pmean(ringjax.ring_attention(*arrays, return_residual=True), "sp")
+
+    attend = jax.shard_map(local, mesh=cases.mesh_of(2), in_specs=(P(), spec, spec), out_specs=(P(), P()))
+    arrays = (normal(2, 3, 2, 4), normal(2, 8, 2, 4, seed=1), normal(2, 8, 2, 4, seed=2))
+    assert_same_gradients(attend, dense_lse, *arrays)
+
+
+def test_an_exported_batch_of_any_size_on_one_device() -> None:
+    (batch,) = jax.export.symbolic_shape("b")
+
+    def attend(x: Any) -> Any:
+        stacked = jnp.moveaxis(x.reshape(x.shape[0], 2, 4, 2, 4), 1, 0)
+        return jax.vmap(lambda y: ringjax.ring_attention(y, y, y, is_causal=True), axis_name="sp")(stacked)
+
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(attend(x)))))
+    exported = jax.export.export(gradient)(jax.ShapeDtypeStruct((batch, 8, 2, 4), jnp.float32))
+    x = normal(3, 8, 2, 4)
+    np.testing.assert_allclose(exported.call(x), gradient(x), rtol=1e-6, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------- looking for NaN and Inf
+
+
+def ring_with_a_query_alone(x: Any) -> Any:
+    lengths = jnp.array([0], jnp.int32)
+    return ringjax.ring_attention(x, x, x, key_value_seq_lengths=lengths, mesh=cases.mesh_of(1), return_residual=True)
+
+
+def test_debug_infs_reports_the_log_sum_exp_of_a_query_without_keys() -> None:
+    with jax.debug_infs(True), pytest.raises(FloatingPointError, match="inf"):
+        ring_with_a_query_alone(normal(1, 4, 1, 4))
+
+
+def test_debug_nans_finds_none_in_a_query_without_keys() -> None:
+    def loss(x: Any) -> Any:
+        out, lse = ring_with_a_query_alone(x)
+        out, lse = ringjax.merge_partials([(out, lse), (jnp.zeros_like(out), jnp.full_like(lse, -jnp.inf))])
+        return jnp.sum(out) + jnp.sum(jnp.where(lse == -jnp.inf, 0.0, lse))
+
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(jax.grad(loss)(normal(1, 4, 1, 4)), 0.0)
 
 
 KEEP = jax.checkpoint_policies.save_only_these_names("ring_out", "ring_lse")

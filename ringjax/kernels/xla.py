@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float
 
 from .._compat import vary_like
 from ..mask import BlockMap, Mask, block_map, tile_kinds
-from ..partial import NO_LOGIT, Partial, identity, wide
+from ..partial import NO_LOGIT, Partial, attends_to_nothing, identity, wide
 from ..partial import finish as finish_partial
 from .base import KernelParams
+from .softmax import factor, scores
 
 # 256 x 256 float32 logits (256 KiB) stay in a core's cache, and fewer PARTIAL tiles than with larger ones; see
 # docs/optimisation-log.md.
@@ -63,12 +64,12 @@ def forward(
 
         def column(j: Array, running: Partial, masked: bool) -> Partial:
             k_tile, v_tile = (_key_tile(x, b, head, j, tiles) for x in (k, v))
-            logits = _logits(q_tile, k_tile, params, dtype)
+            s = scores(_dot(q_tile, k_tile, (1, 1), dtype), params)
             allowed = None
             if masked:
                 allowed = _allowed(q_mask.keys(b, j * tiles.block_kv, tiles.block_kv), tiles)
-                logits = jnp.where(allowed, logits, NO_LOGIT)
-            return _fold(running, logits, v_tile, allowed)
+                s = jnp.where(allowed, s, NO_LOGIT)
+            return _fold(running, s, v_tile, allowed, factor(params))
 
         running = Partial(*(_query_tile(x, b, head, i, tiles) for x in state))
         running = _visit(visits, b, i, tiles.num_kv, column, running)
@@ -78,7 +79,7 @@ def forward(
     result = Partial(*(_ungrouped(x, length) for x in state))
     if not finish:
         return result
-    out, lse = finish_partial(result, sinks)
+    out, lse = finish_partial(result._replace(max=result.max * factor(params)), sinks)  # until here of the scores
     return out.astype(q.dtype), lse
 
 
@@ -100,8 +101,8 @@ def backward(
     tiles, mask = _tiling(q, k, mask, params)
     if dq_carry is None:
         dq_carry = vary_like(jnp.zeros(q.shape, dtype), *references)
-    # A row that attends nothing has p = 0 everywhere; any finite lse will do there.
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+    # In the unit of the scores. A query that attends to nothing has p = 0 everywhere; any finite number will do there.
+    lse = jnp.where(attends_to_nothing(lse), 0.0, lse) / factor(params)
     q, dout, lse, delta, dq = (_grouped(_pad(x, tiles.block_q), tiles) for x in (q, dout, lse, delta, dq_carry))
     k, v = _pad(k, tiles.block_kv), _pad(v, tiles.block_kv)
     dk, dv = (vary_like(jnp.zeros(x.shape, dtype), *references) for x in (k, v))
@@ -117,11 +118,11 @@ def backward(
         def column(i: Array, sums: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
             dq, dk_tile, dv_tile = sums
             q_tile, dout_tile, lse_tile, delta_tile = (_query_tile(x, b, head, i, tiles) for x in (q, dout, lse, delta))
-            logits = _logits(q_tile, k_tile, params, dtype)
-            p = jnp.exp(logits - lse_tile[:, None])
+            s = scores(_dot(q_tile, k_tile, (1, 1), dtype), params)
+            p = jnp.exp((s - lse_tile[:, None]) * factor(params))
             ds = p * (_dot(dout_tile, v_tile, (1, 1), dtype) - delta_tile[:, None])
             if params.logits_soft_cap is not None:
-                ds = ds * (1.0 - jnp.square(logits / params.logits_soft_cap))
+                ds = ds * (1.0 - jnp.square(s))
             allowed = None
             if masked:
                 allowed = _allowed(k_mask.queries(b, i * tiles.block_q, tiles.block_q), tiles)
@@ -145,22 +146,15 @@ def backward(
     return _ungrouped(dq, q_length), dk[:, :, :k_length], dv[:, :, :k_length]
 
 
-def _fold(running: Partial, logits: Array, values: Array, allowed: Bool[Array, "R S"] | None) -> Partial:
-    """One step of the online softmax for a tile of R queries."""
-    top = jnp.maximum(running.max, logits.max(axis=-1))
-    p = jnp.exp(logits - top[:, None])
+def _fold(running: Partial, s: Array, values: Array, allowed: Bool[Array, "R S"] | None, factor: float) -> Partial:
+    """One step of the online softmax for a tile of R queries, given the scores and what makes logits of them."""
+    top = jnp.maximum(running.max, s.max(axis=-1))
+    p = jnp.exp((s - top[:, None]) * factor)
     if allowed is not None:
         p = jnp.where(allowed, p, 0.0)  # where nothing was attended yet, exp(NO_LOGIT - NO_LOGIT) is 1
-    rescale = jnp.exp(running.max - top)
+    rescale = jnp.exp((running.max - top) * factor)
     acc = running.acc * rescale[:, None] + _weigh(p, values, allowed, 1)
     return Partial(acc, top, running.sum * rescale + p.sum(axis=-1))
-
-
-def _logits(q_tile: Array, k_tile: Array, params: KernelParams, dtype: jnp.dtype) -> Array:
-    logits = _dot(q_tile, k_tile, (1, 1), dtype) * params.scale
-    if params.logits_soft_cap is not None:
-        logits = params.logits_soft_cap * jnp.tanh(logits / params.logits_soft_cap)
-    return logits
 
 
 def _weigh(p: Array, values: Array, allowed: Bool[Array, "R S"] | None, axis: int) -> Array:
@@ -185,8 +179,14 @@ def _finite(x: Array) -> Array:
 
 
 def _dot(a: Array, b: Array, axes: tuple[int, int], dtype: jnp.dtype) -> Array:
-    """Contract one axis of each matrix, accumulating in ``dtype``."""
-    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype)
+    """Contract one axis of each matrix, accumulating in ``dtype``.
+
+    float32 is multiplied in full on every platform: by default XLA takes TF32 on a GPU, where logits that share an
+    offset lose their digits.
+    """
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
 
 
 def _visit(
