@@ -31,7 +31,6 @@ def test_an_epoch_is_every_byte_once():
     rows = [batches.on_host(step)["tokens"][0] for step in range(4)]
     for epoch in (rows[:2], rows[2:]):
         assert sorted(np.concatenate(epoch).tolist()) == sorted(b"".join(corpus))
-    assert batches.steps_per_epoch == 2
 
 
 def test_epochs_are_shuffled_differently():
@@ -159,7 +158,7 @@ def test_missing_and_empty_sources_are_errors(tmp_path):
     for pattern in ("nothing.txt", "*.nothing"):
         with pytest.raises(DataError, match=r"data\.paths: each entry must match.*nothing"):
             read(Data(source="paths", paths=(str(tmp_path / pattern),)))
-    with pytest.raises(DataError, match="1 files, all of them empty"):
+    with pytest.raises(DataError, match=r"Got nothing but empty files: .*empty\.txt"):
         read(Data(source="paths", paths=(str(tmp_path / "empty.txt"),)))
     with pytest.raises(DataError, match="at least one document"):
         Corpus.of([b"", b""])
