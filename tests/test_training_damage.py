@@ -35,8 +35,12 @@ def copy(finished, tmp_path) -> Path:
     return tiny_run.write_config(tmp_path)
 
 
-def largest(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+def truncate_data(state: Path) -> None:
+    """Halves every file of values. Which of them a read needs depends on the order of the writes."""
+    files = [path for path in state.rglob("*") if path.is_file() and path.parent.name == "d"]
+    assert files
+    for path in files:
+        truncate(path)
 
 
 def truncate(path: Path) -> None:
@@ -44,7 +48,7 @@ def truncate(path: Path) -> None:
 
 
 DAMAGES: dict[str, Any] = {
-    "a file of state truncated": lambda step: truncate(largest(step / "state")),
+    "files of state truncated": lambda step: truncate_data(step / "state"),
     "about removed": lambda step: shutil.rmtree(step / "about"),
     "about/metadata truncated": lambda step: truncate(step / "about" / "metadata"),
     "_METADATA truncated": lambda step: truncate(step / "state" / "_METADATA"),
@@ -75,7 +79,7 @@ def test_a_damaged_checkpoint_is_named_and_the_intact_one_too(copy, train, monke
 
 def test_the_newest_intact_checkpoint_is_used_when_asked_for_and_the_damaged_one_is_kept(copy, train):
     output = copy.parent / "out"
-    truncate(largest(output / "checkpoints" / "4" / "state"))
+    truncate_data(output / "checkpoints" / "4" / "state")
     outcome, said = train(load(copy, MORE), resume="intact")
     assert outcome.step == 5
     assert "WARNING: the checkpoint of step 4 is damaged" in said and "resuming after step 2" in said
@@ -92,16 +96,16 @@ def test_without_an_intact_checkpoint_nothing_is_promised(copy, train):
 
 
 def test_the_command_ends_with_one_sentence(copy):
-    shutil.rmtree(copy.parent / "out" / "checkpoints" / "4" / "about")
+    truncate_data(copy.parent / "out" / "checkpoints" / "4" / "state")
     status, said = tiny_run.run("train", copy, *(x for key in MORE for x in ("--set", key)))
     assert status == 2
-    assert "Traceback" not in said and said.count("error: ") == 1
+    assert "Traceback" not in said and "Exception ignored" not in said and said.count("error: ") == 1
 
 
 def test_what_a_killed_save_leaves_behind_is_no_checkpoint(copy, train):
     checkpoints = copy.parent / "out" / "checkpoints"
     shutil.copytree(checkpoints / "4", checkpoints / "6.orbax-checkpoint-tmp-1")
-    truncate(largest(checkpoints / "6.orbax-checkpoint-tmp-1" / "state"))
+    truncate_data(checkpoints / "6.orbax-checkpoint-tmp-1" / "state")
     outcome, said = train(load(copy, MORE))
     assert outcome.step == 5 and "resuming after step 4" in said
 

@@ -6,8 +6,11 @@ committed and cannot be read is damaged: it is never deleted, and never continue
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -33,6 +36,23 @@ class SaveError(TrainingError):
     """A checkpoint could not be written."""
 
 
+@functools.cache
+def _drop_late_reads() -> None:
+    """Keeps reads that end too late from printing a traceback each.
+
+    Orbax leaves its event loop at the first error of a read. The other reads go on in TensorStore's threads, find the
+    loop closed when they end, and Python reports that for each of them, with nobody to catch it.
+    """
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            report(unraisable)
+
+    sys.unraisablehook = hook
+
+
 class Checkpoints:
     """The directory of a run's checkpoints; use it in a `with` statement, which waits for the last write.
 
@@ -43,10 +63,12 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         self.directory = directory.absolute()
-        # Orbax logs with a traceback each error that it raises, and we raise again in a sentence.
-        self._log = logging.getLogger("absl")
-        self._log_level = self._log.level
-        self._log.setLevel(logging.CRITICAL)
+        # Orbax logs with a traceback each error that it raises, and asyncio each that nobody waited for; we raise the
+        # first again in a sentence.
+        self._logs = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
+        for log in self._logs:
+            log.setLevel(logging.CRITICAL)
+        _drop_late_reads()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         # The manager's own `restore` ends in a barrier: a process that cannot read would leave the others waiting.
@@ -73,7 +95,8 @@ class Checkpoints:
                 raise self._failure(late) from late
         finally:
             self._reader.close()
-            self._log.setLevel(self._log_level)
+            for log, level in self._logs.items():
+                log.setLevel(level)
 
     def steps(self) -> list[int]:
         """The steps of the committed checkpoints, the newest first."""
@@ -159,7 +182,8 @@ class Checkpoints:
             value = read()
         except Exception as error:  # TensorStore's errors arrive as bare Exception
             failure = DamagedError(f"its {part} cannot be read: {reason_of(error)}")
-            failure.__cause__ = error
+            failure.__cause__ = error.with_traceback(None)  # its frames hold the tasks that were left
+            gc.collect()  # those tasks complain while asyncio's log is off
         raise_together(failure, DamagedError(f"its {part} cannot be read by another process"))
         return value
 

@@ -75,7 +75,7 @@ def show(config: Config, console: Console) -> None:
         *table,
         f"mesh: data {mesh.data} x sequence {mesh.sequence} x tensor {mesh.tensor} = {made.num_devices} devices",
         f"parameters: {made.num_parameters:,}",
-        f"tokens a step: {batch} x {length:,} = {made.tokens_per_step:,}",
+        f"tokens per step: {batch} x {length:,} = {made.tokens_per_step:,}",
         f"a device holds: {batch // mesh.data} x {made.shard_length:,} tokens ({size(made.batch_bytes_per_device)} "
         f"of batch), {size(made.state_bytes_per_device)} of parameters and optimizer state",
         f"ring: layout {config.ring.layout}, {mesh.sequence} devices, "

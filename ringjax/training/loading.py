@@ -112,8 +112,10 @@ def nearest_key(key: str) -> str:
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        last = difflib.SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio()
-        return whole + last
+        name = candidate.rpartition(".")[2]
+        last = difflib.SequenceMatcher(None, leaf, name).ratio()
+        initials = "".join(word[0] for word in name.split("_"))  # lr for learning_rate
+        return whole + last + (len(leaf) > 1 and leaf == initials)
 
     return max(keys, key=likeness)
 

@@ -148,6 +148,7 @@ def decoder_config(config: Config) -> DecoderConfig:
         batch_axis_name="data",
         head_axis_name="tensor",
         ring=config.ring.tuning,
+        num_shards=config.mesh.sequence,
         layout=ringjax.Striped(stripe=config.ring.stripe) if config.ring.layout == "striped" else config.ring.layout,
     )
 
