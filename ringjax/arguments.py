@@ -1,4 +1,7 @@
-"""Checks the arguments of ring_attention and brings them into one form. Every error names argument, need and gift."""
+"""Checks the arguments of ring_attention and brings them into one form.
+
+Every error names the argument, what is required and what was given.
+"""
 
 import math
 import numbers
@@ -154,7 +157,7 @@ def _as_integers(name: str, x: Any) -> Array:
 
 
 def check_window(local_window_size: Any, is_causal: Any) -> tuple[int | None, int | None]:
-    """(left, right): a query at p attends keys in [p - left, p + right]; None is unbounded. Causal is right = 0."""
+    """(left, right): a query at p attends to keys in [p - left, p + right]; None is unbounded. Causal is right = 0."""
     if not isinstance(is_causal, bool):
         raise ValueError(f"is_causal must be True or False. Got {is_causal!r}.")
     sides: Sequence[Any] = (None, None)

@@ -1,22 +1,73 @@
 """ring_attention: checks the call, fills in defaults, pads, wraps in shard_map and picks the block kernel."""
 
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from . import _compat
 from .arguments import Arrays, check_arrays, check_scale, check_soft_cap, check_window
 from .config import RingConfig
-from .kernels.base import KernelParams
 from .kernels.choose import Target, choose, interprets
 from .layout import Layout, as_layout
-from .mask import NO_KEY, NO_QUERY, Mask, exclude
-from .ring import RingSpec, ring
-from .schedule import plan
-from .sharded import AxisNames, Call, find_mesh, sharded
+from .local import Call, attend
+from .sharded import AxisNames, find_mesh, sharded
+
+IntPair = Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]]
+
+
+class RingOptions(TypedDict, total=False):
+    """Options of a call, as :func:`ring_attention` documents them; the type of the result depends on none of them."""
+
+    axis_name: str | tuple[str, ...]
+    mesh: Mesh | AbstractMesh | None
+    batch_axis_name: AxisNames | None
+    head_axis_name: AxisNames | None
+    scale: float | None
+    is_causal: bool
+    local_window_size: int | tuple[int | None, int | None] | None
+    query_seq_lengths: Int[Array, " B"] | None
+    key_value_seq_lengths: Int[Array, " B"] | None
+    segment_ids: IntPair | None
+    positions: IntPair | None
+    layout: str | Layout
+    logits_soft_cap: float | None
+    sinks: Float[Array, " N"] | None
+    config: RingConfig
+
+
+@overload
+def ring_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    return_residual: Literal[False] = False,
+    **options: Unpack[RingOptions],
+) -> Float[Array, "B T N Hv"]: ...
+
+
+@overload
+def ring_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[RingOptions],
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]: ...
+
+
+@overload
+def ring_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    return_residual: bool,
+    **options: Unpack[RingOptions],
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]: ...
 
 
 def ring_attention(
@@ -33,14 +84,14 @@ def ring_attention(
     local_window_size: int | tuple[int | None, int | None] | None = None,
     query_seq_lengths: Int[Array, " B"] | None = None,
     key_value_seq_lengths: Int[Array, " B"] | None = None,
-    segment_ids: Any = None,
-    positions: Any = None,
+    segment_ids: IntPair | None = None,
+    positions: IntPair | None = None,
     layout: str | Layout = "contiguous",
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     return_residual: bool = False,
     config: RingConfig = RingConfig(),  # noqa: B008  frozen
-) -> Any:
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     r"""Exact attention over a sequence that is sharded over the devices of a ring.
 
     .. math::  out = softmax(mask(cap(scale \cdot Q K^T))) V,   cap(x) = c \tanh(x / c) \text{ if a soft cap is given}
@@ -54,29 +105,39 @@ def ring_attention(
 
     Args:
       query, key, value: float32, bfloat16, float16 or float64, all the same. Sums are in float32 (float64 for float64).
+        The error is at most about twice that of dense attention in the same dtype, also where all logits share an
+        offset; but the fused kernels round the gradient of 16-bit logits to 16 bits, as FlashAttention does, and what
+        keys have in common is multiplied by that.
       axis_name: mesh axis of the sequence. A pair (outer, inner), a two-level ring, is not implemented yet.
       mesh: the mesh, outside ``shard_map``; None takes that of the context (``jax.set_mesh``).
       batch_axis_name, head_axis_name: mesh axes that shard batch and heads, outside ``shard_map`` only. On Explicit
         axes they are read off the sharding of the inputs. One K/V head is kept whole where heads are sharded.
       scale: factor on q.k; None is 1 / sqrt(H).
-      is_causal: a query attends keys at its own position and before.
-      local_window_size: w or (left, right): a query at p attends keys in [p - left, p + right]; int w is (w, w), None
-        in a pair is unbounded. As in :func:`jax.nn.dot_product_attention`.
+      is_causal: a query attends to keys at its own position and before. Both sides count from 0, as in
+        :func:`jax.nn.dot_product_attention`: with T < S the first query stands at position 0, not at S - T. To align
+        the queries with the end of the keys give ``positions``, see below.
+      local_window_size: w or (left, right): a query at p attends to keys in [p - left, p + right]; int w is (w, w),
+        None in a pair is unbounded. As in :func:`jax.nn.dot_product_attention`.
       query_seq_lengths, key_value_seq_lengths: int [B], lengths of the whole sequences: tokens whose index in the
-        natural order of the sequence is not below the length attend nothing, and nothing attends them.
-      segment_ids: int [B, T], or a pair ([B, T], [B, S]): only equal ids attend. Any int32 but the two lowest.
+        natural order of the sequence is not below the length are absent: they attend to nothing, and nothing attends
+        to them.
+      segment_ids: int [B, T], or a pair ([B, T], [B, S]): a query attends to keys with its own id only.
       positions: int [T] or [B, T], or a pair for query and key: used by is_causal and local_window_size in place of the
         layout's positions. No hop can be left out then, since nothing is known of them before run time.
+        Recipes, with ``at = ring_positions(...)`` of each side: queries at the end of the keys, as in decoding,
+        ``is_causal=True, positions=(at_q + S - T, at_k)``; a prefix of P tokens that all attend to (prefix-LM),
+        ``is_causal=True, positions=(jnp.maximum(at, P - 1), at)``; chunks of W tokens that attend to themselves,
+        ``segment_ids=at // W`` (repeated to [B, T]), with ``is_causal`` or without.
       layout: "contiguous", "zigzag", "striped" or a Layout object: where each token of the sequence lies.
       logits_soft_cap: c in the equation, positive.
-      sinks: float [N]: one more logit a head, in the denominator only; neither scaled nor capped.
+      sinks: float [N]: one more logit per head, in the denominator only; neither scaled nor capped.
       return_residual: also return the log-sum-exp, differentiable.
       config: tuning, see :class:`RingConfig`.
 
     Returns:
       out [B, T, N, Hv] in the dtype of query; with return_residual also lse [B, T, N], the natural log of the softmax
-      denominator in float32 (float64 for float64). A query that attends nothing gives 0, lse -inf (with sinks: the
-      sink) and zero gradients. NaN or Inf in a key or value reaches only queries that attend it.
+      denominator in float32 (float64 for float64). A query that attends to nothing gives 0, lse -inf (with sinks:
+      the sink) and zero gradients. NaN or Inf in a key or value reaches only queries that attend to it.
 
       Inside ``shard_map`` both vary over ``axis_name``, also where query does not: a rank's queries stand at its own
       positions, and each rank sums in its own order, so that ranks agree up to rounding at most. To return one
@@ -109,19 +170,27 @@ def ring_attention(
     backend = choose(config, target, arrays.query.dtype, largest_head)
     interpreted = backend.interpretable and interprets(config)
     call = Call(
-        axis, as_layout(layout), left, right, check_scale(scale, arrays.query.shape[3]),
-        check_soft_cap(logits_soft_cap), config, backend.load(),
-        _unroll(config, axis, inside, target.platform), target.device_kind, interpreted,
-    )  # fmt: skip
+        axis_name=axis,
+        layout=as_layout(layout),
+        left=left,
+        right=right,
+        scale=check_scale(scale, arrays.query.shape[3]),
+        logits_soft_cap=check_soft_cap(logits_soft_cap),
+        config=config,
+        kernel=backend.load(),
+        unroll=_unroll(config, axis, inside, target.platform),
+        device_kind=target.device_kind,
+        interpreted=interpreted,
+    )
     if whole_mesh is None:
         if interpreted and _compat.checks_varying_axes():
             raise NotImplementedError(
                 "config.implementation: Pallas' interpreter needs jax.shard_map(..., check_vma=False), or a call "
                 f"outside shard_map. Got {config.implementation!r} interpreted under check_vma=True."
             )
-        out, lse = _local(call, arrays)
+        out, lse = attend(call, arrays)
     else:
-        out, lse = sharded(_local, call, arrays, whole_mesh, batch_axis_name, head_axis_name)
+        out, lse = sharded(call, arrays, whole_mesh, batch_axis_name, head_axis_name)
     return (out, lse) if return_residual else out
 
 
@@ -182,65 +251,3 @@ def _refuse_outside_arguments(axis: str, mesh: Any, batch_axis_name: Any, head_a
                 f"{name} must be None where axis {axis!r} is already manual (inside shard_map or vmap): the arrays "
                 f"are local shards there. Got {value!r}."
             )
-
-
-def _local(call: Call, arrays: Arrays) -> tuple[Array, Array]:
-    """Attention of this rank's shard; collectives over call.axis_name are legal here."""
-    num_shards = jax.lax.axis_size(call.axis_name)
-    q_length, k_length = arrays.query.shape[1], arrays.key.shape[1]
-    unit = call.layout.shard_unit()
-    for name, length in (("query", q_length), ("key", k_length)):
-        if length % unit:
-            raise ValueError(
-                f"{name}: the length of a shard must be a multiple of {unit} for {call.layout}. Got {length}."
-            )
-    # One type for all under check_vma: the gradient of what is replicated is then summed by JAX itself.
-    # An axis of vmap is no mesh axis, and nothing is typed by it.
-    axes = frozenset({call.axis_name}).intersection(_compat.manual_axes() if _compat.checks_varying_axes() else ())
-    axes = axes.union(*(_compat.varying_axes(x) for x in jax.tree.leaves(arrays)))
-    arrays = jax.tree.map(lambda x: _compat.vary_over(x, axes), arrays)
-    # Positions that only the run time knows say nothing of which hops are needed.
-    static = call.layout if arrays.q_positions is None else None
-    schedule = plan(
-        num_shards, static, q_length, k_length, left=call.left, right=call.right, direction=call.config.direction
-    )
-    config = call.config
-    params = KernelParams(
-        call.scale, call.logits_soft_cap, config.block_q, config.block_kv, call.device_kind, config.interpret,
-        config.deterministic,
-    )  # fmt: skip
-    spec = RingSpec(call.axis_name, schedule, call.kernel, params, call.unroll, config.dkv_dtype)
-    mask = _local_mask(call, arrays, num_shards)
-    return ring(spec, arrays.query, arrays.key, arrays.value, arrays.sinks, mask)
-
-
-def _local_mask(call: Call, arrays: Arrays, num_shards: int) -> Mask:
-    """Positions and segments of this rank's queries and keys. Lengths and padding become segments."""
-
-    def index(length: int) -> Array:  # of each token of the shard, in the natural order of the sequence
-        rank = jax.lax.axis_index(call.axis_name)
-        local = jnp.arange(length, dtype=jnp.int32)
-        return call.layout.positions(rank, local, length, num_shards)[None]
-
-    q_length, k_length = arrays.query.shape[1], arrays.key.shape[1]
-    q_positions, kv_positions = arrays.q_positions, arrays.kv_positions
-    if call.left is None and call.right is None:
-        q_positions = kv_positions = None
-    elif q_positions is None:
-        q_positions, kv_positions = index(q_length), index(k_length)
-    q_segments, kv_segments = arrays.q_segments, arrays.kv_segments
-    if q_segments is None or kv_segments is None:
-        q_segments, kv_segments = jnp.zeros((1, q_length), jnp.int32), jnp.zeros((1, k_length), jnp.int32)
-    if arrays.q_lengths is not None:
-        q_segments = exclude(q_segments, index(q_length) < arrays.q_lengths[:, None], NO_QUERY)
-    if call.query_length is not None:
-        q_segments = exclude(q_segments, index(q_length) < call.query_length, NO_QUERY)
-    if arrays.kv_lengths is not None:
-        kv_segments = exclude(kv_segments, index(k_length) < arrays.kv_lengths[:, None], NO_KEY)
-    if call.key_length is not None:
-        kv_segments = exclude(kv_segments, index(k_length) < call.key_length, NO_KEY)
-    divided = (arrays.q_segments, arrays.q_lengths, arrays.kv_lengths, call.query_length, call.key_length)
-    if all(x is None for x in divided):
-        q_segments = kv_segments = None
-    mask = Mask(q_positions, kv_positions, q_segments, kv_segments, left=call.left, right=call.right)
-    return jax.tree.map(lambda x: _compat.vary_like(x, arrays.query), mask)

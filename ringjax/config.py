@@ -14,7 +14,8 @@ class RingConfig:
     Attributes:
       implementation: the block kernel: "xla", "pallas_tpu", "pallas_gpu" or "pallas_triton". A named one that the
         platform lacks raises. None: the best one for the platform; on NVIDIA GPUs "pallas_gpu" on Hopper for 16-bit
-        inputs and heads of up to 256, else "pallas_triton".
+        inputs and heads of up to 256, otherwise "pallas_triton". All multiply float32 in full: "xla" does not take TF32
+        on GPUs, where logits that share an offset would lose their digits.
       direction: "forward" (every block travels the same way round) or "both" (half of K/V each way; not yet there).
       block_q, block_kv: tile sizes in tokens; None chooses, on GPU from the table that `ringjax tune` has written, if
         there is one. A kernel may pad a shard up to a multiple of them. The backward pass of "pallas_gpu" has tiles of

@@ -12,6 +12,7 @@ the padded sequence with the padding left out.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compat import take
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "step"), meta_fields=("run", "length"))
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Positions of the tokens of a shard as three integers: token i lies at base + (i // run) * step + i % run.
+
+    They grow with i. ``base`` and ``step`` may be traced; ``run`` and ``length``, the tokens of the shard, are known.
+    """
+
+    base: Any
+    step: Any  # at least run
+    run: int
+    length: int
+
+    def at(self, index: Any) -> Any:
+        """Position of the token at ``index``, from 0 on."""
+        if self.run >= self.length:
+            return self.base + index
+        if self.run == 1:
+            return self.base + index * self.step
+        if self.length <= 2 * self.run and isinstance(index, jax.Array):
+            return self.base + index + jnp.where(index >= self.run, self.step - self.run, jnp.int32(0))
+        runs = jax.lax.div(index, jnp.int32(self.run)) if isinstance(index, jax.Array) else index // self.run
+        return self.base + index + runs * (self.step - self.run)
+
+    def count_below(self, position: Any) -> Any:
+        """How many tokens of the shard lie before ``position``."""
+        ahead = position - self.base
+        if self.run < self.length:
+            ahead = jnp.maximum(ahead, 0)
+            whole = jax.lax.div(ahead, jnp.broadcast_to(jnp.asarray(self.step, ahead.dtype), ahead.shape))
+            ahead = whole * self.run + jnp.minimum(ahead - whole * self.step, self.run)
+        return jnp.clip(ahead, 0, self.length)
 
 
 class Layout:
@@ -40,14 +75,18 @@ class Layout:
         """The rank that holds a chunk (chunks are counted along the sequence)."""
         raise NotImplementedError
 
+    def runs(self, rank: Any, shard_length: int, num_shards: int) -> Runs:
+        """Positions of the shard of ``rank``, an integer, numpy or JAX array."""
+        raise NotImplementedError
+
     def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
         """Global position of the token at ``index`` of the shard of ``rank``; integers, numpy or JAX arrays."""
-        raise NotImplementedError
+        return self.runs(rank, shard_length, num_shards).at(index)
 
     def needed_offsets(
         self, num_shards: int, query_length: int, key_length: int, left: int | None, right: int | None
     ) -> set[int]:
-        """Offsets t such that some rank r has a query that may attend a key of rank (r + t) mod C.
+        """Offsets t such that some rank r has a query that may attend to a key of rank (r + t) mod C.
 
         ``query_length`` and ``key_length`` are lengths of a shard. A query at p sees keys in [p - left, p + right];
         None means no bound.
@@ -87,8 +126,8 @@ class Contiguous(Layout):
     def owner(self, chunk: Any, num_shards: int) -> Any:
         return chunk
 
-    def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
-        return rank * shard_length + index
+    def runs(self, rank: Any, shard_length: int, num_shards: int) -> Runs:
+        return Runs(base=rank * shard_length, step=shard_length, run=shard_length, length=shard_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +143,10 @@ class Zigzag(Layout):
     def owner(self, chunk: Any, num_shards: int) -> Any:
         return np.minimum(chunk, 2 * num_shards - 1 - chunk)
 
-    def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
+    def runs(self, rank: Any, shard_length: int, num_shards: int) -> Runs:
         half = shard_length // 2
-        second = index // half  # 0 in the early chunk, 1 in the late one
-        chunk = rank + second * (2 * num_shards - 1 - 2 * rank)
-        return chunk * half + index % half
+        between = 2 * num_shards - 1 - 2 * rank  # chunks from the early one to the late one
+        return Runs(base=rank * half, step=between * half, run=half, length=shard_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +168,8 @@ class Striped(Layout):
     def owner(self, chunk: Any, num_shards: int) -> Any:
         return chunk % num_shards
 
-    def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
-        return (index // self.stripe * num_shards + rank) * self.stripe + index % self.stripe
+    def runs(self, rank: Any, shard_length: int, num_shards: int) -> Runs:
+        return Runs(base=rank * self.stripe, step=num_shards * self.stripe, run=self.stripe, length=shard_length)
 
     def needed_offsets(
         self, num_shards: int, query_length: int, key_length: int, left: int | None, right: int | None

@@ -1,282 +1,207 @@
-"""Who may attend whom: positions and segments to an elementwise predicate, and to a map of tiles.
+"""Who may attend to whom: positions, segments and lengths to an elementwise predicate.
 
-The one place that says so. A query at position p with segment a sees a key at position r with segment b when
+The one place that says so. A query at position p with segment a attends to a key at position r with segment b when
 
-    p - left <= r <= p + right   (each bound only if given; causal is right = 0)      and      a == b.
+    p - left <= r <= p + right   (each bound only if given; causal is right = 0)      and      a == b
 
-Lengths and padding are segments too: a query or key that is not there has an id that nothing else has, see
-:func:`exclude`. So kernels know two things only, positions and segments.
+and both are present. Absent tokens (padding, and what lies beyond a sequence's length) are the last ones of a shard in
+every layout, so a count says which they are. Which tiles a kernel visits follows in :mod:`ringjax.kernels.visits`.
 """
 
 import dataclasses
 import functools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-# Ids of queries and keys that are not there. Different, so that they do not attend each other either.
-NO_QUERY = -(2**31)
-NO_KEY = -(2**31) + 1
+from .layout import Runs
+
+_LOWEST, _HIGHEST = -(2**31), 2**31 - 1
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("q_positions", "kv_positions", "q_segments", "kv_segments"),
-    meta_fields=("left", "right"),
-)
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """The mask between one query shard and one block. ``B1`` is the batch size, or 1 if the mask is the same for all.
+class Tokens(NamedTuple):
+    """What the mask knows of the tokens of one side. ``B1`` is the batch size, or 1 if it is the same for all rows."""
 
-    Positions are None where neither bound is given, segments are None where everything is in one segment.
-    """
-
-    q_positions: Int32[Array, "B1 T"] | None
-    kv_positions: Int32[Array, "B1 S"] | None
-    q_segments: Int32[Array, "B1 T"] | None
-    kv_segments: Int32[Array, "B1 S"] | None
-    left: int | None = None
-    right: int | None = None
-
-    @property
-    def is_full(self) -> bool:
-        """Known at trace time: every query attends every key."""
-        return self.q_positions is None and self.q_segments is None
-
-    def queries(self, batch: Array | int, start: Array | int, size: int) -> "Mask":
-        """The same mask for ``size`` queries of one batch row."""
-        cut = functools.partial(_slice_row, batch=batch, start=start, size=size)
-        return dataclasses.replace(self, q_positions=cut(self.q_positions), q_segments=cut(self.q_segments))
-
-    def keys(self, batch: Array | int, start: Array | int, size: int) -> "Mask":
-        """The same mask for ``size`` keys of one batch row."""
-        cut = functools.partial(_slice_row, batch=batch, start=start, size=size)
-        return dataclasses.replace(self, kv_positions=cut(self.kv_positions), kv_segments=cut(self.kv_segments))
-
-    def padded(self, q_length: int, q_total: int, kv_length: int, kv_total: int) -> "Mask":
-        """The mask with queries and keys appended that attend nothing and that nobody attends."""
-        if (q_length, kv_length) == (q_total, kv_total):
-            return self
-        return dataclasses.replace(
-            self,
-            q_positions=_extend_edge(self.q_positions, q_total - q_length),
-            kv_positions=_extend_edge(self.kv_positions, kv_total - kv_length),
-            q_segments=_extend(self.q_segments, q_length, q_total - q_length, NO_QUERY),
-            kv_segments=_extend(self.kv_segments, kv_length, kv_total - kv_length, NO_KEY),
-        )
-
-    def sides(self) -> tuple["QuerySide", "KeySide"]:
-        """What each side brings to :func:`attends`."""
-        first = last = None
-        if self.q_positions is not None:
-            first, last = _window(self.q_positions, self.left, self.right)
-        return QuerySide(first, last, self.q_segments), KeySide(self.kv_positions, self.kv_segments)
-
-    def predicate(self) -> Bool[Array, "B1 T S"]:
-        """True where the query attends the key. For tiles: it is T x S."""
-        queries, keys = self.sides()
-        columns = jax.tree.map(lambda x: x[:, :, None], queries)
-        return attends(columns, jax.tree.map(lambda x: x[:, None, :], keys))
+    positions: Runs | Int32[Array, "B1 L"] | None = None  # None where neither bound is given
+    segments: Int32[Array, "B1 L"] | None = None  # None where everything is in one segment
+    length: Int32[Array, " B1"] | None = None  # how many are present, the first ones of the shard. None: all
 
 
-class QuerySide(NamedTuple):
-    """First and last position that a query sees, and its segment. None: no such condition."""
-
-    first: Array | None
-    last: Array | None
-    segments: Array | None
-
-
-class KeySide(NamedTuple):
-    """Position and segment of a key. None: no such condition."""
+class Vectors(NamedTuple):
+    """The part of :class:`Tokens` that is an array along the sequence: what a kernel must load."""
 
     positions: Array | None
     segments: Array | None
 
 
+class QuerySide(NamedTuple):
+    """First and last position that a query attends to, its segment, whether it is present. None: no such condition."""
+
+    first: Array | None
+    last: Array | None
+    segments: Array | None
+    present: Array | None
+
+
+class KeySide(NamedTuple):
+    """Position and segment of a key, and whether it is present. None: no such condition."""
+
+    positions: Array | None
+    segments: Array | None
+    present: Array | None
+
+
 def attends(queries: QuerySide, keys: KeySide) -> Bool[Array, "..."]:
     """The predicate itself, elementwise: give the sides as columns and rows that broadcast against each other."""
-    conditions = []
+    conditions = [x for x in (queries.present, keys.present) if x is not None]
     if keys.positions is not None and queries.first is not None:
         conditions.append(keys.positions >= queries.first)
     if keys.positions is not None and queries.last is not None:
         conditions.append(keys.positions <= queries.last)
     if keys.segments is not None and queries.segments is not None:
         conditions.append(queries.segments == keys.segments)
-    return functools.reduce(operator.and_, conditions) if conditions else jnp.ones((1, 1, 1), dtype=bool)
+    return functools.reduce(operator.and_, conditions) if conditions else jnp.ones((), dtype=bool)
 
 
-def _window(
-    q_positions: Int32[Array, "B1 T"], left: int | None, right: int | None
-) -> tuple[Int32[Array, "B1 T"] | None, Int32[Array, "B1 T"] | None]:
-    """First and last position that each query sees; None is unbounded. Saturates where int32 would wrap around."""
-    low, high = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-    first = None if left is None else jnp.maximum(q_positions, jnp.int32(low + left)) - left
-    last = None if right is None else jnp.minimum(q_positions, jnp.int32(high - right)) + right
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("queries", "keys"), meta_fields=("left", "right"))
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The mask between one query shard and one block."""
+
+    queries: Tokens = Tokens()
+    keys: Tokens = Tokens()
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Known at trace time: every query attends to every key."""
+        return all(x is None for x in (*self.queries, *self.keys))
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether some of it is an array along the sequence, so that tiles are listed and not ranges of arithmetic."""
+        return any(x is not None for side in self.vectors() for x in side)
+
+    def vectors(self, q_length: int = 0, kv_length: int = 0) -> tuple[Vectors, Vectors]:
+        """Of queries and keys, extended to at least these lengths; what is beyond the end is absent, see ``rule``."""
+        return _vectors(self.queries, q_length), _vectors(self.keys, kv_length)
+
+    def numbers(self, q_length: int, kv_length: int) -> Int32[Array, "B1 6"]:
+        """Base, step and tokens present, of queries then of keys: what :class:`Rule` needs besides the vectors."""
+        sides = (_numbers(self.queries, q_length), _numbers(self.keys, kv_length))
+        batch = max(x.shape[0] for side in sides for x in side)
+        return jnp.stack([jnp.broadcast_to(x, (batch,)) for side in sides for x in side], axis=1)
+
+    def rule(self, q_length: int, kv_length: int, *, ragged_q: bool, ragged_kv: bool) -> "Rule":
+        """For a kernel's body. ``ragged_q`` and ``ragged_kv``: some tile reaches beyond the last token of the shard."""
+        return Rule(
+            queries=_side_rule(self.queries, q_length, ragged_q),
+            keys=_side_rule(self.keys, kv_length, ragged_kv),
+            left=self.left,
+            right=self.right,
+        )
+
+    def predicate(self, q_length: int, kv_length: int) -> Bool[Array, "B1 T S"]:
+        """True where the query attends to the key. For small arrays: it is T x S."""
+        rule = self.rule(q_length, kv_length, ragged_q=False, ragged_kv=False)
+        queries, keys = self.vectors()
+        numbers = tuple(self.numbers(q_length, kv_length)[:, n, None] for n in range(6))
+        index = lambda length: jnp.arange(length, dtype=jnp.int32)[None]  # noqa: E731
+        columns = jax.tree.map(lambda x: x[:, :, None], rule.of_queries(queries, numbers, index(q_length)))
+        rows = jax.tree.map(lambda x: x[:, None, :], rule.of_keys(keys, numbers[3:], index(kv_length)))
+        return attends(columns, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class SideRule:
+    """What is known of one side's tokens at trace time."""
+
+    run: int | None  # of positions that are three integers, see :class:`ringjax.layout.Runs`; None: they are not
+    length: int  # of the shard
+    counted: bool  # some tokens of some tile may be absent
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The mask as a kernel's body applies it: vectors are loaded tile by tile, the rest follows from six numbers."""
+
+    queries: SideRule
+    keys: SideRule
+    left: int | None
+    right: int | None
+
+    @property
+    def needs_numbers(self) -> bool:
+        return any(side.run is not None or side.counted for side in (self.queries, self.keys))
+
+    def of_queries(self, loaded: Vectors, numbers: Any, index: Array) -> QuerySide:
+        """The side of the queries at ``index`` in the shard. Works on arrays of any shape, in a kernel too.
+
+        Args:
+          loaded: their positions and segments, as far as these are vectors.
+          numbers: their base, step and tokens present, of :meth:`Mask.numbers` for this batch row. Only those that are
+            needed are looked up: in some kernels each costs a load.
+        """
+        positions, present = _at(self.queries, loaded, numbers, index)
+        first, last = window(positions, self.left, self.right, natural=self.queries.run is not None)
+        return QuerySide(first, last, loaded.segments, present)
+
+    def of_keys(self, loaded: Vectors, numbers: Any, index: Array) -> KeySide:
+        """The same of keys."""
+        positions, present = _at(self.keys, loaded, numbers, index)
+        return KeySide(positions, loaded.segments, present)
+
+
+def window(
+    positions: Array | None, left: int | None, right: int | None, *, natural: bool
+) -> tuple[Array | None, Array | None]:
+    """First and last position that each query attends to; None is unbounded. Saturates where int32 would wrap around.
+
+    ``natural``: positions count from 0 on, so that no bound can reach below int32.
+    """
+    if positions is None:
+        return None, None
+    first = last = None
+    if left is not None:
+        first = (positions if natural else jnp.maximum(positions, jnp.int32(_LOWEST + left))) - left
+    if right is not None:
+        last = positions if right == 0 else jnp.minimum(positions, jnp.int32(_HIGHEST - right)) + right
     return first, last
 
 
-def _slice_row(x: Array | None, batch: Array | int, start: Array | int, size: int) -> Array | None:
-    if x is None:
-        return None
-    row = batch if x.shape[0] > 1 else 0
-    return jax.lax.dynamic_slice(x, (jnp.int32(row), jnp.int32(start)), (1, size))
+def _at(side: SideRule, loaded: Vectors, numbers: Any, index: Array) -> tuple[Array | None, Array | None]:
+    """Positions, and which tokens are present."""
+    positions = loaded.positions
+    if side.run is not None:
+        step = numbers[1] if side.run < side.length else 0
+        positions = Runs(base=numbers[0], step=step, run=side.run, length=side.length).at(index)
+    return positions, index < numbers[2] if side.counted else None
 
 
-def _extend(x: Array | None, length: int, extra: int, value: int) -> Array:
-    x = jnp.zeros((1, length), jnp.int32) if x is None else x
-    return jnp.pad(x, ((0, 0), (0, extra)), constant_values=value)
+def _side_rule(tokens: Tokens, length: int, ragged: bool) -> SideRule:
+    run = tokens.positions.run if isinstance(tokens.positions, Runs) else None
+    return SideRule(run=run, length=length, counted=ragged or tokens.length is not None)
 
 
-def _extend_edge(x: Array | None, extra: int) -> Array | None:
-    """Repeats the last position, so that the extent of the last tile does not grow."""
-    return None if x is None else jnp.pad(x, ((0, 0), (0, extra)), mode="edge")
+def _numbers(tokens: Tokens, length: int) -> tuple[Array, Array, Array]:
+    one = lambda x: jnp.asarray(x, jnp.int32).reshape(-1)  # noqa: E731
+    base = step = one(0)
+    if isinstance(tokens.positions, Runs):
+        base, step = one(tokens.positions.base), one(tokens.positions.step)
+    return base, step, one(length if tokens.length is None else tokens.length)
 
 
-def exclude(segments: Int32[Array, "B1 L"], present: Bool[Array, "B1 L"], marker: int) -> Int32[Array, "B1 L"]:
-    """Segment ids in which tokens that are not present have the id NO_QUERY or NO_KEY."""
-    return jnp.where(present, segments, jnp.int32(marker))
+def _vectors(tokens: Tokens, length: int) -> Vectors:
+    positions = None if isinstance(tokens.positions, Runs) else tokens.positions
+    return Vectors(*(_extend_edge(x, length) for x in (positions, tokens.segments)))
 
 
-class BlockMap(NamedTuple):
-    """For every row of tiles the tiles to visit: FULL ones first, PARTIAL ones next, EMPTY ones last.
-
-    ``order[b, i, :full[b, i]]`` need no predicate, ``order[b, i, full[b, i]:visit[b, i]]`` do, the rest is not
-    touched. Rows are tiles of queries (forward) or of keys (backward).
-    """
-
-    order: Int32[Array, "B1 rows columns"]
-    full: Int32[Array, "B1 rows"]
-    visit: Int32[Array, "B1 rows"]
-
-
-FULL, PARTIAL, EMPTY = 0, 1, 2
-
-
-def tile_kinds(mask: Mask, block_q: int, block_kv: int) -> Int32[Array, "B1 nq nk"]:
-    """FULL, PARTIAL or EMPTY for every tile, from minima and maxima alone (PARTIAL may be said of the others too).
-
-    The lengths must be multiples of the tile sizes.
-    """
-    full = jnp.ones((1, 1, 1), dtype=bool)
-    empty = jnp.zeros((1, 1, 1), dtype=bool)
-    if mask.q_positions is not None and mask.kv_positions is not None:
-        first, last = _window(mask.q_positions, mask.left, mask.right)
-        k_min, k_max = _extent(mask.kv_positions, block_kv, queries=False)
-        if first is not None:
-            lowest, highest = _extent(first, block_q, queries=True)
-            full, empty = full & (k_min >= highest), empty | (k_max < lowest)
-        if last is not None:
-            lowest, highest = _extent(last, block_q, queries=True)
-            full, empty = full & (k_max <= lowest), empty | (k_min > highest)
-    if mask.q_segments is not None and mask.kv_segments is not None:
-        q_min, q_max = _extent(mask.q_segments, block_q, queries=True)
-        k_min, k_max = _extent(mask.kv_segments, block_kv, queries=False)
-        full = full & (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
-        empty = empty | (q_max < k_min) | (k_max < q_min)
-    return jnp.where(empty, jnp.int32(EMPTY), jnp.where(full, jnp.int32(FULL), jnp.int32(PARTIAL)))
-
-
-def _extent(x: Int32[Array, "B1 L"], tile: int, *, queries: bool) -> tuple[Array, Array]:
-    """Minimum and maximum of every tile, shaped to broadcast to [B1, nq, nk]."""
-    tiles = x.reshape(x.shape[0], -1, tile)
-    axis = 2 if queries else 1
-    return jnp.expand_dims(tiles.min(-1), axis), jnp.expand_dims(tiles.max(-1), axis)
-
-
-_WORD_BITS = 32
-
-
-def block_map(kinds: Int32[Array, "B1 rows columns"]) -> BlockMap:
-    """The map of :func:`tile_kinds`, or of its transpose. Stable, so the order of tiles never depends on chance."""
-    # Neither sum waits for the other: on a GPU they are one kernel.
-    full = jnp.sum(kinds == FULL, axis=-1, dtype=jnp.int32)
-    visit = jnp.sum(kinds != EMPTY, axis=-1, dtype=jnp.int32)
-    if kinds.shape[-1] <= _WORD_BITS:
-        return BlockMap(_order_from_bits(kinds, full[:, :, None], visit[:, :, None]), full, visit)
-    return BlockMap(jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32), full, visit)
-
-
-def _order_from_bits(
-    kinds: Int32[Array, "B1 rows columns"], full: Int32[Array, "B1 rows 1"], visit: Int32[Array, "B1 rows 1"]
-) -> Int32[Array, "B1 rows columns"]:
-    """The order that the stable sort gives, for rows of at most 32 tiles.
-
-    Tiles of one kind are the bits of a word. On a GPU the words are summed in the kernel that counts, and the order is
-    one more kernel, where a sort is two: between the hops of a ring over short shards that can be seen.
-    """
-    at = jax.lax.broadcasted_iota(jnp.int32, kinds.shape, 2)
-    bit = jnp.int32(1) << at
-    fulls, partials = (
-        jnp.sum(jnp.where(kinds == kind, bit, jnp.int32(0)), axis=-1, dtype=jnp.int32, keepdims=True)
-        for kind in (FULL, PARTIAL)
-    )
-    empties = ~(fulls | partials)  # and bits beyond the columns, which come last and are not asked for
-    word = jnp.where(at < full, fulls, jnp.where(at < visit, partials, empties))
-    return _nth_bit(word, at - jnp.where(at < full, jnp.int32(0), jnp.where(at < visit, full, visit)))
-
-
-def _nth_bit(word: Int32[Array, "..."], n: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """Where the n-th of the bits that are set lies, n = 0 for the lowest: by halving what is left of the word."""
-    place = jnp.zeros_like(n)
-    for half in (16, 8, 4, 2, 1):
-        below = jax.lax.population_count((word >> place) & jnp.int32(2**half - 1))
-        n, place = jnp.where(n < below, n, n - below), jnp.where(n < below, place, place + half)
-    return place
-
-
-class TileList(NamedTuple):
-    """All tiles that a kernel visits, row after row, as one list: what a grid walks without a step for EMPTY tiles.
-
-    Entry ``steps[b, s]`` packs row, column, kind and whether the tile is the first or the last of its row, see
-    :func:`unpack_step`. A row without any tile has one EMPTY entry, so that its result is written. Entries from
-    ``count[b]`` on repeat the last tile as EMPTY.
-    """
-
-    steps: Int32[Array, "B1 rows*columns"]
-    count: Int32[Array, " B1"]
-
-
-class Step(NamedTuple):
-    """One entry of a :class:`TileList`."""
-
-    row: Array
-    column: Array
-    kind: Array
-    first: Array
-    last: Array
-
-
-_FIRST, _LAST, _FLAG_BITS = 4, 8, 4  # bits 0 and 1 hold the kind
-
-
-def _column_bits(num_columns: int) -> int:
-    return (num_columns - 1).bit_length()
-
-
-def tile_list(kinds: Int32[Array, "B1 rows columns"]) -> TileList:
-    """The list of :func:`tile_kinds`, or of its transpose, in the order of rows and columns."""
-    batch, rows, columns = kinds.shape
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, kinds.shape, axis) for axis in (1, 2))
-    nothing = jnp.all(kinds == EMPTY, axis=-1, keepdims=True)
-    visited = (kinds != EMPTY) | (nothing & (column == 0))
-    rank = jnp.cumsum(visited, axis=-1, dtype=jnp.int32)
-    flags = kinds + jnp.where(rank == 1, jnp.int32(_FIRST), jnp.int32(0))
-    flags = flags + jnp.where(rank == rank[:, :, -1:], jnp.int32(_LAST), jnp.int32(0))
-    code = ((row << _column_bits(columns) | column) << _FLAG_BITS) | flags
-    # Codes grow along rows and columns, so sorting them only moves the tiles that are not visited to the end.
-    never = jnp.int32(jnp.iinfo(jnp.int32).max)
-    steps = jnp.sort(jnp.where(visited, code, never).reshape(batch, rows * columns), axis=-1)
-    count = jnp.sum(visited, axis=(1, 2), dtype=jnp.int32)
-    final = jnp.max(jnp.where(visited, code, jnp.int32(0)), axis=(1, 2))
-    idle = ((final >> _FLAG_BITS) << _FLAG_BITS) | EMPTY
-    return TileList(jnp.where(steps == never, idle[:, None], steps), count)
-
-
-def unpack_step(step: Array, num_columns: int) -> Step:
-    """The fields of one entry, or of many."""
-    tile, bits = step >> _FLAG_BITS, _column_bits(num_columns)
-    return Step(tile >> bits, tile & (2**bits - 1), step & 3, (step & _FIRST) != 0, (step & _LAST) != 0)
+def _extend_edge(x: Array | None, length: int) -> Array | None:
+    """Repeats the last one, so that the extent of the last tile does not grow."""
+    if x is None or x.shape[1] >= length:
+        return x
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1])), mode="edge")

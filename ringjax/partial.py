@@ -8,11 +8,13 @@ unnormalised and in float32. Partial results of disjoint sets merge into that of
 2018, arXiv:1805.02867); only non-positive numbers are ever exponentiated, so nothing overflows.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 # The maximum over no keys. Finite, not -inf: exp(-inf - -inf) is NaN. Below every logit that a masked row could meet.
@@ -56,17 +58,63 @@ def merge(a: Partial, b: Partial) -> Partial:
 def finish(partial: Partial, sinks: Float[Array, " N"] | None = None) -> tuple[Array, Array]:
     """Normalised output and log-sum-exp: acc / sum, max + log(sum). Over no keys: 0 and -inf.
 
-    Sinks are one more logit a head, whose value is zero; they enter here, once, and nowhere else.
+    Sinks are one more logit per head, whose value is zero; they enter here, once, and nowhere else.
     """
-    acc, top, total = partial
-    if sinks is not None:
-        sink = sinks.astype(top.dtype)[None, :, None]
-        new_top = jnp.maximum(top, sink)
-        scale = jnp.exp(top - new_top)
-        acc, total, top = acc * scale[..., None], total * scale + jnp.exp(sink - new_top), new_top
-    some = total != 0  # NaN counts as some: a NaN logit must show
-    safe = jnp.where(some, total, jnp.ones_like(total))
-    return acc / safe[..., None], top + jnp.log(total)
+    end = close(partial.max, partial.sum, None if sinks is None else sinks.astype(partial.max.dtype)[None, :, None])
+    return partial.acc * end.weight[..., None], end.lse
+
+
+class End(NamedTuple):
+    """What ends a softmax, per query."""
+
+    weight: Array  # what the accumulator is multiplied by
+    lse: Array
+    sink: Array | None  # the weight of the sink; None without one
+
+
+def close(top: Array, total: Array, sinks: Array | None, factor: float = 1.0) -> End:
+    """The end of a softmax, given the maximum and the sum over all keys. Works in a kernel too.
+
+    Over no keys the log-sum-exp is -inf, which comes from log(0): a constant would make jax_debug_infs recurse.
+
+    Args:
+      top: the maximum, in a unit of the kernel's own.
+      sinks: logits that broadcast against the maximum, or None.
+      factor: logits over ``top``. The product is kept to twice the digits: a sink does not share the error of a maximum
+        that is large.
+    """
+    top, rest = _product(top, factor)
+    if sinks is None:
+        rescale, sink = jnp.ones_like(top), None
+        top = top + rest
+    else:
+        new_top = jnp.maximum(jnp.maximum(top, sinks), NO_LOGIT)  # finite, even if both are -inf
+        rescale, sink = jnp.exp((top - new_top) + rest), jnp.exp(sinks - new_top)
+        total, top = total * rescale + sink, new_top
+    safe = jnp.where(total != 0, total, jnp.ones_like(total))  # NaN counts as some: it must show
+    return End(rescale / safe, top + jnp.log(total), None if sink is None else sink / safe)
+
+
+def _product(x: Array, factor: float) -> tuple[Array, Array]:
+    """x factor as a rounded product and what rounding took off it (Dekker 1971, doi:10.1007/BF01397083)."""
+    if factor == 1.0:
+        return x, jnp.zeros_like(x)
+    bits = 27 if x.dtype == jnp.float64 else 12
+    whole = float(np.asarray(factor, x.dtype))  # as the product sees it
+    high = _leading_bits(whole, bits)
+    low = whole - high
+    rounded = x * whole
+    split = x * float(2**bits + 1)
+    x_high = split - (split - x)
+    x_low = x - x_high
+    rest = ((x_high * high - rounded) + x_high * low + x_low * high) + x_low * low
+    return rounded, jnp.where(jnp.abs(rest) < 1.0, rest, jnp.zeros_like(rest))  # NaN and overflow: of no keys
+
+
+def _leading_bits(value: float, bits: int) -> float:
+    """The number with all but its first bits cut off."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(math.trunc(math.ldexp(mantissa, bits)), exponent - bits)
 
 
 def merge_partials(
@@ -76,8 +124,8 @@ def merge_partials(
 
     lse = log sum_i exp(lse_i),    out = sum_i exp(lse_i - lse) out_i.
 
-    Differentiable in outputs and log-sum-exps. Rows that attend nothing anywhere (all lse -inf) give 0 and -inf, with
-    zero gradients.
+    Differentiable in outputs and log-sum-exps. Rows that attend to nothing anywhere (all lse -inf) give 0 and -inf,
+    with zero gradients.
 
     Args:
       partials: pairs (out [..., H], lse [...]), as ``ring_attention(..., return_residual=True)`` returns.

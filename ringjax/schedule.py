@@ -24,7 +24,6 @@ class Hop:
     offset: int
     shift: int
     first: bool
-    last: bool
 
     @property
     def homeward(self) -> int:
@@ -42,7 +41,7 @@ class Schedule:
     def hops(self) -> tuple[Hop, ...]:
         """All hops, strand after strand."""
         return tuple(
-            Hop(offset, offset - (strand[i - 1] if i else 0), i == 0, i == len(strand) - 1)
+            Hop(offset=offset, shift=offset - (strand[i - 1] if i else 0), first=i == 0)
             for strand in self.strands
             for i, offset in enumerate(strand)
         )

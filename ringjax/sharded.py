@@ -11,31 +11,10 @@ from jaxtyping import Array
 
 from . import _compat
 from .arguments import Arrays
-from .config import RingConfig
-from .kernels.base import Kernel
 from .layout import Layout, padded_length, ring_runs
+from .local import Call, attend
 
 AxisNames = str | tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What is known of a call at trace time, complete: nothing below fills in a default."""
-
-    axis_name: str
-    layout: Layout
-    left: int | None
-    right: int | None
-    scale: float
-    logits_soft_cap: float | None
-    config: RingConfig
-    kernel: Kernel
-    unroll: int
-    device_kind: str
-    interpreted: bool  # the kernel runs in Pallas' interpreter
-    # Of the whole sequences, where they were padded: what lies beyond is absent.
-    query_length: int | None = None
-    key_length: int | None = None
 
 
 def find_mesh(axis: str, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
@@ -61,14 +40,13 @@ def find_mesh(axis: str, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMes
 
 
 def sharded(
-    attend: Callable[[Call, Arrays], tuple[Array, Array]],
     call: Call,
     arrays: Arrays,
     mesh: Mesh | AbstractMesh,
     batch: AxisNames | None,
     heads: AxisNames | None,
 ) -> tuple[Array, Array]:
-    """Pad to what the ring can hold, run ``attend`` on the shards under shard_map, cut the padding off."""
+    """Pad to what the ring can hold, attend on the shards under shard_map, cut the padding off."""
     batch = batch if batch is not None else _explicit_axes(arrays.query, 0, mesh)
     heads = heads if heads is not None else _explicit_axes(arrays.query, 2, mesh)
     kv_heads = heads if arrays.key.shape[2] > 1 else None  # a single K/V head stays whole
@@ -82,14 +60,11 @@ def sharded(
     # Pallas' interpreter mixes types, JAX 0.10 to 0.12. vmap(spmd_axis_name=) adds its axis to the types of the arrays
     # that it maps, but not to those of constants: of no loop that starts from one, nor of Pallas' outputs.
     check_vma = not call.interpreted and not _compat.inside_spmd_vmap()
-    return _compiled(attend, call, mesh, tuple(specs.items()), check_vma)(
-        {name: getattr(arrays, name) for name in specs}
-    )
+    return _compiled(call, mesh, tuple(specs.items()), check_vma)({name: getattr(arrays, name) for name in specs})
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(
-    attend: Callable[[Call, Arrays], tuple[Array, Array]],
     call: Call,
     mesh: Mesh | AbstractMesh,
     specs: tuple[tuple[str, PartitionSpec], ...],

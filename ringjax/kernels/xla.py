@@ -1,7 +1,8 @@
 """The readable block kernel in jax.numpy. Runs everywhere; blocked, so no T x S array ever exists.
 
-A loop over tiles of queries (backward: of keys), in it a loop over the tiles that the block map lists: FULL tiles
-first, without a predicate, then PARTIAL ones with it. FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691.
+A loop over tiles of queries (backward: of keys), in it a loop over the tiles that it visits: FULL ones first, without a
+predicate, then PARTIAL ones with it. FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691. float32 is multiplied
+in full on every platform: by default XLA would take TF32 on a GPU, where logits that share an offset lose their digits.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._compat import vary_like
-from ..mask import BlockMap, Mask, block_map, tile_kinds
-from ..partial import NO_LOGIT, Partial, attends_to_nothing, identity, wide
-from ..partial import finish as finish_partial
-from .base import KernelParams
-from .softmax import factor, scores
+from ..mask import Rule, Vectors, attends
+from ..partial import NO_LOGIT, Partial, close, identity, wide
+from .base import Block, Finished, Gradients, KernelParams, Upstream
+from .softmax import Normaliser, factor, normaliser, scores, slope, to_save, weights
+from .visits import Visits, nth_in_range, plan_visits
 
 # 256 x 256 float32 logits (256 KiB) stay in a core's cache, and fewer PARTIAL tiles than with larger ones; see
 # docs/optimisation-log.md.
@@ -24,7 +25,7 @@ _DEFAULT_TILE = 256
 
 
 class _Tiles(NamedTuple):
-    """Sizes of one call after padding. A row of the outer loop is one (batch row, K/V head, tile)."""
+    """Sizes of one call after padding. The outer loop is over (batch row, K/V head, tile)."""
 
     batch: int
     kv_heads: int
@@ -35,41 +36,52 @@ class _Tiles(NamedTuple):
     num_kv: int
 
 
-def forward(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S Hv"],
-    mask: Mask,
-    params: KernelParams,
-    *,
-    carry: Partial | None,
-    finish: bool,
-    sinks: Float[Array, " N"] | None,
-) -> Partial | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
-    """See :class:`ringjax.kernels.base.Kernel`."""
+class _TileMask(NamedTuple):
+    """The mask of a block, to be applied tile by tile."""
+
+    rule: Rule
+    queries: Vectors
+    keys: Vectors
+    numbers: Array  # [B1, 6]
+
+    def allowed(self, b: Array, i: Array, j: Array, tiles: _Tiles) -> Bool[Array, "R S"]:
+        """The predicate of one tile, repeated for the G query heads."""
+        row = b if self.numbers.shape[0] > 1 else 0
+        numbers = tuple(jax.lax.dynamic_index_in_dim(self.numbers, row, keepdims=False))
+        of_queries, q_index = _cut(self.queries, b, i, tiles.block_q)
+        of_keys, kv_index = _cut(self.keys, b, j, tiles.block_kv)
+        columns = jax.tree.map(lambda x: x[:, None], self.rule.of_queries(of_queries, numbers, q_index))
+        rows = jax.tree.map(lambda x: x[None, :], self.rule.of_keys(of_keys, numbers[3:], kv_index))
+        tile = jnp.broadcast_to(attends(columns, rows), (tiles.group, tiles.block_q, tiles.block_kv))
+        return tile.reshape(-1, tiles.block_kv)
+
+
+def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish: bool) -> Partial | Finished:
+    """See :class:`ringjax.kernels.base.Kernel`. The carry's maximum is that of the scores."""
+    q, k, v, mask, sinks = block
     dtype, length = wide(q.dtype), q.shape[2]
-    tiles, mask = _tiling(q, k, mask, params)
+    tiles = _tiling(block, params)
     if carry is None:
         nothing = identity(q.shape[:3], v.shape[3], dtype)
         carry = Partial(*(vary_like(x, q, k, v, *jax.tree.leaves(mask)) for x in nothing))
-    q = _grouped(_pad(q, tiles.block_q), tiles)
+    visits = plan_visits(mask, length, k.shape[2], tiles.block_q, tiles.block_kv, rows="queries")
+    tile_mask = _tile_mask(block, tiles)
+    q_tiles = _grouped(_pad(q, tiles.block_q), tiles)
     k, v = _pad(k, tiles.block_kv), _pad(v, tiles.block_kv)
     state = Partial(*(_grouped(_pad(x, tiles.block_q), tiles) for x in carry))
-    visits = None if mask.is_full else block_map(tile_kinds(mask, tiles.block_q, tiles.block_kv))
 
     def row(index: Array, state: Partial) -> Partial:
         b, head, i = _unravel(index, tiles.kv_heads, tiles.num_q)
-        q_tile = _query_tile(q, b, head, i, tiles)
-        q_mask = mask.queries(b, i * tiles.block_q, tiles.block_q)
+        q_tile = _query_tile(q_tiles, b, head, i, tiles)
 
         def column(j: Array, running: Partial, masked: bool) -> Partial:
             k_tile, v_tile = (_key_tile(x, b, head, j, tiles) for x in (k, v))
             s = scores(_dot(q_tile, k_tile, (1, 1), dtype), params)
             allowed = None
             if masked:
-                allowed = _allowed(q_mask.keys(b, j * tiles.block_kv, tiles.block_kv), tiles)
+                allowed = tile_mask.allowed(b, i, j, tiles)
                 s = jnp.where(allowed, s, NO_LOGIT)
-            return _fold(running, s, v_tile, allowed, factor(params))
+            return _fold(running, s, v_tile, allowed, params)
 
         running = Partial(*(_query_tile(x, b, head, i, tiles) for x in state))
         running = _visit(visits, b, i, tiles.num_kv, column, running)
@@ -79,57 +91,54 @@ def forward(
     result = Partial(*(_ungrouped(x, length) for x in state))
     if not finish:
         return result
-    out, lse = finish_partial(result._replace(max=result.max * factor(params)), sinks)  # until here of the scores
-    return out.astype(q.dtype), lse
+    acc, top, total = result
+    sink = None if sinks is None else sinks.astype(dtype)[None, :, None]
+    end = close(top, total, sink, factor(params))
+    wide_out = acc * end.weight[..., None]
+    out = wide_out.astype(q.dtype)
+    rest = (wide_out - out.astype(dtype)).astype(q.dtype) if out.dtype != dtype else None
+    saved = to_save(q.dtype, top, total, end.weight)
+    return Finished(out=out, lse=end.lse, saved=saved, rest=rest, sink=end.sink)
 
 
 def backward(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S Hv"],
-    dout: Float[Array, "B N T Hv"],
-    lse: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
-    mask: Mask,
-    params: KernelParams,
-    *,
-    dq_carry: Float[Array, "B N T H"] | None,
-) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
+    block: Block, upstream: Upstream, params: KernelParams, carry: Float[Array, "B N T H"] | None, *, finish: bool
+) -> Gradients:
     """See :class:`ringjax.kernels.base.Kernel`. One pass over the tiles: five products each."""
+    del finish  # Unused: the carry is dq itself.
+    q, k, v, mask, _ = block
     dtype, q_length, k_length = wide(q.dtype), q.shape[2], k.shape[2]
-    references = (q, k, v, dout, *jax.tree.leaves(mask))
-    tiles, mask = _tiling(q, k, mask, params)
-    if dq_carry is None:
-        dq_carry = vary_like(jnp.zeros(q.shape, dtype), *references)
-    # In the unit of the scores. A query that attends to nothing has p = 0 everywhere; any finite number will do there.
-    lse = jnp.where(attends_to_nothing(lse), 0.0, lse) / factor(params)
-    q, dout, lse, delta, dq = (_grouped(_pad(x, tiles.block_q), tiles) for x in (q, dout, lse, delta, dq_carry))
+    references = (q, k, v, upstream.dout, *jax.tree.leaves(mask))
+    tiles = _tiling(block, params)
+    visits = plan_visits(mask, q_length, k_length, tiles.block_q, tiles.block_kv, rows="keys")
+    tile_mask = _tile_mask(block, tiles)
+    if carry is None:
+        carry = vary_like(jnp.zeros(q.shape, dtype), *references)
+    by = normaliser(upstream.lse, upstream.saved, params)
+    q, dout, delta, dq, by = jax.tree.map(
+        lambda x: _grouped(_pad(x, tiles.block_q), tiles), (q, upstream.dout, upstream.delta, carry, by)
+    )
     k, v = _pad(k, tiles.block_kv), _pad(v, tiles.block_kv)
     dk, dv = (vary_like(jnp.zeros(x.shape, dtype), *references) for x in (k, v))
-    visits = None
-    if not mask.is_full:
-        visits = block_map(jnp.swapaxes(tile_kinds(mask, tiles.block_q, tiles.block_kv), 1, 2))
 
     def row(index: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         b, head, j = _unravel(index, tiles.kv_heads, tiles.num_kv)
         k_tile, v_tile = (_key_tile(x, b, head, j, tiles) for x in (k, v))
-        k_mask = mask.keys(b, j * tiles.block_kv, tiles.block_kv)
 
         def column(i: Array, sums: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
             dq, dk_tile, dv_tile = sums
-            q_tile, dout_tile, lse_tile, delta_tile = (_query_tile(x, b, head, i, tiles) for x in (q, dout, lse, delta))
+            q_tile, dout_tile, delta_tile = (_query_tile(x, b, head, i, tiles) for x in (q, dout, delta))
+            by_tile = jax.tree.map(lambda x: _query_tile(x, b, head, i, tiles)[:, None], by)
             s = scores(_dot(q_tile, k_tile, (1, 1), dtype), params)
-            p = jnp.exp((s - lse_tile[:, None]) * factor(params))
-            ds = p * (_dot(dout_tile, v_tile, (1, 1), dtype) - delta_tile[:, None])
-            if params.logits_soft_cap is not None:
-                ds = ds * (1.0 - jnp.square(s))
+            p = weights(s, by_tile, params)
+            ds = p * (_dot(dout_tile, v_tile, (1, 1), dtype) - delta_tile[:, None]) * slope(s, params)
             allowed = None
             if masked:
-                allowed = _allowed(k_mask.queries(b, i * tiles.block_q, tiles.block_q), tiles)
+                allowed = tile_mask.allowed(b, i, j, tiles)
                 p, ds = jnp.where(allowed, p, 0.0), jnp.where(allowed, ds, 0.0)
-            ds = (ds * params.scale).astype(q.dtype)
-            # An attended NaN or Inf in q or k is in ds already, one that is masked out must not meet ds = 0.
-            q_clean, k_clean = (_finite(x) if masked else x for x in (q_tile, k_tile))
+            # An attended NaN or Inf in q or k is in ds already, one that is masked out must not meet ds = 0. ds stays
+            # wide: rounded to 16 bits its sum over the keys would not be 0 any more, which what keys share multiplies.
+            q_clean, k_clean = ((_finite(x) if masked else x).astype(dtype) for x in (q_tile, k_tile))
             dq_tile = _query_tile(dq, b, head, i, tiles) + _dot(ds, k_clean, (1, 0), dtype)
             dq = _put_query_tile(dq, dq_tile, b, head, i, tiles)
             dk_tile = dk_tile + _dot(ds, q_clean, (0, 0), dtype)
@@ -143,16 +152,18 @@ def backward(
         return dq, _put(dk, dk_tile[None, None], start), _put(dv, dv_tile[None, None], start)
 
     dq, dk, dv = jax.lax.fori_loop(0, tiles.batch * tiles.kv_heads * tiles.num_kv, row, (dq, dk, dv))
-    return _ungrouped(dq, q_length), dk[:, :, :k_length], dv[:, :, :k_length]
+    return Gradients(dq=_ungrouped(dq, q_length), dk=dk[:, :, :k_length], dv=dv[:, :, :k_length])
 
 
-def _fold(running: Partial, s: Array, values: Array, allowed: Bool[Array, "R S"] | None, factor: float) -> Partial:
-    """One step of the online softmax for a tile of R queries, given the scores and what makes logits of them."""
+def _fold(
+    running: Partial, s: Array, values: Array, allowed: Bool[Array, "R S"] | None, params: KernelParams
+) -> Partial:
+    """One step of the online softmax for a tile of R queries, given the scores."""
     top = jnp.maximum(running.max, s.max(axis=-1))
-    p = jnp.exp((s - top[:, None]) * factor)
+    p = weights(s, Normaliser(top[:, None]), params)
     if allowed is not None:
         p = jnp.where(allowed, p, 0.0)  # where nothing was attended yet, exp(NO_LOGIT - NO_LOGIT) is 1
-    rescale = jnp.exp((running.max - top) * factor)
+    rescale = weights(running.max, Normaliser(top), params)
     acc = running.acc * rescale[:, None] + _weigh(p, values, allowed, 1)
     return Partial(acc, top, running.sum * rescale + p.sum(axis=-1))
 
@@ -162,10 +173,11 @@ def _weigh(p: Array, values: Array, allowed: Bool[Array, "R S"] | None, axis: in
 
     0 * NaN is NaN, so values that are masked out for some rows are set to zero, and NaN is put back where attended.
     """
+    values = values.astype(p.dtype)
     product = lambda weights, x: _dot(weights, x, (axis, 0), p.dtype)  # noqa: E731
     if allowed is None:
-        return product(p.astype(values.dtype), values)
-    clean = product(p.astype(values.dtype), _finite(values))
+        return product(p, values)
+    clean = product(p, _finite(values))
 
     def mark() -> Array:
         bad = (~jnp.isfinite(values)).astype(p.dtype)
@@ -179,40 +191,66 @@ def _finite(x: Array) -> Array:
 
 
 def _dot(a: Array, b: Array, axes: tuple[int, int], dtype: jnp.dtype) -> Array:
-    """Contract one axis of each matrix, accumulating in ``dtype``.
-
-    float32 is multiplied in full on every platform: by default XLA takes TF32 on a GPU, where logits that share an
-    offset lose their digits.
-    """
+    """Contract one axis of each matrix, accumulating in ``dtype``; float32 operands are multiplied in full."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
 
 
 def _visit(
-    visits: BlockMap | None,
+    visits: Visits | None,
     b: Array,
     row: Array,
     num_columns: int,
     column: Callable[[Array, Any, bool], Any],
     init: Any,
 ) -> Any:
-    """Run ``column(tile, state, masked)`` for every tile that the map lists in this row."""
+    """Run ``column(tile, state, masked)`` for every tile that this row visits."""
     if visits is None:
         return jax.lax.fori_loop(0, num_columns, lambda j, state: column(j, state, False), init)
     b = b if visits.full.shape[0] > 1 else jnp.zeros_like(b)
-    order, full, visit = visits.order[b, row], visits.full[b, row], visits.visit[b, row]
-    state = jax.lax.fori_loop(0, full, lambda n, state: column(order[n], state, False), init)
-    return jax.lax.fori_loop(full, visit, lambda n, state: column(order[n], state, True), state)
+    full, visit = visits.full[b, row], visits.visit[b, row]
+
+    def nth(n: Array) -> Array:
+        if visits.order is not None:
+            return visits.order[b, row, n]
+        assert visits.start is not None and visits.full_start is not None
+        return nth_in_range(n, full, visits.start[b, row], visits.full_start[b, row])
+
+    state = jax.lax.fori_loop(0, full, lambda n, state: column(nth(n), state, False), init)
+    return jax.lax.fori_loop(full, visit, lambda n, state: column(nth(n), state, True), state)
 
 
-def _tiling(q: Array, k: Array, mask: Mask, params: KernelParams) -> tuple[_Tiles, Mask]:
-    """Tile sizes, and the mask of the padded lengths."""
-    (batch, heads, q_length, _), (_, kv_heads, k_length, _) = q.shape, k.shape
+def _tiling(block: Block, params: KernelParams) -> _Tiles:
+    (batch, heads, q_length, _), (_, kv_heads, k_length, _) = block.q.shape, block.k.shape
     block_q, block_kv = _tile(q_length, params.block_q), _tile(k_length, params.block_kv)
-    num_q, num_kv = -(-q_length // block_q), -(-k_length // block_kv)
-    tiles = _Tiles(batch, kv_heads, heads // kv_heads, block_q, block_kv, num_q, num_kv)
-    return tiles, mask.padded(q_length, num_q * block_q, k_length, num_kv * block_kv)
+    return _Tiles(
+        batch=batch,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        block_q=block_q,
+        block_kv=block_kv,
+        num_q=-(-q_length // block_q),
+        num_kv=-(-k_length // block_kv),
+    )
+
+
+def _tile_mask(block: Block, tiles: _Tiles) -> _TileMask:
+    q_length, k_length = block.q.shape[2], block.k.shape[2]
+    q_total, k_total = tiles.num_q * tiles.block_q, tiles.num_kv * tiles.block_kv
+    rule = block.mask.rule(q_length, k_length, ragged_q=q_total != q_length, ragged_kv=k_total != k_length)
+    return _TileMask(rule, *block.mask.vectors(q_total, k_total), block.mask.numbers(q_length, k_length))
+
+
+def _cut(vectors: Vectors, b: Array, tile: Array, size: int) -> tuple[Vectors, Array]:
+    """The part of the vectors that belongs to one tile, and its tokens' indices."""
+    start = tile * size
+
+    def cut(x: Array) -> Array:
+        at = _as_index((b if x.shape[0] > 1 else 0, start))
+        return jax.lax.dynamic_slice(x, at, (1, size))[0]
+
+    return jax.tree.map(cut, vectors), start + jnp.arange(size, dtype=jnp.int32)
 
 
 def _tile(length: int, requested: int | None) -> int:
@@ -267,9 +305,3 @@ def _put(x: Array, tile: Array, start: tuple[Array | int, ...]) -> Array:
 
 def _as_index(start: tuple[Array | int, ...]) -> tuple[Array, ...]:
     return tuple(jnp.int32(s) for s in start)
-
-
-def _allowed(mask: Mask, tiles: _Tiles) -> Bool[Array, "R S"]:
-    """The predicate of one tile, repeated for the G query heads."""
-    tile = jnp.broadcast_to(mask.predicate(), (1, tiles.block_q, tiles.block_kv))
-    return jnp.broadcast_to(tile, (tiles.group, *tile.shape[1:])).reshape(-1, tiles.block_kv)

@@ -108,7 +108,7 @@ class RingAttention(nnx.Module):
       use_bias: biases on all four projections.
       rope_theta: base of the rotary embedding (pairs as above); None for none.
       qk_norm: RMSNorm with a learned scale on every query and key head, before RoPE.
-      use_sinks: one learned logit a query head in the softmax's denominator, starting at 0.
+      use_sinks: one learned logit per query head in the softmax's denominator, starting at 0.
       norm_eps: of qk_norm.
       scale, is_causal, local_window_size, logits_soft_cap, layout, axis_name, batch_axis_name, head_axis_name, mesh,
         config: as in :func:`ringjax.ring_attention`. With Explicit axes the batch axes are read off the input.

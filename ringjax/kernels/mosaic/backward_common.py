@@ -1,4 +1,4 @@
-"""What the two backward kernels for Hopper GPUs share: what goes in, tile sizes, and small pieces of their bodies.
+"""What the two backward kernels for Hopper GPUs share: what goes in, the probabilities, small pieces of their bodies.
 
 GPU terms: see :mod:`ringjax.kernels.mosaic.common`.
 """
@@ -15,8 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..._compat import gpu_load, gpu_ptx
+from ...mask import Rule
+from ...partial import NO_LOGIT
 from ..base import KernelParams
-from .common import LOG2_E, MATRIX, WARPGROUP_ROWS, batch_row, is_finite
+from . import common
+from .common import LOG2_E, MATRIX, MaskArrays, batch_row, is_finite
+from .tiles import WARPGROUP_ROWS
 
 COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = 2
@@ -40,11 +44,8 @@ class Inputs(NamedTuple):
     k: Any  # [B, S, K, H]
     v: Any  # [B, S, K, H]
     dout: Any  # [B, T, N, H]
-    rows: Any  # [B, N, 2, Tp]: lse and delta, see prepare_rows
-    queries: Any  # QuerySide of [B1, Tp]
-    keys: Any  # KeySide of [B1, Sp]
-    order: Any  # [B1, rows, columns]: the tiles of each row. None: all are FULL
-    counts: Any  # [B1, 2, rows]: how many of them are FULL, and how many are not EMPTY
+    rows: Any  # [B, N, 2, Tp]: lse and delta, see rows_of
+    mask: MaskArrays  # rows of tiles are of what a program owns. It always has counts
 
 
 class Place(NamedTuple):
@@ -66,11 +67,16 @@ class Static:
     """All that is known at trace time. Rows are tiles of what a program owns, columns of what passes by."""
 
     params: KernelParams
+    rule: Rule | None  # of PARTIAL tiles. None: every row visits every column, and all are FULL
     block_q: int
     block_kv: int
     stages: int
     size: int  # of a head, after padding
     group: int  # query heads that pass by
+
+    @property
+    def masked(self) -> bool:
+        return self.rule is not None
 
     @property
     def folds_scale(self) -> bool:
@@ -79,25 +85,36 @@ class Static:
 
 
 def rows_of(lse: Array, delta: Array, scale: float, length: int) -> Array:
-    """lse in base 2 and delta, [B, N, 2, length]. Where nothing is attended, and beyond the end, p = exp2(-inf) = 0."""
-    lse2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
+    """lse in base 2 and delta, [B, N, 2, length]. Where nothing is attended, p = exp2(-inf) = 0.
+
+    What lies beyond the end is absent, so that its numbers do not matter: the predicate or nobody reads them.
+    """
+    lse2 = lse * LOG2_E
+    lse2 = jnp.where(lse2 < NO_LOGIT, -lse2, lse2)  # -inf to inf, without an infinite constant
     if scale > 0:  # Static.folds_scale
         lse2 = lse2 - math.log2(scale)
-    extra = ((0, 0), (0, 0), (0, length - lse.shape[2]))
-    return jnp.stack([jnp.pad(lse2, extra, constant_values=jnp.inf), jnp.pad(delta, extra)], axis=2)
+    return common.pad_axis(jnp.stack([lse2, delta], axis=2), 3, length)
 
 
 def counts(x: Inputs, place: Place) -> tuple[Any, Any]:
     """How many columns of this row are FULL, and how many are visited."""
-    b = batch_row(x.counts, place.batch)
-    return x.counts[b, 0, place.tile], x.counts[b, 1, place.tile]
+    b = batch_row(x.mask.counts, place.batch)
+    return x.mask.counts[b, 0, place.tile], x.mask.counts[b, 1, place.tile]
 
 
 def column(x: Inputs, place: Place, n: Any) -> Any:
     """The n-th column that this row visits."""
-    if x.order is None:
-        return n
-    return x.order[batch_row(x.order, place.batch), place.tile, n]
+    return common.column(x.mask, place.batch, place.tile, n)
+
+
+def allowed(
+    static: Static, x: Inputs, place: Place, *, q_start: Any, k_start: Any, shape: tuple[int, int], q_axis: int
+) -> Array:
+    """The predicate of a PARTIAL tile's matrix, queries along ``q_axis``."""
+    assert static.rule is not None
+    return common.allowed(
+        static.rule, x.mask, place.batch, q_start=q_start, k_start=k_start, shape=shape, q_axis=q_axis
+    )
 
 
 def visit(
@@ -121,24 +138,24 @@ def run_program(memory: Callable[[Place], None], compute: Callable[[Place], None
     warpgroup = jax.lax.axis_index("warpgroup")
     batch, head, tile = (jax.lax.axis_index(name) for name in GRID_NAMES)
     pl.when(warpgroup == MEMORY_WARPGROUP)(lambda: memory(Place(batch, head, tile, MEMORY_WARPGROUP)))
-    # Compiled once for each, so that addresses are constants: they would not fit into the registers.
+    # Compiled once for each, so that addresses are constants: they would not fit into the registers otherwise.
     for w in range(COMPUTE_WARPGROUPS):
         pl.when(warpgroup == w)(lambda w=w: compute(Place(batch, head, tile, w)))
 
 
 def softmax(static: Static, products: Array, lse: Array) -> tuple[Array, Array | float | None]:
-    """From q.k and lse: p (times the scale, if it is folded), and what ds has on top of p (dp - delta), if anything."""
-    scale, cap = static.params.scale, static.params.logits_soft_cap
-    slope = None
-    if cap is None:
-        logits = products * (scale * LOG2_E)
-    else:
-        tanh = jnp.tanh(products * (scale / cap))
-        slope = 1.0 - tanh * tanh
-        logits = tanh * (cap * LOG2_E)
+    """From q.k and lse: p (times the scale, if it is folded), and what ds has on top of p (dp - delta), if anything.
+
+    The exponent is s * factor - lse, in one multiply-add as forward's s * factor - m: where all logits have something
+    large in common, p then is that of forward times one number per query, and does not err from key to key.
+    """
+    params = static.params
+    s = common.scores(products, params)
+    p = jnp.exp2(s * common.factor(params) - lse)
+    slope = None if params.logits_soft_cap is None else 1.0 - s * s
     if not static.folds_scale:
-        slope = scale if slope is None else slope * scale
-    return jnp.exp2(logits - lse), slope
+        slope = params.scale if slope is None else slope * params.scale
+    return p, slope
 
 
 def clean(x_smem: Any) -> None:

@@ -1,18 +1,18 @@
-"""The backward kernel that owns keys: dk and dv of a tile, and dq on the way. Hopper GPUs, five products a tile.
+"""The backward kernel that owns keys: dk and dv of a tile, and dq on the way. Hopper GPUs, five products per tile.
 
 A program owns 128 keys of one K/V head: 64 each for two compute warpgroups, which keep their rows of dk and dv in
-registers while the queries that see them pass by, brought by a memory warpgroup. Logits are worked on transposed, keys
-along rows: then p^T and ds^T lie in registers as dv = p^T dout and dk = ds^T q want their left operands, and only
+registers while the queries that attend to them pass by, brought by a memory warpgroup. Logits are worked on transposed,
+keys along rows: then p^T and ds^T lie in registers as dv = p^T dout and dk = ds^T q want their left operands, and only
 dq = ds k takes ds through SMEM. It sums over the keys of both warpgroups; each computes one half of it and has TMA add
 it to dq in GMEM. Those sums come in the order in which programs get there: dq differs in its last bits from run to run.
 
 The tensor cores should never wait, and SMEM is as busy as they are, least under dv and dk, whose left operands it need
 not bring. So exponentials are taken under v dout^T, ds under p^T dout; dq is stored under ds^T q, and, registers
-permitting, the logits of the next tile follow at once. One barrier a tile joins the two warpgroups: then ds of both is
-there for dq, and dq of the tile before for TMA.
+permitting, the logits of the next tile follow at once. One barrier per tile joins the two warpgroups: then ds of both
+is there for dq, and dq of the tile before for TMA.
 
-NaN or Inf in dout, or in the output, reaches whole rows of dv in PARTIAL tiles, for the keys that its query sees; other
-kernels confine it to a column.
+NaN or Inf in dout, or in the output, reaches whole rows of dv in PARTIAL tiles, for the keys that its query attends to;
+other kernels confine it to a column.
 
 FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691; the division of work after FlashAttention-3, Shah et al.
 2024, arXiv:2407.08608; the equations are in base.py.
@@ -28,10 +28,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..._compat import gpu_kernel, gpu_load, gpu_ptx
-from ...mask import attends
 from . import backward_common as gpu
 from .backward_common import BLOCK_KV, COMPUTE_WARPGROUPS, Inputs, Place, Static
-from .common import COLUMNS, WARPGROUP_ROWS, column_matrix, is_finite, load_keys, load_queries, smem_tile, zeros
+from .common import COLUMNS, column_matrix, is_finite, smem_tile, zeros
+from .tiles import WARPGROUP_ROWS
 
 
 class _Outputs(NamedTuple):
@@ -51,7 +51,7 @@ class _Scratch(NamedTuple):
     ds_smem: Any  # [2, keys, queries]: ds^T
     sums_smem: Any  # [2, warpgroups, 64, 64]: float32 on its way to GMEM
     keys_ready: Any
-    queries_ready: Any  # a stage each
+    queries_ready: Any  # one per stage
     queries_consumed: Any
 
 
@@ -70,7 +70,7 @@ class _Tile(NamedTuple):
 
     index: Any  # among all that the program visits
     head: Any
-    n: Any  # its place in the map
+    n: Any  # its place among those of a head
     total: Any  # how many are visited
     masked: bool  # PARTIAL, and not FULL
 
@@ -158,7 +158,7 @@ class _Program:
 
         full, visit = gpu.counts(x, place)
         gpu.visit(static, place, jnp.int32(0), full, load, jnp.int32(0), None)
-        if x.order is not None:
+        if static.masked:
             gpu.visit(static, place, full, visit, load, full * static.group, None)
 
     @property
@@ -181,7 +181,7 @@ class _Program:
             return lambda index, head, n, state: self._add(_Tile(index, head, n, total, masked), place, state)
 
         state = gpu.visit(static, place, jnp.int32(0), full, step(False), jnp.int32(0), state)
-        if x.order is not None:
+        if static.masked:
             pl.when(full < visit)(lambda: self._clean_keys(place))
             state = gpu.visit(static, place, full, visit, step(True), full * static.group, state)
         if dq is not None:
@@ -270,8 +270,8 @@ class _Program:
         if now.masked:
             q_start = gpu.column(x, place, now.n) * static.block_q
             k_start = place.tile * BLOCK_KV + place.own.start
-            queries = load_queries(x.queries, place.batch, q_start, p.shape, axis=1)
-            may = attends(queries, load_keys(x.keys, place.batch, k_start, p.shape, axis=0))
+            shape = (p.shape[0], p.shape[1])
+            may = gpu.allowed(static, x, place, q_start=q_start, k_start=k_start, shape=shape, q_axis=1)
             # A NaN or Inf in dout is taken out later on. It has left its trace in delta: NaN to all that it reaches.
             delta = gpu_load(self.scratch.rows_smem.at[slot, 1], COLUMNS)
             p = jnp.where(column_matrix(is_finite(delta), p), p, jnp.nan)
@@ -282,7 +282,7 @@ class _Program:
         delta = gpu_load(self.scratch.rows_smem.at[slot, 1], COLUMNS)
         ds = p * (dp - column_matrix(delta, p))
         ds = ds if slope is None else ds * slope
-        # A NaN of an attended pair is in p already, so p = 0 is where the query does not see the key.
+        # A NaN of an attended pair is in p already, so p = 0 is where the query does not attend to the key.
         return (jnp.where(p == 0.0, 0.0, ds) if now.masked else ds).astype(self.x.q.dtype)
 
     def _products(self, place: Place, acc: Any, slot: Any) -> None:

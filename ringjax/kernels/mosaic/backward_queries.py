@@ -1,8 +1,8 @@
-"""The backward kernel that owns queries: dq alone, the same bits on every run. Hopper GPUs, three products a tile.
+"""The backward kernel that owns queries: dq alone, the same bits on every run. Hopper GPUs, three products per tile.
 
 A program owns 128 queries of one head: 64 each for two compute warpgroups, which keep their rows of dq in registers
-while the keys that they see pass by, brought by a memory warpgroup. ds lies in registers as dq = ds k wants its left
-operand. FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691; the equations are in base.py.
+while the keys that they attend to pass by, brought by a memory warpgroup. ds lies in registers as dq = ds k wants its
+left operand. FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691; the equations are in base.py.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..._compat import gpu_kernel, gpu_load
-from ...mask import attends
 from . import backward_common as gpu
 from .backward_common import COMPUTE_WARPGROUPS, Inputs, Place, Static
-from .common import ROWS, WARPGROUP_ROWS, load_keys, load_queries, row_matrix, smem_tile, zeros
+from .common import ROWS, row_matrix, smem_tile, zeros
+from .tiles import WARPGROUP_ROWS
 
 BLOCK_Q = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 
@@ -29,8 +29,8 @@ class _Scratch(NamedTuple):
     k_smem: Any  # [stages, keys, H]
     v_smem: Any
     sums_smem: Any  # [warpgroups, 64, 64]: float32 on its way to GMEM
-    queries_ready: Any  # a warpgroup each
-    keys_ready: Any  # a stage each
+    queries_ready: Any  # one per warpgroup
+    keys_ready: Any  # one per stage
     keys_consumed: Any
 
 
@@ -118,7 +118,7 @@ class _Program:
 
         dq = zeros((WARPGROUP_ROWS, static.size))
         dq = gpu.visit(static, place, jnp.int32(0), full, step(False), jnp.int32(0), dq)
-        if x.order is not None:
+        if static.masked:
             dq = gpu.visit(static, place, full, visit, step(True), full, dq)
         sums_smem = self.scratch.sums_smem.at[place.warpgroup]
         for start in range(0, static.size, WARPGROUP_ROWS):
@@ -149,9 +149,9 @@ class _Program:
             ds = ds if slope is None else ds * slope
             if masked:
                 k_start = gpu.column(x, place, n) * static.block_kv
-                queries = load_queries(x.queries, place.batch, self._queries(place).start, shape)
-                keys = load_keys(x.keys, place.batch, k_start, shape)
-                ds = jnp.where(attends(queries, keys), ds, 0.0)
+                q_start = self._queries(place).start
+                may = gpu.allowed(static, x, place, q_start=q_start, k_start=k_start, shape=shape, q_axis=0)
+                ds = jnp.where(may, ds, 0.0)
                 # Both warpgroups have used the raw k. A NaN or Inf in it must not meet ds = 0.
                 gpu.join_compute_warpgroups()
                 self._clean_keys(place, k_smem)

@@ -1,16 +1,16 @@
 """The forward block kernel for Hopper GPUs: folds one K/V block into the running softmax, which goes in and comes out.
 
 A block of threads is some warpgroups that multiply, 64 queries each, and one that loads: TMA brings tiles of keys and
-values into a ring of slots in SMEM. Tiles of a row come in the order of the block map: FULL ones without a predicate,
-PARTIAL ones with it, EMPTY ones not at all. Products run behind the softmax in one of two ways: three warpgroups hide
-each other's, or two also multiply p v of the previous tile beside q k^T of this one. Everything is in base 2,
+values into a ring of slots in SMEM. Of a row's tiles the FULL ones come first, without a predicate, then the PARTIAL
+ones with it, EMPTY ones not at all. Products run behind the softmax in one of two ways: three warpgroups hide each
+other's, or two also multiply p v of the previous tile beside q k^T of this one. Everything is in base 2,
 
-    s = LOG2_E * logits,    m = max s,    l = sum exp2(s - m),    acc = sum exp2(s - m) v,
+    s = LOG2_E logits,    m = max s,    l = sum exp2(s - m),    acc = sum exp2(s - m) v,
 
 and so is the maximum in the carry, which only this kernel reads. It is changed in place, so a row of tiles with nothing
 to visit costs nothing. Its acc comes and goes by TMA behind the compute, joining at the end of a row, where there is
-SMEM for it; else each warpgroup starts from it and writes it back, in blocks of columns, see :func:`carry_shape`. After
-Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+SMEM for it; otherwise each warpgroup starts from it and writes it back, in blocks of columns, see :func:`carry_shape`.
+After Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
 import dataclasses
@@ -26,53 +26,65 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..._compat import GPU_CONCATENATES, gpu_kernel, gpu_load, shape_like
-from ...mask import Mask, block_map, tile_kinds
 from ...partial import Partial
-from ..base import KernelParams
+from ..base import Block, Finished, KernelParams
 from . import common
-from .common import COLUMN_BLOCK, MATRIX, ROWS, WARPGROUP_ROWS, TileSizes, full
+from . import tiles as tile_sizes
+from .common import COLUMN_BLOCK, MATRIX, ROWS, full
 from .forward_compute import Compute, Inputs, Scratch, Static, Work, column, walk
+from .tiles import SMEM_BYTES, WARPGROUP_ROWS, TileSizes, head_size
 
 
 def forward(
-    q: Array, k: Array, v: Array, mask: Mask, params: KernelParams, tiles: TileSizes, *,
-    carry: Partial | None, finish: bool, sinks: Array | None,
-) -> Partial | tuple[Array, Array]:  # fmt: skip
+    block: Block, params: KernelParams, tiles: TileSizes, carry: Partial | None, *, finish: bool
+) -> Partial | Finished:
     """See :class:`ringjax.kernels.base.Kernel`."""
+    q, k, v, mask, sinks = block
     (batch, heads, q_length, _), (_, kv_heads, k_length, v_size) = q.shape, v.shape
     dtype = q.dtype
     num_q, num_kv = pl.cdiv(q_length, tiles.block_q), pl.cdiv(k_length, tiles.block_kv)
-    q_total, k_total = num_q * tiles.block_q, num_kv * tiles.block_kv
-    if not mask.is_full or k_length % tiles.block_kv:
-        # What lies beyond the last key of a ragged tile is nobody's key.
-        mask = mask.padded(q_length, q_total, k_length, k_total)
-    v_padded = common.head_size(v_size)
+    size, v_padded = head_size(q.shape[3]), head_size(v_size)
     # Whole warpgroups; those of the last tile that have no queries leave it alone.
     rows_total = -(-q_length // WARPGROUP_ROWS) * WARPGROUP_ROWS
-    carry_in_smem = _carry_in_smem(tiles, common.head_size(q.shape[3]), v_padded, carry is not None, finish)
+    carry_in_smem = _carry_in_smem(tiles, size, v_padded, carry is not None, finish)
     if carry is not None:
         carry_in_smem &= carry.acc.ndim == 4
     reference = q
     # A box of TMA should not be longer than the array.
     least = max(WARPGROUP_ROWS, tiles.block_kv)
-    q, k, v = (common.token_major(x, common.head_size(x.shape[3]), least) for x in (q, k, v))
-    visits = None
-    if not mask.is_full:
-        visits = block_map(tile_kinds(mask, tiles.block_q, tiles.block_kv))
-    queries, keys = mask.sides()
+    q, k, v = (common.token_major(x, head_size(x.shape[3]), least) for x in (q, k, v))
+    rule, of_mask = common.prepare_mask(mask, (q_length, k_length), (tiles.block_q, tiles.block_kv), rows="queries")
     rows = None if carry is None else tuple(carry)
-    sinks = None if sinks is None else sinks.astype(jnp.float32)
     # A carry that goes on is changed in place: rows of tiles that have nothing to visit cost nothing.
     updated = rows if rows is not None and not finish else ()
-    inputs = Inputs(q, k, v, visits, queries, keys, None if updated else rows, sinks)
-    # Unequal rows of tiles are dealt out evenly only if all heads take turns; else those that share keys and values do.
-    group_heads = tiles.group_heads or (heads // kv_heads if mask.is_full else batch * heads)
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        mask=of_mask,
+        carry=None if updated else rows,
+        sinks=sinks.astype(jnp.float32) if finish and sinks is not None else None,
+    )
+    # Unequal rows of tiles are dealt out evenly only if all heads take turns; otherwise those that share keys do.
+    group_heads = tiles.group_heads or (heads // kv_heads if rule is None else batch * heads)
     num_items = batch * heads * num_q
-    num_blocks = min(num_items, common.MULTIPROCESSORS) if tiles.persistent else num_items
+    num_blocks = min(num_items, tile_sizes.MULTIPROCESSORS) if tiles.persistent else num_items
     static = Static(
-        params, tiles, batch, heads, kv_heads, num_q, num_kv, math.gcd(group_heads, batch * heads), num_blocks, finish,
-        rows is not None, carry_in_smem, not mask.is_full, rows_total,
-    )  # fmt: skip
+        params=params,
+        tiles=tiles,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        num_q=num_q,
+        num_kv=num_kv,
+        group_heads=math.gcd(group_heads, batch * heads),
+        num_blocks=num_blocks,
+        finish=finish,
+        carried=rows is not None,
+        carry_in_smem=carry_in_smem,
+        rule=rule,
+        rows_total=rows_total,
+    )
     row = shape_like((batch, heads, rows_total), jnp.float32, reference)
     if finish:
         # Clipped by TMA at the true length.
@@ -102,7 +114,7 @@ def forward(
     )
     if finish:
         out, lse = results
-        return jnp.swapaxes(out, 1, 2)[:, :, :q_length, :v_size], lse[:, :, :q_length]
+        return Finished(out=jnp.swapaxes(out, 1, 2)[:, :, :q_length, :v_size], lse=lse[:, :, :q_length])
     return Partial(*changed, *results)
 
 
@@ -113,8 +125,8 @@ def carry_shape(tiles: TileSizes, q_shape: tuple[int, ...], v_size: int) -> tupl
     columns between them, which so are 256 bytes in a row.
     """
     batch, heads, q_length, size = q_shape
-    num_tiles, v_size = -(-q_length // WARPGROUP_ROWS), common.head_size(v_size)
-    if GPU_CONCATENATES and not _carry_in_smem(tiles, common.head_size(size), v_size, True, False):
+    num_tiles, v_size = -(-q_length // WARPGROUP_ROWS), head_size(v_size)
+    if GPU_CONCATENATES and not _carry_in_smem(tiles, head_size(size), v_size, True, False):
         return batch, heads, num_tiles, v_size // COLUMN_BLOCK, WARPGROUP_ROWS, COLUMN_BLOCK
     return batch, heads, num_tiles * WARPGROUP_ROWS, v_size
 
@@ -122,7 +134,7 @@ def carry_shape(tiles: TileSizes, q_shape: tuple[int, ...], v_size: int) -> tupl
 def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish: bool) -> bool:
     """Whether the carry comes and goes by TMA, behind the compute: where the SMEM has room for it."""
     taken = tiles.smem_bytes(size, v_size, finish=finish) + tiles.block_q * v_size * 4
-    return taken <= common.SMEM_BYTES and (carry or not finish)
+    return taken <= SMEM_BYTES and (carry or not finish)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,30 +153,30 @@ class _Kernel:
         queries = (tiles.compute, WARPGROUP_ROWS)
         left = plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.stages)
         out = acc = carried = None
-        # Else the output goes through the SMEM of the queries.
+        # Otherwise the output goes through the SMEM of the queries.
         if static.finish and tiles.has_out_smem(size, v_size):
             out = common.smem_tile((*queries, v_size), dtype)
         if static.carry_in_smem:
             acc = common.smem_tile((*queries, v_size), jnp.float32)
             carried = plgpu.Barrier(num_barriers=tiles.compute)
         return Scratch(
-            common.smem_tile((*queries, size), dtype),
-            common.smem_tile((tiles.stages, tiles.block_kv, size), dtype),
-            common.smem_tile((tiles.stages, tiles.block_kv, v_size), dtype),
-            out,
-            acc,
-            plgpu.Barrier(num_barriers=tiles.compute),
-            plgpu.Barrier(num_barriers=tiles.compute),
-            plgpu.Barrier(num_barriers=tiles.stages),
-            left,
-            plgpu.Barrier(num_barriers=tiles.stages),
-            left,
-            carried,
-            carried,
-            plgpu.Barrier(num_barriers=tiles.compute),
-            plgpu.Barrier(num_arrivals=tiles.compute),
-            plgpu.Barrier(num_barriers=tiles.stages) if static.masked else None,
-            plgpu.SMEM((tiles.stages, WARPGROUP_ROWS), jnp.float32) if static.masked else None,
+            q_smem=common.smem_tile((*queries, size), dtype),
+            k_smem=common.smem_tile((tiles.stages, tiles.block_kv, size), dtype),
+            v_smem=common.smem_tile((tiles.stages, tiles.block_kv, v_size), dtype),
+            out_smem=out,
+            acc_smem=acc,
+            q_ready=plgpu.Barrier(num_barriers=tiles.compute),
+            q_consumed=plgpu.Barrier(num_barriers=tiles.compute),
+            k_ready=plgpu.Barrier(num_barriers=tiles.stages),
+            k_consumed=left,
+            v_ready=plgpu.Barrier(num_barriers=tiles.stages),
+            v_consumed=left,
+            acc_ready=carried,
+            acc_consumed=carried,
+            turn=plgpu.Barrier(num_barriers=tiles.compute),
+            met=plgpu.Barrier(num_arrivals=tiles.compute),
+            v_landed=plgpu.Barrier(num_barriers=tiles.stages) if static.masked else None,
+            flags_smem=plgpu.SMEM((tiles.stages, WARPGROUP_ROWS), jnp.float32) if static.masked else None,
         )
 
     def __call__(self, *refs: Any) -> None:
@@ -210,7 +222,7 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
 
             plgpu.barrier_wait(scratch.v_consumed.at[slot])
             v_smem = scratch.v_smem.at[slot]
-            if x.visits is None:
+            if not static.masked:
                 plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_ready.at[slot])
                 return count + 1
 

@@ -14,24 +14,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..._compat import gpu_load
-from ...mask import attends
-from ...partial import NO_LOGIT
+from ...mask import Rule, attends
+from ...partial import NO_LOGIT, close
 from ..base import KernelParams
 from . import common
 from .common import (
     COLUMN_BLOCK,
     COLUMNS,
     LN_2,
-    LOG2_E,
     MATRIX,
     ROWS,
-    WARPGROUP_ROWS,
-    TileSizes,
+    MaskArrays,
     column_matrix,
     full,
     is_finite,
     row_matrix,
 )
+from .tiles import WARPGROUP_ROWS, TileSizes
 
 
 class Inputs(NamedTuple):
@@ -40,9 +39,7 @@ class Inputs(NamedTuple):
     q: Any  # [B, T, N, D]
     k: Any  # [B, S, K, D]
     v: Any  # [B, S, K, Dv]
-    visits: Any  # BlockMap, or None where every tile is FULL
-    queries: Any  # QuerySide of [B1, Tp]
-    keys: Any  # KeySide of [B1, Sp]
+    mask: MaskArrays  # rows of tiles are of queries
     carry: Any  # (acc, max, sum) of [B, N, Tp, Dv] or [B, N, Tp / 64, Dv / 8, 64, 8], [B, N, Tp], [B, N, Tp]
     sinks: Any  # [N]
 
@@ -63,7 +60,7 @@ class Scratch(NamedTuple):
     v_consumed: Any
     acc_ready: Any
     acc_consumed: Any
-    turn: Any  # one barrier a warpgroup: it may multiply
+    turn: Any  # one barrier per warpgroup: it may multiply
     met: Any  # all multiplying warpgroups have come here
     v_landed: Any  # as v_ready, but for the loading warpgroup, which looks through the values of PARTIAL tiles; or None
     flags_smem: Any  # [stages, 64] float32: not 0 where the values of the slot hold NaN or Inf; or None
@@ -102,8 +99,12 @@ class Static:
     finish: bool
     carried: bool
     carry_in_smem: bool
-    masked: bool
+    rule: Rule | None  # of PARTIAL tiles. None: every row visits every column, and all are FULL
     rows_total: int  # queries in the carry and in lse
+
+    @property
+    def masked(self) -> bool:
+        return self.rule is not None
 
     @property
     def carry_by_tma(self) -> bool:
@@ -116,9 +117,7 @@ class Static:
 
 def column(x: Inputs, work: Work, t: Array) -> Array:
     """The column of the t-th tile of a row."""
-    if x.visits is None:
-        return t
-    return x.visits.order[common.batch_row(x.visits.order, work.b), work.i, t]
+    return common.column(x.mask, work.b, work.i, t)
 
 
 def walk(static: Static, x: Inputs, body: Any) -> None:
@@ -137,10 +136,10 @@ def walk(static: Static, x: Inputs, body: Any) -> None:
         i = static.num_q - 1 - jax.lax.div(rest, static.group_heads)
         b, n = jax.lax.div(row, static.heads), jax.lax.rem(row, static.heads)
         full = visit = jnp.int32(static.num_kv)
-        if x.visits is not None:
-            at = common.batch_row(x.visits.full, b)
-            full, visit = (invariant(n[at, i]) for n in (x.visits.full, x.visits.visit))
-        return Work(b, n, i, full, visit)
+        if static.masked:
+            counts = x.mask.counts
+            full, visit = (invariant(counts[common.batch_row(counts, b), which, i]) for which in range(2))
+        return Work(b=b, n=n, i=i, full=full, visit=visit)
 
     if static.num_blocks == num_items:
         body(work(block), jnp.int32(0))
@@ -257,7 +256,7 @@ class Compute:
         running = self.first(work, count, acc, top, total)
         self.release_carry()
         running = jax.lax.fori_loop(1, work.full, lambda t, r: self.step(work, count, t, r, masked=False), running)
-        if self.x.visits is not None:
+        if self.static.masked:
             running = jax.lax.fori_loop(
                 jnp.maximum(work.full, 1), work.visit, lambda t, r: self.step(work, count, t, r, masked=True), running
             )
@@ -282,7 +281,7 @@ class Compute:
         self.release_carry()
         state = (acc, top, total)
         state = jax.lax.fori_loop(0, work.full, lambda t, s: self.plain_step(work, count, t, s, masked=False), state)
-        if self.x.visits is not None:
+        if self.static.masked:
             state = jax.lax.fori_loop(
                 work.full, work.visit, lambda t, s: self.plain_step(work, count, t, s, masked=True), state
             )
@@ -293,7 +292,7 @@ class Compute:
         scratch, slot = self.scratch, self.slot(count + t)
         plgpu.barrier_wait(scratch.k_ready.at[slot])
         self.take_turn()
-        s = self.scaled(self.products(slot))
+        s = common.scores(self.products(slot), self.static.params)
         self.pass_turn("logits")
         plgpu.barrier_arrive(scratch.k_consumed.at[slot])
         if not self.through_q():  # so that the next ones arrive while this row ends
@@ -317,8 +316,8 @@ class Compute:
         s = self.products(slot)
         self.pass_turn("logits")
         plgpu.barrier_arrive(self.scratch.k_consumed.at[slot])
-        s = self.scaled(s)
-        if self.x.visits is not None:
+        s = common.scores(s, self.static.params)
+        if self.static.masked:
             s = jax.lax.cond(
                 work.full > 0, lambda s: s, lambda s: jnp.where(self.allowed(work, jnp.int32(0)), s, -jnp.inf), s
             )
@@ -326,7 +325,7 @@ class Compute:
         if self.static.carried and not self.static.carry_in_smem:
             acc = acc * row_matrix(rescale, acc)
         plgpu.barrier_wait(self.scratch.v_ready.at[slot])
-        if self.x.visits is not None:
+        if self.static.masked:
             acc = jax.lax.cond(
                 work.full > 0, lambda acc: acc, lambda acc: self.mark_poison(work, jnp.int32(0), slot, acc), acc
             )
@@ -354,7 +353,7 @@ class Compute:
             s = jax.lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
             self.pass_turn("logits")
             plgpu.barrier_arrive(scratch.k_consumed.at[slot])
-            s = self.scaled(s)
+            s = common.scores(s, self.static.params)
             if masked:
                 s = jnp.where(self.allowed(work, t), s, -jnp.inf)
             p, top, total, rescale = self.softmax(s, running.max, running.sum)
@@ -411,42 +410,27 @@ class Compute:
         plgpu.commit_smem()
         return x
 
-    def scaled(self, products: Array) -> Array:
-        """Logits in base 2, up to the factor that :meth:`softmax` still applies."""
-        params = self.static.params
-        cap = params.logits_soft_cap
-        if cap is None:
-            return products if params.scale > 0 else products * (params.scale * LOG2_E)
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)): the hardware's tanh is too coarse.
-        return 1.0 - 2.0 / (1.0 + jnp.exp2(products * (2.0 * LOG2_E * params.scale / cap)))
-
-    @property
-    def factor(self) -> float:
-        """Positive. The scale is applied in float32: folded into a bfloat16 query it would round every logit."""
-        params = self.static.params
-        if params.logits_soft_cap is not None:
-            return params.logits_soft_cap * LOG2_E
-        return params.scale * LOG2_E if params.scale > 0 else 1.0
-
     def softmax(self, s: Array, old: Array, total: Array) -> tuple[Array, Array, Array, Array]:
         """Weights, new maximum, new sum, and the factor for what was summed before.
 
         Masked logits are -inf here, and the maximum stays finite (NO_LOGIT at least), so that their weight is 0.
         """
-        new = jnp.maximum(old, jnp.max(_halved(jnp.maximum, s), axis=1) * self.factor)
+        factor = common.factor(self.static.params)
+        new = jnp.maximum(old, jnp.max(_halved(jnp.maximum, s), axis=1) * factor)
         rescale = jnp.exp2(old - new)
-        p = jnp.exp2(s * self.factor - row_matrix(new, s))
+        p = jnp.exp2(s * factor - row_matrix(new, s))
         return p, new, total * rescale + jnp.sum(_halved(jnp.add, p), axis=1), rescale
 
     def allowed(self, work: Work, t: Array) -> Array:
         """The predicate of tile t for this warpgroup's queries."""
-        start = (work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS
-        queries = common.load_queries(self.x.queries, work.b, start, self.tile_shape)
-        first_key = column(self.x, work, t) * self.static.tiles.block_kv
-        return attends(queries, common.load_keys(self.x.keys, work.b, first_key, self.tile_shape))
+        rule = self.static.rule
+        assert rule is not None
+        q_start = (work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS
+        k_start = column(self.x, work, t) * self.static.tiles.block_kv
+        return common.allowed(rule, self.x.mask, work.b, q_start=q_start, k_start=k_start, shape=self.tile_shape)
 
     def mark_poison(self, work: Work, t: Array, slot: Array, acc: Array) -> Array:
-        """NaN in the outputs of the queries that attend a value that is NaN or Inf, which is then set to zero in SMEM.
+        """NaN in the outputs of queries that attend to a value that is NaN or Inf, which is then set to zero in SMEM.
 
         0 * NaN would reach the others too. Slow, and hardly ever done.
         """
@@ -455,20 +439,22 @@ class Compute:
         )
 
     def poisoned(self, work: Work, t: Array, slot: Array, acc: Array) -> Array:
+        rule = self.static.rule
+        assert rule is not None
         kv_head = jax.lax.div(work.n, self.static.heads // self.static.kv_heads)
         first_key = column(self.x, work, t) * self.static.tiles.block_kv
         start = (work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS
 
         def key(c: Array, acc: Array) -> Array:
             index = first_key + c
-            queries = common.load_queries(self.x.queries, work.b, start, (acc.shape[0], acc.shape[1]))
-            at = lambda x: x[common.batch_row(x, work.b), index]  # noqa: E731
+            shape = (acc.shape[0], acc.shape[1])
+            queries = common.query_side(rule, self.x.mask, work.b, start, shape, 0)
             # Beyond the last key nothing is allowed, whatever is read.
             token = jnp.minimum(index, self.x.v.shape[1] - 1)
             value = gpu_load(self.x.v.at[work.b, token, kv_head], COLUMNS, optimized=False)
             bad = ~is_finite(column_matrix(value.astype(jnp.float32), acc))
-            keys = jax.tree.map(lambda x: jnp.broadcast_to(at(x), acc.shape), self.x.keys)
-            return jnp.where(bad & attends(queries, keys), jnp.nan, acc)
+            may = attends(queries, common.one_key(rule, self.x.mask, work.b, index, shape))
+            return jnp.where(bad & may, jnp.nan, acc)
 
         acc = jax.lax.fori_loop(0, self.static.tiles.block_kv, key, acc)
         self.meet()  # all have read what is now set to zero
@@ -509,16 +495,8 @@ class Compute:
     def finish(self, work: Work, acc: Array, top: Array, total: Array, *, visited: bool) -> None:
         scratch = self.scratch
         at = (work.b, work.n, self.rows_there(work))
-        if self.x.sinks is not None:
-            sink = self.x.sinks[work.n] * LOG2_E
-            new = jnp.maximum(top, sink)
-            rescale = jnp.exp2(top - new)
-            total, top = total * rescale + jnp.exp2(sink - new), new
-            acc = acc * row_matrix(rescale, acc)
-        some = total != 0.0  # NaN counts as some: a NaN logit must show
-        safe = jnp.where(some, total, 1.0)
-        acc = acc * row_matrix(1.0 / safe, acc)
-        lse = jnp.where(some, LN_2 * top + jnp.log(safe), -jnp.inf)
+        end = close(LN_2 * top, total, None if self.x.sinks is None else self.x.sinks[work.n])
+        acc, lse = acc * row_matrix(end.weight, acc), end.lse
 
         @pl.when(self.has_rows(work))
         def _() -> None:

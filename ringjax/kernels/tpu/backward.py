@@ -4,13 +4,12 @@ A grid over (batch row, K/V head, visited tile, query head of the group), tiles 
 keys gather in the output while the queries that see it pass by; dq of all queries stays in VMEM all the while, and is
 written, a tile at a time, in the last row. Where dq does not fit, the queries are cut into units, one kernel call each,
 and dk and dv are carried from call to call. Logits are worked on transposed, keys along sublanes: then lse and delta,
-one number a query, are rows of lanes as they lie in memory, and of the five products only dq's needs a transpose.
+one number per query, are rows of lanes as they lie in memory, and of the five products only dq's needs a transpose.
 
 FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691; the equations are in base.py.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +19,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from ..._compat import shape_like
-from ...mask import EMPTY, FULL, PARTIAL, Mask, Step, attends
-from ..base import KernelParams
-from ..softmax import LOG2_E, clean, factor, is_finite, scores
+from ...mask import Rule, attends
+from ..base import Block, Gradients, KernelParams, Upstream
+from ..softmax import clean, is_finite, normaliser, scores, slope
+from ..visits import EMPTY, FULL, PARTIAL
 from . import common
-from .common import FLUSH, LANES, TileSizes, Visits, column, dot, repeat_lanes
+from .common import Predicate, Scalars, dot, weights
+from .steps import FLUSH, Step, Walk, plan_steps
+from .tiles import TileSizes, sub_tile
 
 # Queries and keys of a PARTIAL tile worked on at a time.
 _PARTIAL = 256
@@ -37,18 +39,12 @@ class _Inputs(NamedTuple):
     k: Any
     v: Any
     dout: Any
-    lse: Any  # [B, N, 1, T], in the unit of the scores
+    by: Any  # Normaliser of [B, N, 1, T]
     delta: Any  # [B, N, 1, T]
-    queries: Any  # QuerySide of [B1, 1, T]
-    keys: Any  # KeySide of [B1, 1, S]
+    queries: Any  # Vectors of [B1, 1, T]
+    keys: Any  # Vectors of [B1, 1, S]
     dq: Any  # the carry
     dk: Any  # of the units before
-    dv: Any
-
-
-class _Outputs(NamedTuple):
-    dq: Any
-    dk: Any
     dv: Any
 
 
@@ -68,43 +64,49 @@ class _Units:
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    visits: Visits
+    walk: Walk
+    rule: Rule | None
     params: KernelParams
     tiles: TileSizes
     units: _Units
 
 
-def backward(
-    q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, mask: Mask, params: KernelParams,
-    tiles: TileSizes, *, dq_carry: Array | None,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """See :class:`ringjax.kernels.base.Kernel`."""
+def backward(block: Block, upstream: Upstream, params: KernelParams, tiles: TileSizes, dq: Array | None) -> Gradients:
+    """See :class:`ringjax.kernels.base.Kernel`. The carry is dq itself."""
+    q, k, v, mask, _ = block
     (_, heads, q_length, size), (kv_heads, k_length) = q.shape, k.shape[1:3]
-    num_q, num_kv = pl.cdiv(q_length, tiles.block_q), pl.cdiv(k_length, tiles.block_kv)
+    num_q = pl.cdiv(q_length, tiles.block_q)
     units = _cut(heads // kv_heads, num_q, tiles.block_q * size * 4, tiles.dq_bytes)
-    num_q = units.num_chunks * units.tiles
-    q_total, k_total = num_q * tiles.block_q, num_kv * tiles.block_kv
-    if not mask.is_full or q_length != q_total or k_length != k_total:
-        # Queries that are not there must not add to dk and dv, keys that are not there not to dq.
-        mask = mask.padded(q_length, q_total, k_length, k_total)
-    plan = common.plan_visits(
-        mask, tiles, num_q, num_kv, rows="keys", chunks=units.num_chunks, flush=pl.cdiv(q_length, tiles.block_q)
+    plan = plan_steps(mask, q_length, k_length, tiles, rows="keys", width=units.tiles)
+    tile_mask = None if plan.lists is None else common.tile_mask(mask, q_length, k_length, tiles)
+    rule, queries, keys, numbers = tile_mask or (None, None, None, None)
+    static = _Static(walk=plan.walk, rule=rule, params=params, tiles=tiles, units=units)
+    inputs = _Inputs(
+        q=q,
+        k=k,
+        v=v,
+        dout=upstream.dout,
+        by=jax.tree.map(lambda x: x[:, :, None], normaliser(upstream.lse, upstream.saved, params)),
+        delta=upstream.delta[:, :, None],
+        queries=queries,
+        keys=keys,
+        dq=dq,
+        dk=None,
+        dv=None,
     )
-    static = _Static(plan.visits, params, tiles, units)
-    queries, keys = common.mask_sides(mask)
-    rows = (_in_scores(lse, params)[:, :, None], delta[:, :, None])
-    inputs = _Inputs(q, k, v, dout, *rows, queries, keys, dq_carry, None, None)
     if units.count == 1:
-        return _call(static, inputs, *plan.chunk(0), None)
+        steps, num_steps = plan.chunk(0)
+        return _call(static, inputs, Scalars(steps=steps, numbers=numbers), num_steps)
 
-    def unit(index: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def unit(index: Array, grads: Gradients) -> Gradients:
         chunk = jax.lax.rem(index, units.num_chunks)
+        steps, num_steps = plan.chunk(chunk)
         place = jnp.stack([jax.lax.div(index, units.num_chunks), chunk])
-        dq, dk, dv = grads
-        return _call(static, inputs._replace(dq=dq, dk=dk, dv=dv), *plan.chunk(chunk), place)
+        scalars = Scalars(steps=steps, numbers=numbers, place=place)
+        return _call(static, inputs._replace(**grads._asdict()), scalars, num_steps)
 
-    zeros = tuple(common.zeros_like(x) for x in (q, k, v))
-    return jax.lax.fori_loop(0, units.count, unit, (zeros[0] if dq_carry is None else dq_carry, *zeros[1:]))
+    zeros = Gradients(*(common.zeros_like(x) for x in (q, k, v)))
+    return jax.lax.fori_loop(0, units.count, unit, zeros if dq is None else zeros._replace(dq=dq))
 
 
 def _cut(group: int, num_q: int, tile_bytes: int, budget: int) -> _Units:
@@ -113,35 +115,33 @@ def _cut(group: int, num_q: int, tile_bytes: int, budget: int) -> _Units:
     num_chunks = -(-num_q // fitting)
     tiles = -(-num_q // num_chunks)
     heads = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * tiles <= fitting))
-    return _Units(heads, tiles, group // heads, -(-num_q // tiles))
+    return _Units(heads=heads, tiles=tiles, num_heads=group // heads, num_chunks=-(-num_q // tiles))
 
 
-def _call(
-    static: _Static, inputs: _Inputs, lists: tuple[Array, ...], num_steps: Any, place: Array | None
-) -> tuple[Array, Array, Array]:
-    """One unit. ``place``: its index among the heads and among the chunks; None where there is but one unit."""
-    units, prefetch = static.units, lists if place is None else (*lists, place)
-    specs = _block_specs(static, inputs)
+def _call(static: _Static, inputs: _Inputs, scalars: Scalars, num_steps: Any) -> Gradients:
+    """One unit; ``scalars.place`` is its index among the heads and among the chunks, None where there is but one."""
+    units = static.units
+    prefetch, scalars_tree = jax.tree.flatten(scalars)
+    specs = _block_specs(static, inputs, scalars_tree)
     present = _Inputs(*(None if x is None else spec for x, spec in zip(inputs, specs, strict=True)))
     leaves = jax.tree.leaves(inputs)
     # dq, dk and dv are the last of the inputs, in that order, as far as they are there.
-    carried = [name for name in _Outputs._fields if getattr(inputs, name) is not None]
+    carried = [name for name in Gradients._fields if getattr(inputs, name) is not None]
     start = len(prefetch) + len(leaves) - len(carried)
-    shapes = _Outputs(*(shape_like(x.shape, jnp.float32, x) for x in (inputs.q, inputs.k, inputs.v)))
     products = inputs.q[..., 0].size * inputs.k.shape[2]
     grads = pl.pallas_call(
-        _Kernel(static, jax.tree.structure(inputs), len(lists), place is not None),
-        out_shape=tuple(shapes),
+        _Kernel(static, scalars_tree, jax.tree.structure(inputs)),
+        out_shape=tuple(shape_like(x.shape, jnp.float32, x) for x in (inputs.q, inputs.k, inputs.v)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(inputs.q.shape[0], inputs.k.shape[1], num_steps, units.heads),
             in_specs=jax.tree.leaves(present),
             out_specs=(specs.dq, specs.dk, specs.dv),
             scratch_shapes=[
-                pltpu.VMEM((units.heads, units.tiles * static.tiles.block_q, shapes.dq.shape[3]), jnp.float32)
+                pltpu.VMEM((units.heads, units.tiles * static.tiles.block_q, inputs.q.shape[3]), jnp.float32)
             ],
         ),
-        input_output_aliases={start + i: _Outputs._fields.index(name) for i, name in enumerate(carried)},
+        input_output_aliases={start + i: Gradients._fields.index(name) for i, name in enumerate(carried)},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=static.tiles.vmem_bytes,
@@ -154,10 +154,10 @@ def _call(
         interpret=static.params.interpret,
         name="ringjax_backward",
     )(*prefetch, *leaves)
-    return tuple(grads)
+    return Gradients(*grads)
 
 
-def _block_specs(static: _Static, inputs: _Inputs) -> _Inputs:
+def _block_specs(static: _Static, inputs: _Inputs, scalars_tree: Any) -> _Inputs:
     """Which block of each array a step works on, the carries' specs serving the results too."""
     tiles, units = static.tiles, static.units
     group = inputs.q.shape[1] // inputs.k.shape[1]
@@ -167,10 +167,11 @@ def _block_specs(static: _Static, inputs: _Inputs) -> _Inputs:
         """``index(b, K/V head, query head, first tile of the unit, step)``."""
 
         def index_map(b: Any, h: Any, s: Any, g: Any, *prefetched: Any) -> tuple[Any, ...]:
+            scalars = jax.tree.unflatten(scalars_tree, prefetched)
             head = chunk = 0
-            if units.count > 1:
-                head, chunk = prefetched[-1][0], prefetched[-1][1]
-            step = static.visits.step(prefetched, b, s)
+            if scalars.place is not None:
+                head, chunk = scalars.place[0], scalars.place[1]
+            step = static.walk.step(scalars.steps, b, s)
             return index(b, h, h * group + head * units.heads + g, chunk * units.tiles, step)
 
         return pl.BlockSpec(shape, index_map)
@@ -196,61 +197,76 @@ def _block_specs(static: _Static, inputs: _Inputs) -> _Inputs:
 
     row = spec((None, None, 1, tiles.block_q), lambda b, h, n, start, step: (b, n, 0, start + step.column))
     return _Inputs(
-        q_rows(size),
-        kv_rows(size),
-        kv_rows(v_size),
-        q_rows(v_size),
-        row,
-        row,
-        jax.tree.map(lambda x: side(x, tiles.block_q, lambda start, step: start + step.column), inputs.queries),
-        jax.tree.map(lambda x: side(x, tiles.block_kv, lambda start, step: jnp.minimum(step.row, last)), inputs.keys),
-        spec((None, None, tiles.block_q, size), dq_rows),
-        kv_rows(size),
-        kv_rows(v_size),
+        q=q_rows(size),
+        k=kv_rows(size),
+        v=kv_rows(v_size),
+        dout=q_rows(v_size),
+        by=jax.tree.map(lambda _: row, inputs.by),
+        delta=row,
+        queries=jax.tree.map(lambda x: side(x, tiles.block_q, lambda start, step: start + step.column), inputs.queries),
+        keys=jax.tree.map(lambda x: side(x, tiles.block_kv, lambda _, step: jnp.minimum(step.row, last)), inputs.keys),
+        dq=spec((None, None, tiles.block_q, size), dq_rows),
+        dk=kv_rows(size),
+        dv=kv_rows(v_size),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """The kernel's body. ``inputs`` is the structure of what goes in, some of which may be absent."""
+    """The kernel's body. ``scalars`` and ``inputs`` are the structures of what goes in, some of which may be absent."""
 
     static: _Static
+    scalars: Any
     inputs: Any
-    num_lists: int
-    has_place: bool
 
     def __call__(self, *refs: Any) -> None:
-        static = self.static
-        lists, refs = refs[: self.num_lists], refs[self.num_lists + self.has_place :]
-        x = jax.tree.unflatten(self.inputs, refs[: self.inputs.num_leaves])
-        *results, dq_scratch = refs[self.inputs.num_leaves :]
-        out = _Outputs(*results)
+        static, split = self.static, self.scalars.num_leaves
+        scalars = jax.tree.unflatten(self.scalars, refs[:split])
+        x = jax.tree.unflatten(self.inputs, refs[split : split + self.inputs.num_leaves])
+        *results, dq_scratch = refs[split + self.inputs.num_leaves :]
+        out = Gradients(*results)
         b, s, g = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-        step = static.visits.step(lists, b, s)
+        step = static.walk.step(scalars.steps, b, s)
         first = step.first & (g == 0)
         block = static.tiles.block_q
         dq = dq_scratch.at[g, pl.ds(pl.multiple_of(step.column * block, block), block)]
-        if not static.visits.lists:
+        if not static.walk.lists:
             _add_full(x, dq, out, static, first, dq_first=step.row == 0)
             # Each time, since a branch would cost more than it saves.
             _flush(x, jnp.where(_writes_dq(static, step), dq[...], 0.0), out)
             return
         pl.when((s == 0) & (g == 0))(lambda: _copy(None, dq_scratch))
         pl.when(step.kind == FULL)(lambda: _add_full(x, dq, out, static, first))
-        pl.when(step.kind == PARTIAL)(lambda: _add_partial(x, dq, out, static, first))
+        if static.rule is not None:
+            pl.when(step.kind == PARTIAL)(
+                lambda: _add_partial(x, dq, out, static, first, _which(static, scalars, b, step))
+            )
         pl.when((step.kind == EMPTY) & first)(lambda: _start(x, out))
         pl.when(step.kind == FLUSH)(lambda: _flush(x, dq[...], out))
 
 
+def _which(static: _Static, scalars: Scalars, b: Any, step: Step) -> Predicate:
+    """The mask of this step's tile."""
+    assert static.rule is not None
+    column = step.column if scalars.place is None else scalars.place[1] * static.units.tiles + step.column
+    return common.predicate(
+        static.rule,
+        scalars.numbers,
+        b,
+        first_query=column * static.tiles.block_q,
+        first_key=step.row * static.tiles.block_kv,
+    )
+
+
 def _writes_dq(static: _Static, step: Step) -> Any:
-    return step.kind == FLUSH if static.visits.lists else step.row == static.visits.num_rows - 1
+    return step.kind == FLUSH if static.walk.lists else step.row == static.walk.num_rows - 1
 
 
-def _flush(x: _Inputs, dq: Array, out: _Outputs) -> None:
+def _flush(x: _Inputs, dq: Array, out: Gradients) -> None:
     out.dq[...] = dq if x.dq is None else x.dq[...] + dq
 
 
-def _start(x: _Inputs, out: _Outputs) -> None:
+def _start(x: _Inputs, out: Gradients) -> None:
     """dk and dv of a tile of keys before any queries."""
     _copy(x.dk, out.dk)
     _copy(x.dv, out.dv)
@@ -260,7 +276,7 @@ def _copy(before: Any, ref: Any) -> None:
     ref[...] = jnp.zeros_like(ref) if before is None else before[...]
 
 
-def _add_full(x: _Inputs, dq: Any, out: _Outputs, static: _Static, first: Array, *, dq_first: Any = False) -> None:
+def _add_full(x: _Inputs, dq: Any, out: Gradients, static: _Static, first: Array, *, dq_first: Any = False) -> None:
     """A FULL tile. No branch inside, so that the compiler has all sub-tiles at once to overlap.
 
     ``first``: nothing is in dk and dv yet, ``dq_first``: nor in dq.
@@ -277,23 +293,23 @@ def _add_full(x: _Inputs, dq: Any, out: _Outputs, static: _Static, first: Array,
     queries = [pl.ds(start, tiles.sub_q) for start in range(0, x.q.shape[0], tiles.sub_q)]
     for j, rows in enumerate(keys):
         for i, columns in enumerate(queries):
-            dq_part, dk, dv = _gradients(x, rows, columns, static, masked=False)
+            dq_part, dk, dv = _gradients(x, rows, columns, static, None)
             add(out.dk, rows, dk, first if i == 0 else False, x.dk)
             add(out.dv, rows, dv, first if i == 0 else False, x.dv)
             add(dq, columns, dq_part, dq_first if j == 0 else False, None)
 
 
-def _add_partial(x: _Inputs, dq: Any, out: _Outputs, static: _Static, first: Array) -> None:
+def _add_partial(x: _Inputs, dq: Any, out: Gradients, static: _Static, first: Array, which: Predicate) -> None:
     """A PARTIAL tile, in a compiled loop over pieces: few tiles are, and unrolled they would be most of the program."""
     pl.when(first)(lambda: _start(x, out))
-    sub_q, sub_kv = (common.sub_tile(n, _PARTIAL) for n in (x.q.shape[0], x.k.shape[0]))
+    sub_q, sub_kv = (sub_tile(n, _PARTIAL) for n in (x.q.shape[0], x.k.shape[0]))
     num_columns = x.q.shape[0] // sub_q
 
     def piece(index: Array, _: None) -> None:
         of_keys, of_queries = jax.lax.div(index, num_columns) * sub_kv, jax.lax.rem(index, num_columns) * sub_q
         rows = pl.ds(pl.multiple_of(of_keys, sub_kv), sub_kv)
         columns = pl.ds(pl.multiple_of(of_queries, sub_q), sub_q)
-        dq_part, dk, dv = _gradients(x, rows, columns, static, masked=True)
+        dq_part, dk, dv = _gradients(x, rows, columns, static, which)
         out.dk[rows] += dk
         out.dv[rows] += dv
         dq[columns] += dq_part
@@ -301,17 +317,20 @@ def _add_partial(x: _Inputs, dq: Any, out: _Outputs, static: _Static, first: Arr
     jax.lax.fori_loop(0, x.k.shape[0] // sub_kv * num_columns, piece, None)
 
 
-def _gradients(x: _Inputs, rows: Any, columns: Any, static: _Static, *, masked: bool) -> tuple[Array, Array, Array]:
+def _gradients(
+    x: _Inputs, rows: Any, columns: Any, static: _Static, which: Predicate | None
+) -> tuple[Array, Array, Array]:
     """dq, dk and dv of some keys (rows) and queries (columns); logits are [keys, queries]."""
     params = static.params
     q, k, v, dout = x.q[columns], x.k[rows], x.v[rows], x.dout[columns]
     s = scores(dot(k, q, (1, 1)), params)
-    p = _probabilities(s, x.lse[:, columns], params)
-    slope = params.scale if params.logits_soft_cap is None else params.scale * (1.0 - s * s)
-    ds = p * (dot(v, dout, (1, 1)) - x.delta[:, columns]) * slope
+    p = weights(s, x.by.top[:, columns], params)
+    p = p if x.by.weight is None else p * x.by.weight[:, columns]
+    ds = p * (dot(v, dout, (1, 1)) - x.delta[:, columns]) * slope(s, params)
     allowed = None
-    if masked:
-        allowed = _allowed(x, rows, columns)
+    if which is not None:
+        keys = which.key_columns(x.keys, rows, columns.size)
+        allowed = attends(which.query_rows(x.queries, columns), keys)
         p, ds = jnp.where(allowed, p, 0.0), jnp.where(allowed, ds, 0.0)
         # An attended NaN or Inf is in p and ds already; one that is masked out must not meet a 0 there.
         q, k = clean(q), clean(k)
@@ -323,28 +342,8 @@ def _gradients(x: _Inputs, rows: Any, columns: Any, static: _Static, *, masked: 
     return dq, dot(ds, q, (1, 0)), dv
 
 
-def _in_scores(lse: Array, params: KernelParams) -> Array:
-    """lse in the unit of the scores, so that it is subtracted before the multiplication, as in the forward kernel."""
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # a query that attends nothing is masked out everywhere: any will do
-    return lse / factor(params) if factor(params) else lse
-
-
-def _probabilities(s: Array, lse: Array, params: KernelParams) -> Array:
-    """exp(logits - lse), given :func:`_in_scores`."""
-    if not factor(params):
-        return jnp.exp(s * 0.0 - lse)
-    return jnp.exp2((s - lse) * (factor(params) * LOG2_E))
-
-
-def _allowed(x: _Inputs, rows: Any, columns: Any) -> Array:
-    """The predicate of these keys and queries."""
-    lanes = math.gcd(columns.size, LANES)
-    as_columns = lambda ref: repeat_lanes(column(ref[:, rows], lanes), columns.size)  # noqa: E731
-    return attends(jax.tree.map(lambda ref: ref[:, columns], x.queries), jax.tree.map(as_columns, x.keys))
-
-
 def _mark_poison(dv: Array, dout: Array, allowed: Array) -> Array:
-    """NaN for the keys that a query attends whose cotangent is NaN or Inf."""
+    """NaN for the keys that a query attends to whose cotangent is NaN or Inf."""
     bad = jnp.where(is_finite(dout), 0.0, 1.0)
 
     def mark() -> Array:

@@ -20,15 +20,26 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from ..._compat import shape_like
-from ...mask import FULL, PARTIAL, Mask, attends
-from ...partial import NO_LOGIT, Partial
-from ..base import KernelParams
-from ..softmax import LOG2_E, clean, factor, is_finite, scores
+from ...mask import Rule, attends
+from ...partial import NO_LOGIT, close
+from ..base import Block, Finished, KernelParams
+from ..softmax import Normaliser, clean, factor, is_finite, scores, to_save
+from ..visits import FULL, PARTIAL
 from . import common
-from .common import LANES, Visits, column, dot, repeat_lanes
+from .common import Predicate, Scalars, column, dot, repeat_lanes, weights
+from .steps import Step, Walk, plan_steps
+from .tiles import LANES, TileSizes, sub_tile
 
 # Queries of a PARTIAL tile worked on at a time.
 _PARTIAL_ROWS = 256
+
+
+class Running(NamedTuple):
+    """The carry: the running softmax, max and sum as rows of lanes. ``max`` is that of the scores."""
+
+    acc: Any  # [B, N, T, Hv]
+    max: Any  # [B, N, 1, T]
+    sum: Any  # [B, N, 1, T]
 
 
 class _Inputs(NamedTuple):
@@ -37,9 +48,9 @@ class _Inputs(NamedTuple):
     q: Any
     k: Any
     v: Any
-    queries: Any  # QuerySide of [B1, 1, T]
-    keys: Any  # KeySide of [B1, 1, S]
-    carry: Any  # (acc, max, sum) of [B, N, T, Hv], [B, N, 1, T], [B, N, 1, T]
+    queries: Any  # Vectors of [B1, 1, T]
+    keys: Any  # Vectors of [B1, 1, S]
+    carry: Any  # Running
     sinks: Any  # [N] in SMEM
 
 
@@ -53,36 +64,36 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    visits: Visits
+    walk: Walk
+    rule: Rule | None
     params: KernelParams
-    sub: int
+    tiles: TileSizes
     finish: bool
 
 
 def forward(
-    q: Array, k: Array, v: Array, mask: Mask, params: KernelParams, tiles: common.TileSizes, *,
-    carry: Partial | None, finish: bool, sinks: Array | None,
-) -> Partial | tuple[Array, Array]:  # fmt: skip
+    block: Block, params: KernelParams, tiles: TileSizes, carry: Running | None, *, finish: bool
+) -> Running | Finished:
     """See :class:`ringjax.kernels.base.Kernel`."""
-    (batch, heads, q_length, _), (_, _, k_length, v_size) = q.shape, (*k.shape[:3], v.shape[3])
-    num_q, num_kv = pl.cdiv(q_length, tiles.block_q), pl.cdiv(k_length, tiles.block_kv)
-    if not mask.is_full or k_length % tiles.block_kv:
-        # What lies beyond the last key of a ragged tile is nobody's key.
-        mask = mask.padded(q_length, num_q * tiles.block_q, k_length, num_kv * tiles.block_kv)
-    plan = common.plan_visits(mask, tiles, num_q, num_kv, rows="queries")
-    visits, (prefetch, num_steps) = plan.visits, plan.chunk(0)
-    queries, keys = common.mask_sides(mask)
-    rows = None
-    if carry is not None:
-        rows = (carry.acc, carry.max[:, :, None], carry.sum[:, :, None])
-    sinks = None if sinks is None else sinks.astype(jnp.float32)
-    inputs = _Inputs(q, k, v, queries, keys, rows, sinks)
-    specs = _block_specs(inputs, visits, tiles)
+    q, k, v, mask, sinks = block
+    (batch, heads, q_length, _), (k_length, v_size) = q.shape, v.shape[2:]
+    plan = plan_steps(mask, q_length, k_length, tiles, rows="queries")
+    steps, num_steps = plan.chunk(0)
+    # Rows beyond the last query are not written, so a tile may be ragged there and still be FULL.
+    tile_mask = None if steps is None else common.tile_mask(mask, q_length, k_length, tiles)
+    rule, queries, keys, numbers = tile_mask or (None, None, None, None)
+    static = _Static(walk=plan.walk, rule=rule, params=params, tiles=tiles, finish=finish)
+    scalars = Scalars(steps=steps, numbers=numbers)
+    prefetch, scalars_tree = jax.tree.flatten(scalars)
+    sinks = sinks.astype(jnp.float32) if sinks is not None and finish else None
+    inputs = _Inputs(q=q, k=k, v=v, queries=queries, keys=keys, carry=carry, sinks=sinks)
+    specs = _block_specs(inputs, static, scalars_tree)
 
-    acc_dtype = q.dtype if finish else jnp.float32
     row = shape_like((batch, heads, 1, q_length), jnp.float32, q)
-    result = (shape_like((batch, heads, q_length, v_size), acc_dtype, q), row, row)
-    num_results = 2 if finish else 3
+    acc = shape_like((batch, heads, q_length, v_size), q.dtype if finish else jnp.float32, q)
+    num_rows = 2
+    if finish:  # lse, and for backward what float32 needs to have forward's weights again
+        num_rows = 1 if q.dtype.itemsize == 2 else 3 if sinks is None else 4
     aliases = {}
     if carry is not None and not finish:
         before = len(prefetch) + len(jax.tree.leaves(inputs[:5]))
@@ -91,13 +102,13 @@ def forward(
     state = _State(*(pltpu.VMEM((tiles.block_q, n), jnp.float32) for n in (v_size, lanes, lanes)))
     products = batch * heads * q_length * k_length
     out = pl.pallas_call(
-        _Kernel(_Static(visits, params, tiles.sub_kv, finish), jax.tree.structure(inputs)),
-        out_shape=result[:num_results],
+        _Kernel(static, scalars_tree, jax.tree.structure(inputs)),
+        out_shape=(acc, *(row,) * num_rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(batch, heads, num_steps),
             in_specs=jax.tree.leaves(specs if carry is not None else specs._replace(carry=None)),
-            out_specs=specs.carry[:num_results],
+            out_specs=(specs.carry.acc, *(specs.carry.max,) * num_rows),
             scratch_shapes=tuple(state),
         ),
         input_output_aliases=aliases,
@@ -112,18 +123,21 @@ def forward(
         interpret=params.interpret,
         name="ringjax_forward",
     )(*prefetch, *jax.tree.leaves(inputs))
-    if finish:
-        return out[0], out[1][:, :, 0]
-    return Partial(out[0], out[1][:, :, 0], out[2][:, :, 0])
+    if not finish:
+        return Running(*out)
+    lse, *kept = (x[:, :, 0] for x in out[1:])
+    saved = Normaliser(*kept[:2]) if kept else None
+    return Finished(out=out[0], lse=lse, saved=saved, sink=kept[2] if len(kept) == 3 else None)
 
 
-def _block_specs(inputs: _Inputs, visits: Visits, tiles: common.TileSizes) -> _Inputs:
+def _block_specs(inputs: _Inputs, static: _Static, scalars_tree: Any) -> _Inputs:
     """Which block of each array a step works on. Present for all inputs that are; the carry's serve the result too."""
-    group = inputs.q.shape[1] // inputs.k.shape[1]
+    group, tiles = inputs.q.shape[1] // inputs.k.shape[1], static.tiles
 
     def spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
         def index_map(b: Any, n: Any, s: Any, *prefetched: Any) -> tuple[Any, ...]:
-            return index(b, n, visits.step(prefetched, b, s))
+            steps_smem = jax.tree.unflatten(scalars_tree, prefetched).steps
+            return index(b, n, static.walk.step(steps_smem, b, s))
 
         return pl.BlockSpec(shape, index_map)
 
@@ -137,40 +151,41 @@ def _block_specs(inputs: _Inputs, visits: Visits, tiles: common.TileSizes) -> _I
     )
     row = spec((None, None, 1, tiles.block_q), lambda b, n, step: (b, n, 0, step.row))
     return _Inputs(
-        q_rows(inputs.q.shape[3]),
-        kv_rows(inputs.k.shape[3]),
-        kv_rows(inputs.v.shape[3]),
-        jax.tree.map(lambda x: side(x, tiles.block_q, lambda step: step.row), inputs.queries),
-        jax.tree.map(lambda x: side(x, tiles.block_kv, lambda step: step.column), inputs.keys),
-        (q_rows(inputs.v.shape[3]), row, row),
-        None if inputs.sinks is None else pl.BlockSpec(memory_space=pltpu.SMEM),
+        q=q_rows(inputs.q.shape[3]),
+        k=kv_rows(inputs.k.shape[3]),
+        v=kv_rows(inputs.v.shape[3]),
+        queries=jax.tree.map(lambda x: side(x, tiles.block_q, lambda step: step.row), inputs.queries),
+        keys=jax.tree.map(lambda x: side(x, tiles.block_kv, lambda step: step.column), inputs.keys),
+        carry=Running(acc=q_rows(inputs.v.shape[3]), max=row, sum=row),
+        sinks=None if inputs.sinks is None else pl.BlockSpec(memory_space=pltpu.SMEM),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """The kernel's body. ``inputs`` is the structure of what goes in, some of which may be absent."""
+    """The kernel's body. ``scalars`` and ``inputs`` are the structures of what goes in, some of which may be absent."""
 
     static: _Static
+    scalars: Any
     inputs: Any
 
     def __call__(self, *refs: Any) -> None:
-        visits = self.static.visits
-        split = min(visits.lists, 1)
-        prefetched, refs = refs[:split], refs[split:]
-        x = jax.tree.unflatten(self.inputs, refs[: self.inputs.num_leaves])
-        *out, acc, top, total = refs[self.inputs.num_leaves :]
-        state = _State(acc, top, total)
+        static, split = self.static, self.scalars.num_leaves
+        scalars = jax.tree.unflatten(self.scalars, refs[:split])
+        x = jax.tree.unflatten(self.inputs, refs[split : split + self.inputs.num_leaves])
+        *out, acc, top, total = refs[split + self.inputs.num_leaves :]
+        state = _State(acc=acc, max=top, sum=total)
         b, n, s = (pl.program_id(axis) for axis in range(3))
-        step = visits.step(prefetched, b, s)
+        step = static.walk.step(scalars.steps, b, s)
         pl.when(step.first)(lambda: _init(x, state))
-        if not visits.lists:
-            _fold_full(x, state, self.static)
+        if not static.walk.lists:
+            _fold_full(x, state, static)
         else:
-            pl.when(step.kind == FULL)(lambda: _fold_full(x, state, self.static))
-            pl.when(step.kind == PARTIAL)(lambda: _fold_partial(x, state, self.static))
-        end = _finish if self.static.finish else _carry_on
-        pl.when(step.last)(lambda: end(x, n, state, out, self.static.params))
+            pl.when(step.kind == FULL)(lambda: _fold_full(x, state, static))
+            if static.rule is not None:
+                pl.when(step.kind == PARTIAL)(lambda: _fold_partial(x, state, static, scalars.numbers, b, step))
+        end = _finish if static.finish else _carry_on
+        pl.when(step.last)(lambda: end(x, n, state, out, static.params))
 
 
 def _init(x: _Inputs, state: _State) -> None:
@@ -179,56 +194,55 @@ def _init(x: _Inputs, state: _State) -> None:
         state.acc[...] = jnp.zeros_like(state.acc)
         state.max[...] = jnp.full_like(state.max, NO_LOGIT)
     else:
-        acc, top, _ = x.carry
-        state.acc[...] = acc[...]
-        state.max[...] = column(top[...], state.max.shape[1])
+        state.acc[...] = x.carry.acc[...]
+        state.max[...] = column(x.carry.max[...], state.max.shape[1])
 
 
 def _fold_full(x: _Inputs, state: _State, static: _Static) -> None:
-    """A FULL tile of keys, ``sub`` at a time, all queries at once."""
-    for start in range(0, x.k.shape[0], static.sub):
-        _fold(x, state, static, slice(None), pl.ds(start, static.sub), masked=False)
+    """A FULL tile of keys, some at a time, all queries at once."""
+    for start in range(0, x.k.shape[0], static.tiles.sub_kv):
+        _fold(x, state, static.params, slice(None), pl.ds(start, static.tiles.sub_kv), None)
 
 
-def _fold_partial(x: _Inputs, state: _State, static: _Static) -> None:
+def _fold_partial(x: _Inputs, state: _State, static: _Static, numbers_smem: Any, b: Any, step: Step) -> None:
     """A PARTIAL tile, in a compiled loop over pieces: few tiles are, and unrolled they would be most of the program."""
-    rows, sub = common.sub_tile(x.q.shape[0], _PARTIAL_ROWS), static.sub
-    pieces = x.k.shape[0] // sub
+    assert static.rule is not None
+    tiles = static.tiles
+    which = common.predicate(
+        static.rule, numbers_smem, b, first_query=step.row * tiles.block_q, first_key=step.column * tiles.block_kv
+    )
+    rows, sub = sub_tile(tiles.block_q, _PARTIAL_ROWS), tiles.sub_kv
+    pieces = tiles.block_kv // sub
 
     def piece(index: Array, _: None) -> None:
         of_queries, of_keys = jax.lax.div(index, pieces) * rows, jax.lax.rem(index, pieces) * sub
         at = (pl.ds(pl.multiple_of(of_queries, rows), rows), pl.ds(pl.multiple_of(of_keys, sub), sub))
-        _fold(x, state, static, *at, masked=True)
+        _fold(x, state, static.params, *at, which)
 
-    jax.lax.fori_loop(0, x.q.shape[0] // rows * pieces, piece, None)
+    jax.lax.fori_loop(0, tiles.block_q // rows * pieces, piece, None)
 
 
-def _fold(x: _Inputs, state: _State, static: _Static, rows: Any, columns: Any, *, masked: bool) -> None:
+def _fold(x: _Inputs, state: _State, params: KernelParams, rows: Any, columns: Any, which: Predicate | None) -> None:
     """One step of the online softmax for some of the tile's queries (rows) and keys (columns)."""
     k, v = x.k[columns], x.v[columns]
-    s = scores(dot(x.q[rows], k, (1, 1)), static.params)
-    in_base_2 = factor(static.params) * LOG2_E
+    s = scores(dot(x.q[rows], k, (1, 1)), params)
     old = state.max[rows]
-    if masked:
-        allowed = _allowed(x, rows, columns, old.shape[1])
+    allowed = None
+    if which is not None:
+        queries = which.query_columns(x.queries, rows, columns.size)
+        allowed = attends(queries, which.key_rows(x.keys, columns))
         s = jnp.where(allowed, s, NO_LOGIT)
     new = jnp.maximum(old, jnp.max(s, axis=1, keepdims=True))
-    p = jnp.exp2((s - repeat_lanes(new, s.shape[1])) * in_base_2)
-    if masked:
+    p = weights(s, repeat_lanes(new, s.shape[1]), params)
+    if allowed is not None:
         p = jnp.where(allowed, p, 0.0)  # while nothing is attended, exp2(NO_LOGIT - NO_LOGIT) is 1
-    rescale = jnp.exp2((old - new) * in_base_2)
+    rescale = weights(old, new, params)
     state.max[rows] = new
     state.sum[rows] = rescale * state.sum[rows] + _sum_to_lanes(p, old.shape[1])
-    values = dot(p.astype(v.dtype), clean(v) if masked else v, (1, 0))
+    values = dot(p.astype(v.dtype), v if allowed is None else clean(v), (1, 0))
     state.acc[rows] = repeat_lanes(rescale, values.shape[1]) * state.acc[rows] + values
-    if masked:
+    if allowed is not None:
         _mark_poison(state, v, allowed, rows)
-
-
-def _allowed(x: _Inputs, rows: Any, columns: Any, lanes: int) -> Array:
-    """The predicate of these queries and keys."""
-    as_columns = lambda ref: repeat_lanes(column(ref[:, rows], lanes), columns.size)  # noqa: E731
-    return attends(jax.tree.map(as_columns, x.queries), jax.tree.map(lambda ref: ref[:, columns], x.keys))
 
 
 def _sum_to_lanes(p: Array, lanes: int) -> Array:
@@ -238,7 +252,7 @@ def _sum_to_lanes(p: Array, lanes: int) -> Array:
 
 
 def _mark_poison(state: _State, v: Array, allowed: Array, rows: Any) -> None:
-    """NaN in the output of the queries that attend a value that is NaN or Inf (0 * NaN would reach the others too)."""
+    """NaN in the output of the queries that attend to a value that is NaN or Inf (0 * NaN would reach all)."""
     bad = jnp.where(is_finite(v), 0.0, 1.0)
 
     @pl.when(jnp.max(bad) > 0.0)
@@ -262,22 +276,16 @@ def _max_and_sum(x: _Inputs, state: _State, params: KernelParams) -> tuple[Array
     total = jnp.sum(state.sum[...].T, axis=0, keepdims=True)
     if x.carry is None:
         return top, total
-    _, old_top, old_total = x.carry
-    return top, old_total[...] * jnp.exp2((old_top[...] - top) * (factor(params) * LOG2_E)) + total
+    return top, x.carry.sum[...] * weights(x.carry.max[...], top, params) + total
 
 
 def _finish(x: _Inputs, n: Any, state: _State, out: list[Any], params: KernelParams) -> None:
-    """out = acc / l,  lse = f m + log(l);  over no keys 0 and -inf. See :func:`ringjax.partial.finish`."""
+    """out = acc / l,  lse = f m + log(l);  over no keys 0 and -inf."""
     acc, lanes = state.acc[...], state.max.shape[1]
     top, total = _max_and_sum(x, state, params)
-    top = top * factor(params)
-    if x.sinks is not None:
-        sink = x.sinks[n]
-        new_top = jnp.maximum(top, sink)
-        rescale = jnp.exp(top - new_top)
-        total, top = total * rescale + jnp.exp(sink - new_top), new_top
-        acc = acc * repeat_lanes(column(rescale, lanes), acc.shape[1])
-    some = total != 0  # NaN counts as some: a NaN logit must show
-    safe = jnp.where(some, total, 1.0)
-    out[0][...] = (acc / repeat_lanes(column(safe, lanes), acc.shape[1])).astype(out[0].dtype)
-    out[1][...] = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+    end = close(top, total, None if x.sinks is None else x.sinks[n], factor(params))
+    out[0][...] = (acc * repeat_lanes(column(end.weight, lanes), acc.shape[1])).astype(out[0].dtype)
+    saved = to_save(x.q.dtype, top, total, end.weight) or ()
+    rows = (end.lse, *saved, *(() if end.sink is None or not saved else (end.sink,)))
+    for ref, row in zip(out[1:], rows, strict=True):
+        ref[...] = row

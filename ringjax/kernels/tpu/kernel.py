@@ -1,56 +1,43 @@
 """The block kernel for TPU: chooses tile sizes and runs the Pallas kernels, forward and backward.
 
 bfloat16 and float32 go to the matrix unit as they are, float16 as float32 (no TPU multiplies it). Tiles may be ragged:
-the arrays are never padded or copied, the mask is extended instead.
+the arrays are never padded or copied, what lies beyond their end is absent.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ...mask import Mask
-from ...partial import Partial
-from ..base import KernelParams
+from ..base import Block, Finished, Gradients, KernelParams, Upstream
 from . import backward as backward_kernel
-from . import common
 from . import forward as forward_kernel
+from .forward import Running
+from .tiles import tile_sizes
 
 
-def forward(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S Hv"],
-    mask: Mask,
-    params: KernelParams,
-    *,
-    carry: Partial | None,
-    finish: bool,
-    sinks: Float[Array, " N"] | None,
-) -> Partial | tuple[Float[Array, "B N T Hv"], Float[Array, "B N T"]]:
+def forward(block: Block, params: KernelParams, carry: Running | None, *, finish: bool) -> Running | Finished:
     """See :class:`ringjax.kernels.base.Kernel`."""
-    dtype = q.dtype
-    q, k, v = (_multipliable(x) for x in (q, k, v))
-    tiles = common.tile_sizes("forward", q, k, v, params)
-    result = forward_kernel.forward(q, k, v, mask, params, tiles, carry=carry, finish=finish, sinks=sinks)
-    return (result[0].astype(dtype), result[1]) if finish else result
+    dtype, block = block.q.dtype, _multipliable(block)
+    tiles = tile_sizes("forward", block.q, block.k, block.v, params)
+    result: Any = forward_kernel.forward(block, params, tiles, carry, finish=finish)
+    return result._replace(out=result.out.astype(dtype)) if finish else result
 
 
 def backward(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S Hv"],
-    dout: Float[Array, "B N T Hv"],
-    lse: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
-    mask: Mask,
-    params: KernelParams,
-    *,
-    dq_carry: Float[Array, "B N T H"] | None,
-) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
+    block: Block, upstream: Upstream, params: KernelParams, carry: Float[Array, "B N T H"] | None, *, finish: bool
+) -> Gradients:
     """See :class:`ringjax.kernels.base.Kernel`."""
-    q, k, v, dout = (_multipliable(x) for x in (q, k, v, dout))
-    tiles = common.tile_sizes("backward", q, k, v, params)
-    return backward_kernel.backward(q, k, v, dout, lse, delta, mask, params, tiles, dq_carry=dq_carry)
+    del finish  # Unused: the carry is dq itself.
+    block = _multipliable(block)
+    tiles = tile_sizes("backward", block.q, block.k, block.v, params)
+    upstream = upstream._replace(dout=_for_products(upstream.dout))
+    return backward_kernel.backward(block, upstream, params, tiles, carry)
 
 
-def _multipliable(x: Array) -> Array:
+def _multipliable(block: Block) -> Block:
+    return block._replace(q=_for_products(block.q), k=_for_products(block.k), v=_for_products(block.v))
+
+
+def _for_products(x: Array) -> Array:
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x

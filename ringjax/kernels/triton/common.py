@@ -1,16 +1,15 @@
-"""What the Triton kernels share: tile sizes, which tiles a program visits, masked loads, small pieces of kernels.
+"""What the Triton kernels share: the mask, which tiles a program visits, masked loads, small pieces of kernels.
 
 Terms: a program works on one tile of rows (queries, or keys for dK and dV) and loops over the tiles of columns that its
-rows see. Arrays are token-major inside, [B, L, heads, size], as the user's are: the swap of axes around a call cancels
-against the ring's. Tiles of a ragged length or head size are completed with zeros as they are loaded, nothing is padded
-in memory. In Triton everything is a power of two, and at least 16 where it is multiplied.
+rows attend to, or that attend to them. Arrays are token-major inside, [B, L, heads, size], as the user's are: the swap
+of axes around a call cancels against the ring's. Tiles of a ragged length or head size are completed with zeros as they
+are loaded, nothing is padded in memory.
 """
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,122 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
-from ...mask import BlockMap, Mask, block_map, tile_kinds
-from .. import tiles as tile_table
+from ...mask import KeySide, Mask, QuerySide, Rule, Vectors
 from ..base import KernelParams
 from ..softmax import is_finite
-
-_MIN_TILE = 16  # of any side of a product
-
-
-@dataclasses.dataclass(frozen=True)
-class TileSizes:
-    """Tiles of queries and keys, and how Triton compiles the loop over them."""
-
-    block_q: int
-    block_kv: int
-    num_warps: int
-    num_stages: int  # tiles of columns on their way at a time
-
-    @property
-    def compiler_params(self) -> plgpu.CompilerParams:
-        return plgpu.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
-
-    def refusal(self, size: int) -> str | None:
-        """What keeps the kernels from running with these tiles; None: nothing. What does not fit they shrink."""
-        del size  # Unused.
-        for name, least, most in (("block_q", _MIN_TILE, 256), ("block_kv", _MIN_TILE, 256), ("num_warps", 1, 16)):
-            value = getattr(self, name)
-            if not least <= value <= most or value & (value - 1):
-                return f"{name} must be a power of two from {least} to {most}. Got {value}."
-        if not 1 <= self.num_stages <= 8:
-            return f"num_stages must be 1 to 8. Got {self.num_stages}."
-        return None
-
-
-# By kernel and head size: the best on an H100 of those tried, see docs/optimisation-log.md.
-_HALF = {
-    "forward": {64: TileSizes(128, 64, 4, 3), 128: TileSizes(128, 64, 8, 3), 256: TileSizes(64, 64, 8, 2)},
-    "dkv": {64: TileSizes(32, 128, 4, 3), 128: TileSizes(64, 128, 8, 3), 256: TileSizes(32, 32, 4, 2)},
-    "dq": {64: TileSizes(128, 64, 4, 3), 128: TileSizes(128, 64, 8, 3), 256: TileSizes(128, 32, 8, 2)},
-}
-# float32 is multiplied in full by the ordinary units, and every product is unrolled: small tiles, many warps.
-_FLOAT32 = {
-    "forward": {64: TileSizes(64, 32, 8, 2), 128: TileSizes(64, 32, 8, 2), 256: TileSizes(32, 16, 8, 1)},
-    "dkv": {64: TileSizes(32, 64, 8, 1), 128: TileSizes(32, 64, 8, 1), 256: TileSizes(16, 32, 8, 1)},
-    "dq": {64: TileSizes(64, 32, 8, 1), 128: TileSizes(64, 32, 8, 1), 256: TileSizes(32, 16, 8, 1)},
-}
-
-# Bytes of shared memory that a program may take, by a word of the device's name; the least of all others.
-_SHARED_MEMORY = {
-    **dict.fromkeys(("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300", "GB200", "GB300"), 227 * 1024),
-    **dict.fromkeys(("A100", "A800", "A30"), 163 * 1024),
-}
-_LEAST_SHARED_MEMORY = 99 * 1024
-
-
-def tile_sizes(kernel: str, q: Array, k: Array, v: Array, params: KernelParams) -> TileSizes:
-    """Tiles of "forward", "dkv" or "dq": as requested, else of the tables, the user's first; no larger than needed."""
-    size = max(padded_size(q.shape[3]), padded_size(v.shape[3]))
-    table = (_FLOAT32 if q.dtype == jnp.float32 else _HALF)[kernel]
-    native = min(max(size, 64), 256)
-    largest = table[native]
-    if params.block_q is None and params.block_kv is None:
-        largest = tile_table.chosen(largest, "pallas_triton", kernel, q.dtype, native, params.device_kind)
-    tiles = dataclasses.replace(
-        largest,
-        block_q=_block("block_q", q.shape[2], largest.block_q, params),
-        block_kv=_block("block_kv", k.shape[2], largest.block_kv, params),
-    )
-    rows, columns = ("block_kv", "block_q") if kernel == "dkv" else ("block_q", "block_kv")
-    fixed = {name for name in (rows, columns) if getattr(params, name) is not None}
-    words = params.device_kind.replace("-", " ").split()
-    limit = max((_SHARED_MEMORY.get(word, 0) for word in words), default=0) or _LEAST_SHARED_MEMORY
-    while _shared_memory(kernel, tiles, size, q.dtype.itemsize) > limit:
-        smaller = _smaller(tiles, rows, columns, fixed)
-        if smaller is None:
-            break  # Triton says by how much it is too large
-        tiles = smaller
-    if q.dtype == jnp.float32:
-        return tiles  # the more warps the less each of them unrolls
-    warps = max(1, largest.num_warps * getattr(tiles, rows) // getattr(largest, rows))
-    return dataclasses.replace(tiles, num_warps=min(largest.num_warps, warps))
-
-
-def _smaller(tiles: TileSizes, rows: str, columns: str, fixed: set[str]) -> TileSizes | None:
-    """The next smaller tiles, giving up last what costs most: loads in flight behind products, full tensor cores."""
-    stages = "num_stages"
-    for name, least in ((stages, 2), (columns, 32), (rows, 64), (stages, 1), (columns, _MIN_TILE), (rows, _MIN_TILE)):
-        value = getattr(tiles, name)
-        if name not in fixed and value > least:
-            return dataclasses.replace(tiles, **{name: value - 1 if name == stages else value // 2})
-    return None
-
-
-def _shared_memory(kernel: str, tiles: TileSizes, size: int, itemsize: int) -> int:
-    """An upper bound of what Triton takes: the rows' tiles, the columns' in flight, the logits once or twice."""
-    rows, columns = tiles.block_q, tiles.block_kv
-    if kernel == "dkv":
-        rows, columns = columns, rows
-    tiles_of_rows, logits = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2)}[kernel]
-    return itemsize * (size * (tiles_of_rows * rows + 2 * tiles.num_stages * columns) + logits * rows * columns)
-
-
-def _block(name: str, length: int, largest: int, params: KernelParams) -> int:
-    requested = getattr(params, name)
-    if requested is None:
-        return min(largest, max(_MIN_TILE, pl.next_power_of_2(length)))
-    if (requested < _MIN_TILE or requested & (requested - 1)) and not params.interpret:
-        raise ValueError(
-            f"config.{name} must be a power of two, {_MIN_TILE} or more, for implementation 'pallas_triton'. "
-            f"Got {requested}."
-        )
-    return requested
-
-
-def padded_size(size: int) -> int:
-    """A head size as the kernels see it."""
-    return max(_MIN_TILE, pl.next_power_of_2(size))
+from ..visits import Visits, nth_in_range, plan_visits
+from .tiles import TileSizes, padded_size
 
 
 def token_major(x: Array) -> Array:
@@ -141,41 +29,80 @@ def token_major(x: Array) -> Array:
     return jnp.swapaxes(x, 1, 2)
 
 
+# ------------------------------------------------------------------------------------------------------------- mask
+
+
+class MaskInputs(NamedTuple):
+    """Refs (or arrays, or BlockSpecs) of the mask between a shard of queries and a block. None: absent."""
+
+    queries: Vectors  # of [B1, T], whole tiles
+    keys: Vectors  # of [B1, S], whole tiles
+    numbers: Any  # [B1, 6]
+    visits: Visits | None  # None: all tiles, each FULL
+
+
+def mask_inputs(mask: Mask, tiles: TileSizes, q_length: int, kv_length: int, *, rows: str) -> tuple[MaskInputs, Rule]:
+    """``rows`` are "queries" or "keys". Their own ragged end is masked too if they are keys."""
+    visits = plan_visits(mask, q_length, kv_length, tiles.block_q, tiles.block_kv, rows=rows)
+    ragged_q, ragged_kv = q_length % tiles.block_q != 0, kv_length % tiles.block_kv != 0
+    rule = mask.rule(q_length, kv_length, ragged_q=ragged_q and rows == "keys", ragged_kv=ragged_kv)
+    whole = lambda length, block: pl.cdiv(length, block) * block  # noqa: E731
+    vectors = mask.vectors(whole(q_length, tiles.block_q), whole(kv_length, tiles.block_kv))
+    numbers = mask.numbers(q_length, kv_length) if rule.needs_numbers and visits is not None else None
+    return MaskInputs(*vectors, numbers, visits), rule
+
+
+def mask_specs(inputs: MaskInputs, tiles: TileSizes, place: Callable[..., tuple[Any, Any]], *, rows: str) -> MaskInputs:
+    """BlockSpecs: a tile of the rows, all of the columns. ``place`` gives (batch row, row of tiles) of a program."""
+
+    def row_of(x: Array, *program: Any) -> Any:
+        return place(*program)[0] if x.shape[0] > 1 else 0
+
+    def side(x: Array, block: int | None) -> pl.BlockSpec:
+        if block is None:
+            return pl.BlockSpec((None, x.shape[1]), lambda *program: (row_of(x, *program), 0))
+        return pl.BlockSpec((None, block), lambda *program: (row_of(x, *program), place(*program)[1]))
+
+    def of_visits(x: Array) -> pl.BlockSpec:
+        at = lambda *program: (row_of(x, *program), place(*program)[1])  # noqa: E731
+        if x.ndim == 2:
+            return pl.BlockSpec((None, None), at)
+        return pl.BlockSpec((None, None, x.shape[2]), lambda *program: (*at(*program), 0))
+
+    by_queries = rows == "queries"
+    return MaskInputs(
+        queries=jax.tree.map(lambda x: side(x, tiles.block_q if by_queries else None), inputs.queries),
+        keys=jax.tree.map(lambda x: side(x, None if by_queries else tiles.block_kv), inputs.keys),
+        numbers=jax.tree.map(lambda x: side(x, None), inputs.numbers),
+        visits=jax.tree.map(of_visits, inputs.visits),
+    )
+
+
+def query_side(inputs: MaskInputs, rule: Rule, start: Any, block: int, *, rows: bool) -> QuerySide:
+    """The queries of a tile, as a vector. ``rows``: they are the program's own."""
+    loaded = _load_side(inputs.queries, start, block, rows)
+    return rule.of_queries(loaded, _numbers(inputs), start + iota(block))
+
+
+def key_side(inputs: MaskInputs, rule: Rule, start: Any, block: int, *, rows: bool) -> KeySide:
+    """The same of keys."""
+    loaded = _load_side(inputs.keys, start, block, rows)
+    return rule.of_keys(loaded, _numbers(inputs)[3:], start + iota(block))
+
+
+def _load_side(vectors: Vectors, start: Any, block: int, rows: bool) -> Vectors:
+    return jax.tree.map(lambda ref: ref[...] if rows else ref[pl.ds(start, block)], vectors)
+
+
+def _numbers(inputs: MaskInputs) -> tuple[Any, ...]:
+    return () if inputs.numbers is None else tuple(inputs.numbers[n] for n in range(6))
+
+
 # ------------------------------------------------------------------------------------------------- what to visit
 
 
-def plan_visits(
-    mask: Mask, tiles: TileSizes, q_length: int, kv_length: int, *, rows: str
-) -> tuple[Mask, BlockMap | None]:
-    """The mask of whole tiles, and the tiles that each row of tiles visits; None: all of them, without a predicate.
-
-    ``rows`` are "queries" or "keys". A ragged end of the columns is masked; one of the rows is not written anyway.
-    """
-    num_q, num_kv = pl.cdiv(q_length, tiles.block_q), pl.cdiv(kv_length, tiles.block_kv)
-    ragged = kv_length % tiles.block_kv if rows == "queries" else q_length % tiles.block_q
-    if mask.is_full and not ragged:
-        return mask, None
-    mask = mask.padded(q_length, num_q * tiles.block_q, kv_length, num_kv * tiles.block_kv)
-    kinds = tile_kinds(mask, tiles.block_q, tiles.block_kv)
-    return mask, block_map(kinds if rows == "queries" else jnp.swapaxes(kinds, 1, 2))
-
-
-def map_specs(visits: BlockMap | None, tile: Callable[..., Any]) -> Any:
-    """BlockSpecs of one row of the map; ``tile`` gives (batch row, row of tiles) of a program."""
-    if visits is None:
-        return None
-
-    def index(*program: Any) -> tuple[Any, Any]:
-        b, i = tile(*program)
-        return (b if visits.full.shape[0] > 1 else 0), i
-
-    number: Any = pl.BlockSpec((None, None), index)
-    order: Any = pl.BlockSpec((None, None, visits.order.shape[2]), lambda *program: (*index(*program), 0))
-    return BlockMap(order, number, number)
-
-
-def visit(visits: BlockMap | None, num_columns: int, step: Callable[..., Any], state: Any, *, repeat: int = 1) -> Any:
-    """Run ``step(column, part, state, masked)`` for every tile that the map lists, FULL ones first.
+def visit(visits: Visits | None, num_columns: int, step: Callable[..., Any], state: Any, *, repeat: int = 1) -> Any:
+    """Run ``step(column, part, state, masked)`` for every tile that the row visits, FULL ones first.
 
     Each is visited ``repeat`` times in a row, ``part`` counts them.
     """
@@ -195,7 +122,7 @@ def visit(visits: BlockMap | None, num_columns: int, step: Callable[..., Any], s
     return jax.lax.fori_loop(full, end, functools.partial(body, True), carry)[1]
 
 
-def revisit(visits: BlockMap | None, wanted: Array, step: Callable[..., Any], state: Any, *, repeat: int = 1) -> Any:
+def revisit(visits: Visits | None, wanted: Array, step: Callable[..., Any], state: Any, *, repeat: int = 1) -> Any:
     """Run ``step(column, part, state)`` for the PARTIAL tiles once more, where ``wanted``."""
     if visits is None:
         return state
@@ -211,9 +138,13 @@ def _split(n: Array, repeat: int) -> tuple[Array, Array]:
     return (n, jnp.int32(0)) if repeat == 1 else (jax.lax.div(n, repeat), jax.lax.rem(n, repeat))
 
 
-def _column(visits: BlockMap, n: Array, repeat: int) -> Array:
-    """The tile of step n; of the step after the last any tile that exists."""
-    return visits.order[jnp.minimum(_split(n, repeat)[0], visits.order.shape[0] - 1)]
+def _column(visits: Visits, n: Array, repeat: int) -> Array:
+    """The tile of step n; of the step after the last any number, or a tile that exists where it is read."""
+    n = _split(n, repeat)[0]
+    if visits.order is None:
+        assert visits.start is not None and visits.full_start is not None
+        return nth_in_range(n, visits.full[...], visits.start[...], visits.full_start[...])
+    return visits.order[jnp.minimum(n, visits.order.shape[0] - 1)]
 
 
 # ---------------------------------------------------------------------------------------------- loads and stores

@@ -1,7 +1,7 @@
 """The forward block kernel in Triton: folds one K/V block into the running softmax, which goes in and comes out.
 
 A grid over (tile of queries, query head, batch row). The running softmax of a tile of queries lives in registers while
-a loop passes over the tiles of keys that it sees: FULL ones first, without a predicate, then PARTIAL ones. With
+a loop passes over the tiles of keys that it attends to: FULL ones first, without a predicate, then PARTIAL ones. With
 logits = f s, where s are the products q.k and f the scale (with a cap: s = tanh(scale q.k / cap), f = cap),
 
     m = max s,    p = exp2((s - m) f LOG2_E),    l = sum p,    acc = sum p v,    lse = f m + log(l):
@@ -20,12 +20,13 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ..._compat import shape_like
-from ...mask import BlockMap, KeySide, Mask, QuerySide, attends
-from ...partial import NO_LOGIT, Partial, identity
-from ..base import KernelParams
-from ..softmax import LOG2_E, clean, factor, scores
+from ...mask import QuerySide, Rule, attends
+from ...partial import NO_LOGIT, Partial, close, identity
+from ..base import Block, Finished, KernelParams
+from ..softmax import LOG2_E, Normaliser, clean, factor, scores, to_save
 from . import common
-from .common import TileSizes, badness, dot, exp2, load, store, token_major, within
+from .common import MaskInputs, badness, dot, exp2, load, store, token_major, within
+from .tiles import TileSizes, padded_size
 
 
 class _Inputs(NamedTuple):
@@ -34,9 +35,7 @@ class _Inputs(NamedTuple):
     q: Any  # [B, T, N, H]
     k: Any  # [B, S, K, H]
     v: Any  # [B, S, K, Hv]
-    queries: QuerySide  # of [B1, T], whole tiles
-    keys: KeySide  # of [B1, S], whole tiles
-    visits: BlockMap | None
+    mask: MaskInputs
     carry: Any  # (acc, max, sum) of [B, T, N, Hv], [B, N, T], [B, N, T]
     sinks: Any  # [N]
 
@@ -45,41 +44,53 @@ class _Inputs(NamedTuple):
 class _Static:
     params: KernelParams
     tiles: TileSizes
+    rule: Rule
     q_length: int | None  # None: no tile is ragged
     kv_length: int | None
     num_q: int
     num_kv: int
     sizes: tuple[int, int]  # H, Hv
     finish: bool
+    saves: bool  # for backward
 
 
 def forward(
-    q: Array, k: Array, v: Array, mask: Mask, params: KernelParams, tiles: TileSizes, *,
-    carry: Partial | None, finish: bool, sinks: Array | None,
-) -> Partial | tuple[Array, Array]:  # fmt: skip
-    """See :class:`ringjax.kernels.base.Kernel`."""
+    block: Block, params: KernelParams, tiles: TileSizes, carry: Partial | None, *, finish: bool
+) -> Partial | Finished:
+    """See :class:`ringjax.kernels.base.Kernel`. The carry's acc is token-major."""
+    q, k, v, mask, sinks = block
     (batch, heads, q_length, size), (k_length, v_size) = q.shape, v.shape[2:]
-    mask, visits = common.plan_visits(mask, tiles, q_length, k_length, rows="queries")
-    queries, keys = mask.sides()
-    rows = None
-    if carry is not None:
-        rows = (token_major(carry.acc), carry.max, carry.sum)
-    sinks = None if sinks is None else sinks.astype(jnp.float32)
-    inputs = _Inputs(token_major(q), token_major(k), token_major(v), queries, keys, visits, rows, sinks)
+    of_mask, rule = common.mask_inputs(mask, tiles, q_length, k_length, rows="queries")
+    inputs = _Inputs(
+        q=token_major(q),
+        k=token_major(k),
+        v=token_major(v),
+        mask=of_mask,
+        carry=None if carry is None else tuple(carry),
+        sinks=sinks.astype(jnp.float32) if sinks is not None and finish else None,
+    )
     static = _Static(
-        params, tiles, q_length if q_length % tiles.block_q else None, k_length if k_length % tiles.block_kv else None,
-        pl.cdiv(q_length, tiles.block_q), pl.cdiv(k_length, tiles.block_kv), (size, v_size), finish,
-    )  # fmt: skip
+        params=params,
+        tiles=tiles,
+        rule=rule,
+        q_length=q_length if q_length % tiles.block_q else None,
+        kv_length=k_length if k_length % tiles.block_kv else None,
+        num_q=pl.cdiv(q_length, tiles.block_q),
+        num_kv=pl.cdiv(k_length, tiles.block_kv),
+        sizes=(size, v_size),
+        finish=finish,
+        saves=q.dtype == jnp.float32,
+    )
     specs, result_specs = _block_specs(inputs, static)
     row = shape_like((batch, heads, q_length), jnp.float32, q)
     acc = shape_like((batch, q_length, heads, v_size), q.dtype if finish else jnp.float32, q)
     aliases = {}
     if carry is not None and not finish:
-        before = len(jax.tree.leaves(inputs[:6]))
+        before = len(jax.tree.leaves(inputs[:4]))
         aliases = {before + i: i for i in range(3)}
     out = pl.pallas_call(
         functools.partial(_ringjax_forward, static, jax.tree.structure(inputs)),
-        out_shape=(acc, row, row)[: len(result_specs)],
+        out_shape=(acc, *(row for _ in result_specs[1:])),
         grid=(static.num_q, heads, batch),
         in_specs=jax.tree.leaves(specs),
         out_specs=result_specs,
@@ -88,43 +99,43 @@ def forward(
         interpret=params.interpret,
         name="ringjax_forward",
     )(*jax.tree.leaves(inputs))
-    if finish:
-        return token_major(out[0]), out[1]
-    return Partial(token_major(out[0]), out[1], out[2])
+    if not finish:
+        return Partial(*out)
+    saved = Normaliser(*out[2:4]) if static.saves else None
+    sink = out[4] if len(out) == 5 else None
+    return Finished(out=token_major(out[0]), lse=out[1], saved=saved, sink=sink)
+
+
+def _tile(static: _Static, i: Any) -> Any:
+    return static.num_q - 1 - i  # under a causal mask the last tiles take longest: start with them
 
 
 def _block_specs(inputs: _Inputs, static: _Static) -> tuple[_Inputs, tuple[pl.BlockSpec, ...]]:
     """Which block of each array a program sees, and of each result: a tile of queries, and all keys of its K/V head."""
     tiles, group = static.tiles, inputs.q.shape[2] // inputs.k.shape[2]
-    size, v_size = map(common.padded_size, static.sizes)
-
-    def tile(i: Any) -> Any:
-        return static.num_q - 1 - i  # under a causal mask the last tiles take longest: start with them
+    size, v_size = map(padded_size, static.sizes)
 
     def keys_of_head(size: int) -> pl.BlockSpec:
         shape = (None, inputs.k.shape[1], None, size)
         return pl.BlockSpec(shape, lambda i, n, b: (b, 0, jax.lax.div(n, jnp.int32(group)), 0))
 
-    def side(x: Array, block: int, index: Any) -> pl.BlockSpec:
-        one = x.shape[0] == 1
-        return pl.BlockSpec((None, block), lambda i, n, b: (0 if one else b, index(i)))
-
     queries_of_head = lambda size: pl.BlockSpec(  # noqa: E731
-        (None, tiles.block_q, None, size), lambda i, n, b: (b, tile(i), n, 0)
+        (None, tiles.block_q, None, size), lambda i, n, b: (b, _tile(static, i), n, 0)
     )
-    row = pl.BlockSpec((None, None, tiles.block_q), lambda i, n, b: (b, n, tile(i)))
+    row = pl.BlockSpec((None, None, tiles.block_q), lambda i, n, b: (b, n, _tile(static, i)))
     rows = (queries_of_head(v_size), row, row)
     specs = _Inputs(
-        queries_of_head(size),
-        keys_of_head(size),
-        keys_of_head(v_size),
-        jax.tree.map(lambda x: side(x, tiles.block_q, tile), inputs.queries),
-        jax.tree.map(lambda x: side(x, x.shape[1], lambda i: 0), inputs.keys),
-        common.map_specs(inputs.visits, lambda i, n, b: (b, tile(i))),
-        None if inputs.carry is None else rows,
-        None if inputs.sinks is None else pl.BlockSpec((None,), lambda i, n, b: (n,)),
+        q=queries_of_head(size),
+        k=keys_of_head(size),
+        v=keys_of_head(v_size),
+        mask=common.mask_specs(inputs.mask, tiles, lambda i, n, b: (b, _tile(static, i)), rows="queries"),
+        carry=None if inputs.carry is None else rows,
+        sinks=None if inputs.sinks is None else pl.BlockSpec((None,), lambda i, n, b: (n,)),
     )
-    return specs, rows[: 2 if static.finish else 3]
+    if not static.finish:
+        return specs, rows
+    num_saved = 0 if not static.saves else 2 if inputs.sinks is None else 3
+    return specs, (rows[0], row, *(row,) * num_saved)
 
 
 def _ringjax_forward(static: _Static, structure: Any, *refs: Any) -> None:
@@ -132,11 +143,12 @@ def _ringjax_forward(static: _Static, structure: Any, *refs: Any) -> None:
     x: _Inputs = jax.tree.unflatten(structure, refs[: structure.num_leaves])
     out = refs[structure.num_leaves :]
     tiles = static.tiles
-    first_query = (static.num_q - 1 - pl.program_id(0)) * tiles.block_q
+    first_query = _tile(static, pl.program_id(0)) * tiles.block_q
     of_rows = within(first_query, tiles.block_q, static.q_length)
     of_values = within(first_query, tiles.block_q, static.q_length, static.sizes[1])
     q = load(x.q, within(first_query, tiles.block_q, static.q_length, static.sizes[0]))
-    queries = jax.tree.map(lambda ref: ref[...][:, None], x.queries)
+    queries = common.query_side(x.mask, static.rule, first_query, tiles.block_q, rows=True)
+    queries = jax.tree.map(lambda vector: vector[:, None], queries)
     state = _init(x, static, of_rows, of_values)
 
     def step(j: Array, part: Array, carry: tuple[Partial, Array], masked: bool) -> tuple[Partial, Array]:
@@ -152,9 +164,9 @@ def _ringjax_forward(static: _Static, structure: Any, *refs: Any) -> None:
         _, v, allowed = _keys(x, queries, j, static, True)
         return _mark_poison(acc, v, allowed)
 
-    state, poisoned = common.visit(x.visits, static.num_kv, step, (state, jnp.float32(0)))
-    state = state._replace(acc=common.revisit(x.visits, poisoned > 0, mark, state.acc))
-    results = _finish(x, state, static.params) if static.finish else state
+    state, poisoned = common.visit(x.mask.visits, static.num_kv, step, (state, jnp.float32(0)))
+    state = state._replace(acc=common.revisit(x.mask.visits, poisoned > 0, mark, state.acc))
+    results = _finish(x, state, q.dtype, static.params) if static.finish else state
     for ref, value in zip(out, results, strict=True):
         store(ref, value, of_values if value.ndim == 2 else of_rows)
 
@@ -163,11 +175,11 @@ def _init(x: _Inputs, static: _Static, of_rows: Array | None, of_values: Array |
     if x.carry is not None:
         acc, top, total = x.carry
         return Partial(load(acc, of_values), load(top, of_rows), load(total, of_rows))
-    return identity((static.tiles.block_q,), common.padded_size(static.sizes[1]), jnp.dtype("float32"))
+    return identity((static.tiles.block_q,), padded_size(static.sizes[1]), jnp.dtype("float32"))
 
 
 def _keys(x: _Inputs, queries: QuerySide, j: Array, static: _Static, masked: bool) -> tuple[Array, Array, Any]:
-    """A tile of keys and values; for a PARTIAL one also who attends whom. FULL ones are never ragged."""
+    """A tile of keys and values; for a PARTIAL one also who attends to whom. FULL ones are never ragged."""
     block, length = static.tiles.block_kv, static.kv_length if masked else None
     start = j * block
     rows = pl.ds(start, block)
@@ -176,7 +188,8 @@ def _keys(x: _Inputs, queries: QuerySide, j: Array, static: _Static, masked: boo
     )
     if not masked:
         return k, v, None
-    keys = jax.tree.map(lambda ref: ref[rows][None, :], x.keys)
+    keys = common.key_side(x.mask, static.rule, start, block, rows=False)
+    keys = jax.tree.map(lambda vector: vector[None, :], keys)
     return k, v, jnp.broadcast_to(attends(queries, keys), (static.tiles.block_q, block))
 
 
@@ -195,19 +208,14 @@ def _fold(state: Partial, q: Array, k: Array, v: Array, allowed: Array | None, p
 
 
 def _mark_poison(acc: Array, v: Array, allowed: Array) -> Array:
-    """NaN in the output of the queries that attend a value that is NaN or Inf (0 * NaN would reach the others too)."""
+    """NaN in the output of queries that attend to a value that is NaN or Inf (0 * NaN would reach the others too)."""
     hits = dot(jnp.where(allowed, 1.0, 0.0).astype(v.dtype), badness(v), (1, 0))
     return jnp.where(hits > 0.0, jnp.nan, acc)
 
 
-def _finish(x: _Inputs, state: Partial, params: KernelParams) -> tuple[Array, Array]:
-    """out = acc / l,  lse = f m + log(l);  over no keys 0 and -inf. See :func:`ringjax.partial.finish`."""
-    acc, top, total = state
-    top = top * factor(params)
-    if x.sinks is not None:
-        new = jnp.maximum(top, x.sinks[...])
-        rescale = jnp.exp(top - new)
-        acc, total, top = acc * rescale[:, None], total * rescale + jnp.exp(x.sinks[...] - new), new
-    some = total != 0  # NaN counts as some: a NaN logit must show
-    safe = jnp.where(some, total, 1.0)
-    return acc / safe[:, None], jnp.where(some, top + jnp.log(safe), -jnp.inf)
+def _finish(x: _Inputs, state: Partial, dtype: Any, params: KernelParams) -> tuple[Array, ...]:
+    """See :func:`ringjax.partial.finish`; the maximum of the logits is f m."""
+    end = close(state.max, state.sum, None if x.sinks is None else x.sinks[...], factor(params))
+    saved: Any = to_save(dtype, state.max, state.sum, end.weight)
+    of_sink = () if saved is None or end.sink is None else (end.sink,)
+    return state.acc * end.weight[:, None], end.lse, *(saved or ()), *of_sink

@@ -1,0 +1,190 @@
+"""What the Mosaic kernels take, and the tiles of the forward one: a table, what fits, what `ringjax tune` searches.
+
+GPU terms: see :mod:`ringjax.kernels.mosaic.common`. The backward kernels have the one tile that their registers allow.
+"""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ...mask import Mask
+from .. import tiles as tile_table
+from ..base import KernelParams
+
+# Queries that one warpgroup multiplies at a time: the height of a WGMMA.
+WARPGROUP_ROWS = 64
+HEAD_SIZES = (64, 128, 256)
+# Multiprocessors of a Hopper card. On one that has fewer, the surplus blocks of a persistent grid wait their turn.
+MULTIPROCESSORS = 132
+
+SMEM_BYTES = 227 * 1024  # what a block of threads may have
+# Registers of a thread of each warpgroup, summed over warpgroups, that a block of so many multiplying ones starts
+# with: 65536 dealt out to all threads in eights. Who asks for more than there are waits for ever.
+_REGISTERS = {2: 3 * 168, 3: 4 * 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSizes:
+    """How a call is cut: ``compute`` warpgroups of 64 queries each, tiles of ``block_kv`` keys in ``stages`` slots."""
+
+    compute: int
+    block_kv: int
+    stages: int
+    # Warpgroups multiply in turn, so that one does its softmax while the other multiplies: the turn passes on when all
+    # products are "issued", or when the "logits" have come; "none": no turns.
+    turns: str = "issued"
+    overlap: bool = True  # forward: a warpgroup multiplies q k^T of a tile beside p v of the one before
+    persistent: bool = True  # one block per multiprocessor, which works on many tiles of queries
+    stage_out: bool = False  # forward: SMEM of its own for the output, so that the next queries arrive earlier
+    group_heads: int = 0  # heads whose tiles of queries alternate; 0: those that share keys, or all if masked
+    registers: tuple[int, int] = (24, 240)  # of the loading and of the multiplying warpgroups
+
+    @property
+    def block_q(self) -> int:
+        return self.compute * WARPGROUP_ROWS
+
+    def has_out_smem(self, size: int, v_size: int) -> bool:
+        """Whether the finished output has SMEM of its own; otherwise it goes through that of the queries."""
+        return self.stage_out or size != v_size
+
+    def smem_bytes(self, size: int, v_size: int, *, finish: bool) -> int:
+        """What a forward call takes for heads of these native sizes, without the carry, which need not be in SMEM."""
+        out = v_size if finish and self.has_out_smem(size, v_size) else 0
+        numbers = self.block_q * (size + out) + self.stages * self.block_kv * (size + v_size)
+        small = 2048 + self.stages * WARPGROUP_ROWS * 4  # barriers and reductions, and flags of each stage
+        return 2 * numbers + small
+
+    def refusal(self, size: int) -> str | None:
+        """What keeps the forward kernel from running with these tiles; None: nothing."""
+        for name, allowed in (
+            ("compute", (2,) if size == 256 else (2, 3)),
+            ("block_kv", (64, 128)),
+            ("stages", (2, 3, 4, 5)),
+            ("turns", ("issued", "logits", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                return f"{name} must be one of {choices} for heads of {size}. Got {getattr(self, name)!r}."
+        if self.group_heads < 0:
+            return f"group_heads must be 0 or more. Got {self.group_heads}."
+        loading, multiplying = self.registers
+        if any(n % 8 or not 24 <= n <= 256 for n in self.registers):
+            return f"registers must be multiples of 8 from 24 to 256. Got {self.registers}."
+        if loading + self.compute * multiplying > _REGISTERS[self.compute]:
+            return (
+                f"registers: of one loading and {self.compute} multiplying warpgroups must be at most "
+                f"{_REGISTERS[self.compute]} together. Got {self.registers}."
+            )
+        taken = self._most_smem(size)
+        if taken > SMEM_BYTES:
+            return f"block_kv x stages must fit {SMEM_BYTES} bytes of SMEM. They take {taken}."
+        return None
+
+    def _most_smem(self, size: int) -> int:
+        """Bytes where keys or values have this head size, at most."""
+        others = [other for other in HEAD_SIZES if other <= size]
+        pairs = [pair for other in others for pair in ((size, other), (other, size))]
+        return max(self.smem_bytes(*pair, finish=True) for pair in pairs)
+
+
+# What was fastest on an H100 (docs/optimisation-log.md), for heads of 64, 128 and 256. Three warpgroups hide each
+# other's waits best, but a tile of 192 queries has more PARTIAL tiles along the diagonal, whose mask wants registers.
+_THREE = (32, 160)
+_FORWARD_FULL = {
+    64: TileSizes(compute=3, block_kv=128, stages=2, turns="none", registers=_THREE),
+    128: TileSizes(compute=3, block_kv=128, stages=2, turns="none", overlap=False, registers=_THREE),
+    256: TileSizes(compute=2, block_kv=64, stages=2),
+}
+_FORWARD = {
+    # Stages enough that the next tiles are there while the values of a PARTIAL one are looked through.
+    64: TileSizes(compute=2, block_kv=128, stages=5, turns="none", stage_out=True),
+    128: TileSizes(compute=2, block_kv=128, stages=2),
+    256: TileSizes(compute=2, block_kv=64, stages=2),
+}
+
+
+def check_supported(q: Array, v: Array) -> None:
+    """Raises NotImplementedError for what WGMMA or the tiles cannot do."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"query: implementation 'pallas_gpu' takes bfloat16 and float16, the dtypes of WGMMA. Got {q.dtype}."
+        )
+    for argument, size in (("query", q.shape[3]), ("value", v.shape[3])):
+        if size > HEAD_SIZES[-1]:
+            raise NotImplementedError(
+                f"{argument}: implementation 'pallas_gpu' takes heads of at most {HEAD_SIZES[-1]}. Got {size}."
+            )
+
+
+def head_size(size: int) -> int:
+    """The next size that a kernel is written for."""
+    return min(native for native in HEAD_SIZES if native >= size)
+
+
+def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams, *, whole: bool) -> TileSizes:
+    """Tiles of a forward call: as requested, otherwise of the tables, the user's first. ``whole``: without a carry."""
+    size = max(head_size(q.shape[3]), head_size(v.shape[3]))
+    tiles = (_FORWARD_FULL if mask.is_full else _FORWARD)[size]
+    if params.interpret:
+        return dataclasses.replace(tiles, turns="none", overlap=False)  # all that JAX's interpreter can follow
+    if params.block_q is None and params.block_kv is None:
+        kernel = "forward" + ("" if whole else ", carry") + ("" if mask.is_full else ", masked")
+        return tile_table.chosen(tiles, "pallas_gpu", kernel, q.dtype, size, params.device_kind)
+    if params.block_q is not None:
+        if params.block_q not in (128, 192) or (params.block_q == 192 and size == 256):
+            raise NotImplementedError(
+                "config.block_q must be 128 or 192 (heads of up to 128) for implementation 'pallas_gpu'. "
+                f"Got {params.block_q}."
+            )
+        wanted = _FORWARD[128] if params.block_q == 128 else _FORWARD_FULL[128]
+        tiles = dataclasses.replace(wanted, block_kv=tiles.block_kv)
+    if params.block_kv is not None:
+        if params.block_kv not in (64, tiles.block_kv):
+            raise NotImplementedError(
+                f"config.block_kv must be 64 or {tiles.block_kv} for implementation 'pallas_gpu' and heads of "
+                f"{size}. Got {params.block_kv}."
+            )
+        tiles = dataclasses.replace(tiles, block_kv=params.block_kv)
+    return tiles
+
+
+# ----------------------------------------------------------------------------------------- what `ringjax tune` searches
+
+
+def candidates(kernel: str, size: int) -> list[TileSizes]:
+    """Those that promise something: all ways to hide waits at the largest tiles that fit, one or two at others."""
+    options: list[TileSizes] = []
+    largest = 64 if size == 256 else 128
+    for compute, block_kv, stages, overlap, turns in itertools.product(
+        (2, 3), (largest, 64), (2, 3), (True, False), ("issued", "logits", "none")
+    ):
+        if turns != "issued" and (block_kv != largest or stages != 2):
+            continue
+        if block_kv != largest and (stages != 3 or not overlap):
+            continue  # small tiles want what hides most
+        for registers in _registers(compute, "masked" in kernel):
+            tiles = TileSizes(
+                compute=compute, block_kv=block_kv, stages=stages, turns=turns, overlap=overlap, registers=registers
+            )
+            if tiles not in options and _accumulators(tiles, size) <= registers[1]:
+                options.append(tiles)
+    return options
+
+
+def refinements(best: TileSizes, heads: int) -> list[TileSizes]:
+    """Variations of the best that are not worth a product with all else."""
+    return [] if best.group_heads else [dataclasses.replace(best, group_heads=n) for n in (4, 16) if n < heads]
+
+
+def _registers(compute: int, masked: bool) -> list[tuple[int, int]]:
+    """Of loading and multiplying warpgroups: of masked tiles, the former looks through values and needs more."""
+    if compute == 3:
+        return [(32, 160)]
+    return [(24, 240), (40, 232)] if masked else [(24, 240)]
+
+
+def _accumulators(tiles: TileSizes, size: int) -> int:
+    """Registers of a thread for acc, logits, weights of the tile before, and what else there is."""
+    return size // 2 + tiles.block_kv // 2 + (tiles.block_kv // 4 if tiles.overlap else 0) + 24
