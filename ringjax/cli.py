@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -13,11 +14,30 @@ import typer
 
 app = typer.Typer(
     name="ringjax",
-    help="Exact ring attention in JAX: train a decoder with it, watch it, time it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"ringjax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Exact ring attention in JAX: train a decoder with it, watch it, time it, inspect the compiled program."""
+    del version  # Unused: the callback has answered.
+
+
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
@@ -94,7 +114,7 @@ def demo(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Times ring attention beside dense attention: `ringjax bench cpu`. See `ringjax bench --help`."""
+    """Times attention beside what else there is: `bench cpu`, `gpu`, `tpu-static`. See `ringjax bench --help`."""
     from .bench import command
 
     raise typer.Exit(command.main(context.args))
@@ -103,6 +123,11 @@ def bench(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def tune(context: typer.Context) -> None:
     """Finds the fastest tiles of the kernels on this GPU, for later runs to use. See `ringjax tune --help`."""
+    # TPU software that finds no TPU would fill the screen.
+    if "JAX_PLATFORMS" not in os.environ:
+        import jax
+
+        jax.config.update("jax_platforms", "cuda,cpu")
     from .tune import command
 
     raise typer.Exit(command.main(context.args))
@@ -110,7 +135,7 @@ def tune(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def inspect(context: typer.Context) -> None:
-    """Compiles a ring for a TPU, without one, and reads its order and memory. See `ringjax inspect --help`."""
+    """Compiles a ring for TPUs or GPUs, without them, and reads order and memory. See `ringjax inspect --help`."""
     from .inspect import command
 
     raise typer.Exit(command.main(context.args))

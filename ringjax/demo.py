@@ -44,7 +44,7 @@ def hop_table(
       num_devices: C.
       shard_length: L; small will do, the shares are counted pair by pair.
       layout: "contiguous", "zigzag" or "striped".
-      left, right: a query at position p attends keys in [p - left, p + right]; None is unbounded.
+      left, right: a query at position p attends to keys in [p - left, p + right]; None is unbounded.
     """
     schedule = plan(num_devices, as_layout(layout), shard_length, shard_length, left=left, right=right)
     order = np.asarray(ringjax.ring_positions(num_devices * shard_length, layout=layout, num_shards=num_devices))
@@ -273,16 +273,18 @@ def show_traffic(console: Console, mesh: Mesh, length: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`ringjax demo [--devices 8] [--length 2048]`; returns the exit status."""
+    """`ringjax demo [--devices 8] [--seq-len 2048]`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="ringjax demo", description="Shows on simulated devices what the ring does.")
     parser.add_argument("--devices", type=int, default=8, help="simulated devices on the ring (default %(default)s)")
-    parser.add_argument("--length", type=int, default=2048, help="sequence length (default %(default)s)")
+    parser.add_argument(
+        "--seq-len", dest="length", type=int, default=2048, help="sequence length (default %(default)s)"
+    )
     options = parser.parse_args(argv)
     if options.devices < 1:
         parser.error(f"--devices must be at least 1. Got {options.devices}.")
     if options.length < 1 or options.length % (2 * options.devices):
         parser.error(
-            f"--length must be a multiple of {2 * options.devices} (2 x devices, the zigzag layout's unit). "
+            f"--seq-len must be a multiple of {2 * options.devices} (2 x devices, the zigzag layout's unit). "
             f"Got {options.length}."
         )
     devices = simulate_cpu_devices(options.devices)

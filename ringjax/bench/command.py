@@ -212,13 +212,24 @@ def _rows(
     return rows
 
 
+def processor() -> str:
+    """The processor's name, as far as the operating system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def describe(shape: Shape, num_devices: int, rounds: int) -> str:
     """One line that says what is about to be measured, where, and how busy the machine is with other things."""
     busy = f", load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
     return (
         f"B {shape.batch}, S {shape.length}, {shape.heads} heads x {shape.head_size}, {shape.dtype}; ring over "
         f"{num_devices} simulated devices against jax.nn.dot_product_attention on the same cores; median of {rounds} "
-        f"interleaved rounds; JAX {jax.__version__}, Python {platform.python_version()}, {platform.machine()}{busy}"
+        f"interleaved rounds; JAX {jax.__version__}, Python {platform.python_version()}, {processor()}{busy}. "
+        "Ratios move with the processor: compare those of one machine only"
     )
 
 
@@ -260,9 +271,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return others[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(prog="ringjax bench", description=__doc__)
     parser.add_argument("platform", choices=["cpu", *others], help="each has options of its own: --help")
-    parser.add_argument("--length", type=int, default=Shape.length, help="sequence length (default %(default)s)")
+    parser.add_argument(
+        "--seq-len", dest="length", type=int, default=Shape.length, help="sequence length (default %(default)s)"
+    )
     parser.add_argument("--heads", type=int, default=Shape.heads)
-    parser.add_argument("--head-size", type=int, default=Shape.head_size)
+    parser.add_argument("--head-dim", dest="head_size", type=int, default=Shape.head_size)
     parser.add_argument("--dtype", default=Shape.dtype, choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--devices", type=int, default=8, help="simulated devices on the ring (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each program (default %(default)s)")
@@ -281,9 +294,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also replace the table in FILE (default %(const)s)",
     )
     options = parser.parse_args(argv)
-    for name in ("length", "heads", "head_size", "devices", "rounds"):
+    flags = {"length": "--seq-len", "heads": "--heads", "head_size": "--head-dim", "devices": "--devices",
+             "rounds": "--rounds"}  # fmt: skip
+    for name, given in flags.items():
         if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1. Got {getattr(options, name)}.")
+            parser.error(f"{given} must be at least 1. Got {getattr(options, name)}.")
     if options.write_docs is not None:
         try:
             document.around(options.write_docs, BEGIN, END)  # before minutes of timing, not after

@@ -26,10 +26,10 @@ from rich.console import Console
 import ringjax
 from ringjax.bench import document
 from ringjax.kernels import tiles as tile_table
-from ringjax.kernels.base import Kernel, KernelParams
+from ringjax.kernels.base import Block, Kernel, KernelParams
 from ringjax.kernels.choose import BY_NAME
-from ringjax.mask import Mask
-from ringjax.partial import Partial
+from ringjax.layout import Contiguous, Layout, Zigzag
+from ringjax.mask import Mask, Tokens
 
 BEGIN, END = "<!-- ringjax bench gpu: begin -->", "<!-- ringjax bench gpu: end -->"
 PASSES = ("fwd", "fwd+bwd")
@@ -207,17 +207,16 @@ def _loop(kernel: Kernel, params: KernelParams, q: Any, blocks: Any, masks: Sequ
     carry: Any = None
     for number, ((k, v), mask) in enumerate(zip(blocks, masks, strict=True)):
         q_, k_, v_ = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        finish = number == len(masks) - 1
-        carry = kernel.forward(q_, k_, v_, mask, params, carry=carry, finish=finish, sinks=None)
-    out, lse = carry if not isinstance(carry, Partial) else (carry.acc, carry.max)
-    return jnp.swapaxes(out, 1, 2), lse
+        block = Block(q=q_, k=k_, v=v_, mask=mask)
+        carry = kernel.forward(block, params, carry, finish=number == len(masks) - 1)
+    return jnp.swapaxes(carry.out, 1, 2), carry.lse
 
 
 def ring_cost(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -> Measurement:
     """Full attention as a loop over blocks with the carry, beside one call over the whole sequence."""
     q, k, v, _ = draw(shape, dtype)
     blocks = tuple(zip(jnp.split(k, num_shards, axis=1), jnp.split(v, num_shards, axis=1), strict=True))
-    full = Mask(None, None, None, None)
+    full = Mask()
     run = functools.partial(_loop, kernel, _params(shape))
     programs = (
         Timed(lambda q, blocks: run(q, blocks, [full] * num_shards), (q, blocks)),
@@ -234,16 +233,20 @@ def zigzag_ranks(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -
     shards = np.split(order, num_shards)
     run = functools.partial(_loop, kernel, _params(shape))
 
-    def rank(q: Any, blocks: Any, q_at: Any, kv_at: Any) -> Any:
-        return run(q, blocks, [Mask(q_at, at, None, None, right=0) for at in kv_at])
+    def causal(layout: Layout, q_rank: Any, kv_rank: Any, shards: int) -> Mask:
+        side = lambda rank: Tokens(positions=layout.runs(rank, shape.length // shards, shards))  # noqa: E731
+        return Mask(queries=side(q_rank), keys=side(kv_rank), right=0)
+
+    def rank(q: Any, blocks: Any, own: Any, owners: Any) -> Any:
+        return run(q, blocks, [causal(Zigzag(), own, owner, num_shards) for owner in owners])
 
     def arguments(r: int) -> tuple[Any, ...]:
-        visits = [shards[(r + hop) % num_shards] for hop in range(num_shards)]
-        at = [jnp.asarray(x[None], jnp.int32) for x in (shards[r], *visits)]
-        return q[:, shards[r]], tuple((k[:, x], v[:, x]) for x in visits), at[0], tuple(at[1:])
+        owners = [(r + hop) % num_shards for hop in range(num_shards)]
+        blocks = tuple((k[:, shards[owner]], v[:, shards[owner]]) for owner in owners)
+        # Ranks are numbers of the run time, as in a ring.
+        return q[:, shards[r]], blocks, jnp.int32(r), tuple(map(jnp.int32, owners))
 
-    whole = jnp.arange(shape.length, dtype=jnp.int32)[None]
-    one_call = Timed(lambda q, k, v, at: run(q, [(k, v)], [Mask(at, at, None, None, right=0)]), (q, k, v, whole))
+    one_call = Timed(lambda q, k, v: run(q, [(k, v)], [causal(Contiguous(), 0, 0, 1)]), (q, k, v))
 
     def conclude(times: list[list[float]]) -> dict[str, Any]:
         *ranks, whole_times = (statistics.median(x) for x in times)

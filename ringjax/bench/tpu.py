@@ -248,9 +248,13 @@ def main(argv: Sequence[str]) -> int:
     """`ringjax bench tpu-static [options]`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="ringjax bench tpu-static", description=__doc__)
     parser.add_argument("--generation", action="append", choices=list(TOPOLOGIES), help="repeatable; default: both")
-    parser.add_argument("--head-size", action="append", type=int, help="repeatable; default: 128 and 64")
+    parser.add_argument(
+        "--head-dim", dest="head_size", action="append", type=int, help="repeatable; default: 128 and 64"
+    )
     parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default: both")
-    parser.add_argument("--length", type=int, default=LENGTH, help="of queries and keys (default %(default)s)")
+    parser.add_argument(
+        "--seq-len", dest="length", type=int, default=LENGTH, help="of queries and keys (default %(default)s)"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each program (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument(
@@ -263,14 +267,14 @@ def main(argv: Sequence[str]) -> int:
     )
     options = parser.parse_args(argv)
     for name, values in (
-        ("length", [options.length]),
-        ("head-size", options.head_size or []),
+        ("seq-len", [options.length]),
+        ("head-dim", options.head_size or []),
         ("timeout", [options.timeout]),
     ):
         if min(values, default=1) <= 0:
             parser.error(f"--{name} must be positive. Got {min(values)}.")
     if options.length % _LANES:
-        parser.error(f"--length must be a multiple of {_LANES}. Got {options.length}.")
+        parser.error(f"--seq-len must be a multiple of {_LANES}. Got {options.length}.")
     if options.write_docs is not None:
         try:
             document.around(options.write_docs, BEGIN, END)  # before minutes of compiling, not after

@@ -6,18 +6,16 @@ includes the row sums of out * dout. JAX's kernels give gradients in bfloat16; o
 Masks of JAX's splash kernel are taken out: they go to it by scalar prefetch, which the compiler's profiler cannot read.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..kernels.base import KernelParams
+from ..kernels.base import Block, KernelParams, Upstream
 from ..kernels.tpu import kernel as tpu
 from ..mask import Mask
-from ..partial import Partial
 from .static_cycles import Built
-
-_FULL = Mask(None, None, None, None)
 
 
 def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -28,15 +26,14 @@ def ringjax_forward(device: Any, *, length: int, head_size: int, carry: bool = F
     """``carry``: a hop in the middle of a ring, which takes and gives the running softmax."""
     params = KernelParams(head_size**-0.5, device_kind=device.device_kind)
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, before: Partial | None = None) -> Any:
-        return tpu.forward(q, k, v, _FULL, params, carry=before, finish=before is None, sinks=None)
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, before: Any = None, *, finish: bool) -> Any:
+        return tpu.forward(Block(q=q, k=k, v=v, mask=Mask()), params, before, finish=finish)
 
     x = _array(1, 1, length, head_size)
     if not carry:
-        return Built(forward, (x, x, x))
-    row: Any = _array(1, 1, length, dtype=jnp.float32)
-    acc: Any = _array(*x.shape, dtype=jnp.float32)
-    return Built(forward, (x, x, x, Partial(acc, row, row)), donated=(3,))
+        return Built(functools.partial(forward, finish=True), (x, x, x))
+    hop = functools.partial(forward, finish=False)
+    return Built(hop, (x, x, x, jax.eval_shape(hop, x, x, x)), donated=(3,))
 
 
 def ringjax_backward(device: Any, *, length: int, head_size: int, carry: bool = False) -> Built:
@@ -47,7 +44,8 @@ def ringjax_backward(device: Any, *, length: int, head_size: int, carry: bool = 
         q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array, dout: jax.Array, *dq: jax.Array
     ) -> Any:
         delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-        return tpu.backward(q, k, v, dout, lse, delta, _FULL, params, dq_carry=dq[0] if dq else None)
+        block, upstream = Block(q=q, k=k, v=v, mask=Mask()), Upstream(dout=dout, lse=lse, delta=delta)
+        return tpu.backward(block, upstream, params, dq[0] if dq else None, finish=not dq)
 
     x = _array(1, 1, length, head_size)
     arguments = (x, x, x, x, _array(1, 1, length, dtype=jnp.float32), x)

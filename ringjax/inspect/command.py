@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     ring.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of query, key, value (default %(default)s)")
     ring.add_argument("--layout", default="zigzag", choices=("contiguous", "zigzag", "striped"), help="default zigzag")
     ring.add_argument("--stripe", type=int, default=1, help="tokens of a stripe, with --layout striped (default 1)")
-    ring.add_argument("--causal", action="store_true", help="a query attends keys at its position and before")
+    ring.add_argument("--causal", action="store_true", help="a query attends to keys at its position and before")
     ring.add_argument("--window", type=_window, metavar="W|L,R", help="keys at most W, or L before and R after; 'none'")
     ring.add_argument("--segments", action="store_true", help="with segment ids, which travel as well")
     ring.add_argument("--backward", action="store_true", help="forward and all gradients in one program")
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--cycles", action="store_true", help="static estimates of TPU kernels; compiles once more")
     out.add_argument("--sweep", type=_integers, default=(), metavar="C1,C2", help="also compile rings of these sizes")
     out.add_argument("--json", action="store_true", help="the report as JSON on stdout")
-    out.add_argument("--picture", type=Path, metavar="PNG", help="draw the order, and who attends whom")
+    out.add_argument("--picture", type=Path, metavar="PNG", help="draw the order, and who attends to whom")
     out.add_argument("--timeout", type=float, default=600.0, metavar="S", help="for each compilation (default 600)")
     return parser
 

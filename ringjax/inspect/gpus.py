@@ -1,4 +1,4 @@
-"""NVIDIA GPUs and hosts of them: what XLA must be told of a GPU that is not there, and how many there are."""
+"""NVIDIA GPUs and hosts of them: what XLA must be told of a GPU that is absent, and how many there are."""
 
 import dataclasses
 import re

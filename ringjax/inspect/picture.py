@@ -1,4 +1,4 @@
-"""The picture of a report: a lane for compute and one for the wire, hop by hop; below it who attends whom.
+"""The picture of a report: a lane for compute and one for the wire, hop by hop; below it who attends to whom.
 
 The lanes are drawn from the compiled order: the horizontal axis is the order of issue, every kernel as wide as the
 next. It is not time.
@@ -201,7 +201,7 @@ def _draw_work(report: Report, matrix: Any, bars: Any, figure: Any) -> None:
     elided = f" ({report.hops_elided} of {report.program.ring} hops left out)" if report.hops_elided else ""
     matrix.set_xlabel(f"hop t: rank r works on the block of rank r + t{elided}")
     matrix.set_ylabel("rank")
-    matrix.set_title("who attends whom: share of the block's (query, key) pairs", loc="left", fontsize=11)
+    matrix.set_title("who attends to whom: share of the block's (query, key) pairs", loc="left", fontsize=11)
     figure.colorbar(image, ax=matrix, location="left", shrink=0.9, pad=0.02)
     total = report.pairs_per_rank / max(report.pairs_per_rank.mean(), 1e-9)
     bars.barh(np.arange(ranks), total, height=1.0 if ranks > 32 else 0.85, color="#2f6b9a")

@@ -125,7 +125,7 @@ class Report:
     @property
     def wire_bytes_per_hop(self) -> float:
         """K, V and what belongs to them: what a device sends for one hop of the forward pass."""
-        forward = {"K": 0, "V": 0, "positions": 0, "segments": 0}
+        forward = {"K": 0, "V": 0, "segments": 0}
         for payload in self.payloads:
             if payload.carries in forward:
                 forward[payload.carries] = payload.bytes
@@ -234,13 +234,13 @@ class Report:
         }
 
 
-_RANK = ("K", "V", "positions", "segments", "dK, dV", "dK", "dV")
+_RANK = ("K", "V", "segments", "dK, dV", "dK", "dV")
 
 
 def carries(permute: Permute | Start, program: Program) -> str:
-    """What travels: the program's second argument is K, its third V; integers are positions, or given, segments."""
+    """What travels: the program's second argument is K, its third V; integers are segments."""
     if permute.dtype in ("s32", "u32"):
-        return "positions" if permute.source is None else "segments"
+        return "segments"
     if permute.source is not None:
         return {1: "K", 2: "V"}[permute.source]
     if program.head_dim == program.value_head_dim:

@@ -278,9 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--implementation", choices=["pallas_gpu", "pallas_triton"],
         help="default: pallas_gpu on Hopper GPUs in 16 bits, else pallas_triton")  # fmt: skip
-    add("--head-size", dest="head_sizes", action="append", type=int, choices=HEAD_SIZES,
+    add("--head-dim", dest="head_sizes", action="append", type=int, choices=HEAD_SIZES,
         help="repeatable; default: all. Other sizes take the tiles of the next larger one")  # fmt: skip
-    add("--direction", choices=["forward", "backward", "both"], default="both",
+    add("--pass", dest="direction", choices=["forward", "backward", "both"], default="both",
         help="default %(default)s. The backward kernels of pallas_gpu have nothing to tune: their registers leave one "
         "choice of tiles")  # fmt: skip
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
@@ -291,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, metavar="S", help="begin no further key after so long; default: search all")
     add("--table", type=Path, metavar="FILE", help=f"to write; default: that of {tile_table.VARIABLE}, or of the user")
     add("--dry-run", action="store_true", help="print the candidates and do nothing else")
-    add("--device-kind", metavar="NAME", help="with --dry-run: a GPU that is not there, as JAX names it")
+    add("--device-kind", metavar="NAME", help="with --dry-run: a GPU that is absent, as JAX names it")
     return parser
 
 
@@ -351,7 +351,10 @@ def _problems(options: argparse.Namespace, parser: argparse.ArgumentParser, say:
         parser.error(f"--seq-len must be a multiple of {UNIT}. Got {options.seq_len}.")
     kind, capability = options.device_kind, None
     if kind is None:
-        platform = jax.default_backend()
+        try:
+            platform = jax.default_backend()
+        except RuntimeError:  # JAX_PLATFORMS names what this machine lacks, see the command line
+            platform = "cpu"
         if platform != "gpu":
             parser.error(f"needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform {platform!r}.")
         device: Any = jax.devices()[0]
@@ -369,7 +372,7 @@ def _problems(options: argparse.Namespace, parser: argparse.ArgumentParser, say:
         if best(options.dtype) != "pallas_gpu":
             parser.error(f"--implementation pallas_gpu needs --dtype bfloat16 or float16. Got {options.dtype}.")
         if options.direction == "backward":
-            parser.error("--direction backward: the backward kernels of pallas_gpu have nothing to tune, their "
+            parser.error("--pass backward: the backward kernels of pallas_gpu have nothing to tune, their "
                          "registers leave one choice of tiles. --implementation pallas_triton has.")  # fmt: skip
         if options.direction == "both":
             say("pallas_gpu: forward only, its backward kernels have nothing to tune")

@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from ..kernels import tiles as tile_table
-from ..kernels.base import KernelParams
-from ..kernels.mosaic import common as mosaic_common
+from ..kernels.base import Block, KernelParams, Upstream
 from ..kernels.mosaic import forward as mosaic_forward
+from ..kernels.mosaic import tiles as mosaic_tiles
 from ..kernels.tiles import Key, dtype_class
 from ..kernels.triton import backward as triton_backward
 from ..kernels.triton import common as triton_common
 from ..kernels.triton import forward as triton_forward
-from ..mask import Mask
+from ..kernels.triton import tiles as triton_tiles
+from ..layout import Contiguous
+from ..mask import Mask, Tokens
 from ..partial import Partial
 
-HEAD_SIZES = mosaic_common.HEAD_SIZES
+HEAD_SIZES = mosaic_tiles.HEAD_SIZES
 MOST_CANDIDATES = 24  # of one key: each is compiled
 # Kernels by implementation and direction. Mosaic's backward kernels have the one tile that their registers allow.
 KERNELS = {
@@ -79,20 +81,25 @@ class Problem:
         x = jax.ShapeDtypeStruct((1, self.heads, self.length, self.head_size), jnp.dtype(self.dtype))
         x: Any = x
         with tile_table.instead(tiles):
+            block = Block(q=x, k=x, v=x, mask=self._mask("masked" in self.kernel))
             if self.implementation == "pallas_triton":
-                return triton_common.tile_sizes(self.kernel, x, x, x, self.params)
-            position = jax.ShapeDtypeStruct((1, self.length), jnp.int32) if "masked" in self.kernel else None
+                return triton_tiles.tile_sizes(self.kernel, block, self.params)
             whole = "carry" not in self.kernel
-            return mosaic_common.forward_tiles(x, x, _causal(position), self.params, whole=whole)
+            return mosaic_tiles.forward_tiles(x, x, block.mask, self.params, whole=whole)
 
     def arrays(self) -> tuple[Any, ...]:
-        """q, k, v, dout, positions, and a carry: normal numbers, since zeros would run faster than data."""
+        """q, k, v, dout, and a carry: normal numbers, since zeros would run faster than data."""
         keys = jax.random.split(jax.random.key(0), 5)
         shape = (1, self.length, self.heads, self.head_size)
         operands = (jax.random.normal(key, shape, jnp.float32).astype(self.dtype) for key in keys[:4])
         rows = jnp.ones((1, self.heads, self.length), jnp.float32)
         acc = jax.random.normal(keys[4], (1, self.heads, self.length, self.head_size), jnp.float32)
-        return *operands, jnp.arange(self.length, dtype=jnp.int32)[None], Partial(acc, rows, rows)
+        return *operands, Partial(acc, rows, rows)
+
+    def _mask(self, causal: bool) -> Mask:
+        """Causal, of a whole sequence, or full."""
+        tokens = Tokens(positions=Contiguous().runs(0, self.length, 1) if causal else None)
+        return Mask(queries=tokens, keys=tokens, right=0 if causal else None)
 
     def calls(self, tiles: Any, arrays: Sequence[Any]) -> list[Call]:
         """One call, or where the table does not tell them apart a full and a causal one."""
@@ -103,38 +110,34 @@ class Problem:
         return [self._backward(tiles, arrays, masked) for masked in (False, True)]
 
     def _forward(self, tiles: Any, arrays: Sequence[Any], masked: bool, carries: bool) -> Call:
-        q, k, v, _, positions, carry = arrays
+        q, k, v, _, carry = arrays
         module: Any = mosaic_forward if self.implementation == "pallas_gpu" else triton_forward
 
-        def call(q: Any, k: Any, v: Any, positions: Any, carry: Any) -> Any:
-            mask = _causal(positions)
+        def call(q: Any, k: Any, v: Any, carry: Any) -> Any:
             q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+            block = Block(q=q, k=k, v=v, mask=self._mask(masked))
             if carry is not None and self.implementation == "pallas_gpu":
                 shape = mosaic_forward.carry_shape(tiles, q.shape, v.shape[3])
                 carry = carry._replace(acc=carry.acc.reshape(shape))
-            options = {"carry": carry, "finish": carry is None, "sinks": None}
-            result = module.forward(q, k, v, mask, self.params, tiles, **options)
-            return result if carries else (jnp.swapaxes(result[0], 1, 2), result[1])
+            result = module.forward(block, self.params, tiles, carry, finish=carry is None)
+            return result if carries else (jnp.swapaxes(result.out, 1, 2), result.lse)
 
-        return call, (q, k, v, positions if masked else None, carry if carries else None)
+        return call, (q, k, v, carry if carries else None)
 
     def _backward(self, tiles: Any, arrays: Sequence[Any], masked: bool) -> Call:
-        q, k, v, dout, positions, carry = arrays
+        q, k, v, dout, carry = arrays
 
-        def call(q: Any, k: Any, v: Any, dout: Any, ones: Any, positions: Any) -> Any:
+        def call(q: Any, k: Any, v: Any, dout: Any, ones: Any) -> Any:
             lse = ones * math.log(self.length)  # about what it is
             q, k, v, dout = (jnp.swapaxes(x, 1, 2) for x in (q, k, v, dout))
-            rows = (q, k, v, dout, lse, jnp.zeros_like(lse), _causal(positions), self.params, tiles)
+            block = Block(q=q, k=k, v=v, mask=self._mask(masked))
+            upstream = Upstream(dout=dout, lse=lse, delta=jnp.zeros_like(lse))
             if self.kernel == "dkv":
-                return jax.tree.map(triton_common.token_major, triton_backward.dkv(*rows))
-            return triton_common.token_major(triton_backward.dq(*rows, dq_carry=None))
+                dkv = triton_backward.dkv(block, upstream, self.params, tiles)
+                return jax.tree.map(triton_common.token_major, dkv)
+            return triton_backward.dq(block, upstream, self.params, tiles, None)
 
-        return call, (q, k, v, dout, carry.max, positions if masked else None)
-
-
-def _causal(positions: Any) -> Mask:
-    """Full without positions."""
-    return Mask(positions, positions, None, None, right=None if positions is None else 0)
+        return call, (q, k, v, dout, carry.max)
 
 
 def _mosaic_options(problem: Problem) -> list[Any]:
@@ -149,9 +152,7 @@ def _mosaic_options(problem: Problem) -> list[Any]:
         if block_kv != largest and (stages != 3 or not overlap):
             continue  # small tiles want what hides most
         for registers in _registers(compute, "masked" in problem.kernel):
-            tiles = mosaic_common.TileSizes(
-                compute, block_kv, stages, turns=turns, overlap=overlap, registers=registers
-            )
+            tiles = mosaic_tiles.TileSizes(compute, block_kv, stages, turns=turns, overlap=overlap, registers=registers)
             if tiles not in options and _accumulators(tiles, size) <= registers[1]:
                 options.append(tiles)
     return options
@@ -184,7 +185,7 @@ def _triton_options(problem: Problem, built_in: Any) -> list[Any]:
         # float32 products are unrolled in full, which the compiler takes minutes over if there are many.
         if float32 and block_q * block_kv > 2 * built_in.block_q * built_in.block_kv:
             continue
-        options.append(triton_common.TileSizes(block_q, block_kv, num_warps, num_stages))
+        options.append(triton_tiles.TileSizes(block_q, block_kv, num_warps, num_stages))
     return sorted(filter(problem.accepts, options), key=lambda tiles: _distance(tiles, built_in))
 
 
