@@ -3,6 +3,8 @@
 A `Case` says what is asked; `make_inputs` draws it in natural order; `run_ring` permutes it to ring order, runs
 out, lse and every gradient in one compiled program, and permutes back. `assert_matches` holds the ring to
 the house rule: at most twice the error of a dense computation in the same dtype, plus rounding.
+
+Programs are compiled with few optimisations, which takes less time; with `as_users=True`, as users compile them.
 """
 
 from __future__ import annotations
@@ -16,19 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from profiles import LAYOUTS, NUM_SHARDS, PROFILES
 
 import ringjax
 
-# A later kernel adds its name here and inherits the suite. Pallas kernels run in JAX's interpreter.
-IMPLEMENTATIONS = ("xla", "pallas_tpu")
-LAYOUTS = ("contiguous", "zigzag", "striped")
-NUM_SHARDS = (1, 2, 3, 4, 8)
-# Compiling what the interpreter makes of a kernel takes long: every case, but few rings, each layout among them. The
-# ring around the kernel is the same, and the whole matrix holds it.
-INTERPRETED = (("contiguous", 1), ("zigzag", 4), ("striped", 3))
+__all__ = ["LAYOUTS", "NUM_SHARDS", "PROFILES"]
 
-# Small enough that a shard has several tiles, so that empty, partial and full tiles all occur.
+# Kernels that compute something on this machine, and those of them that the interpreter runs.
+IMPLEMENTATIONS = tuple(name for name, profile in PROFILES.items() if profile.on_cpu != "lowered")
 BLOCKS = {"block_q": 8, "block_kv": 8}
+
+# What tests/conftest.py and `QUICK` turn off.
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+# XLA's emitters of fusions take a third of the time that a ring takes to compile. Later versions have no others.
+QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 # Rounding allowed on top of twice the reference's error, in units of eps(dtype) * max|oracle|.
 ROUNDING = 4.0
@@ -208,26 +211,23 @@ def value_and_gradients(attend: Any, arrays: Mapping[str, Any]) -> dict[str, Any
     return got if dsinks is None else {**got, "dsinks": dsinks}
 
 
-def is_interpreted(implementation: str) -> bool:
-    """Whether this machine can but interpret that kernel."""
-    return implementation.startswith("pallas")
-
-
-def rings(implementation: str) -> tuple[tuple[str, int], ...]:
-    """Layouts and sizes of the rings on which every case runs."""
-    if is_interpreted(implementation):
-        return INTERPRETED
-    return tuple((layout, num_shards) for layout in LAYOUTS for num_shards in NUM_SHARDS)
-
-
 def config_of(implementation: str, **config: Any) -> ringjax.RingConfig:
-    """The configuration under which tests run that kernel."""
-    interpret = is_interpreted(implementation)
-    return ringjax.RingConfig(implementation=implementation, **{**BLOCKS, "interpret": interpret, **config})
+    """The configuration under which tests run that kernel on this machine."""
+    return PROFILES[implementation].config(**config)
 
 
-def ring_program(case: Case, *, layout: Any, num_shards: int, implementation: str = "xla", **config: Any) -> Any:
-    """The compiled program (arrays, masks) -> out, lse and gradients, all in ring order."""
+def compiled(run: Any, *, as_users: bool) -> Any:
+    """`run` under jit, with the optimisations that users have or with few."""
+    if jax.default_backend() != "cpu":  # nothing is turned off there
+        return jax.jit(run)
+    return jax.jit(run, compiler_options=AS_USERS if as_users else QUICK)
+
+
+@functools.lru_cache(maxsize=64)
+def ring_program(
+    case: Case, *, layout: Any, num_shards: int, implementation: str = "xla", as_users: bool = False, **config: Any
+) -> Any:
+    """The compiled program (arrays, masks) -> out, lse and gradients, all in ring order. Who asks alike shares it."""
     options = dict(
         case.static_options(),
         mesh=mesh_of(num_shards),
@@ -236,14 +236,13 @@ def ring_program(case: Case, *, layout: Any, num_shards: int, implementation: st
         config=config_of(implementation, **config),
     )
 
-    @jax.jit
     def program(arrays: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, Any]:
         def attend(query: Any, key: Any, value: Any, sinks: Any) -> Any:
             return ringjax.ring_attention(query, key, value, sinks=sinks, **masks, **options)
 
         return value_and_gradients(attend, arrays)
 
-    return program
+    return compiled(program, as_users=as_users)
 
 
 def run_ring(
@@ -270,6 +269,43 @@ def run_ring(
     return Result(values, {name: x.dtype for name, x in got.items()})
 
 
+def stacked_program(
+    case: Case, inputs: Inputs, config: ringjax.RingConfig, *, layout: Any, num_shards: int
+) -> tuple[Any, dict[str, Any]]:
+    """A ring on one device, whose ranks are rows of one array: arrays -> out, lse and gradients; and the arrays."""
+    ring = to_ring(inputs, *orders(case, layout, num_shards))
+    stack = lambda x, axis=-1: np.stack(np.split(x, num_shards, axis=axis))  # noqa: E731
+    arrays = {name: x if name == "sinks" else stack(x, 1) for name, x in ring.arrays.items()}
+    travel = ("segment_ids", "positions")  # with the tokens, lengths do not
+    masks = {name: jax.tree.map(stack, x) if name in travel else x for name, x in ring.masks.items()}
+    axes = {name: 0 if name in travel else None for name in masks}
+
+    def of_rank(query: Any, key: Any, value: Any, sinks: Any, masks: Any) -> Any:
+        return ringjax.ring_attention(
+            query, key, value, sinks=sinks, layout=layout, config=config, return_residual=True,
+            **case.static_options(), **masks,
+        )  # fmt: skip
+
+    def attend(query: Any, key: Any, value: Any, sinks: Any) -> Any:
+        return jax.vmap(of_rank, in_axes=(0, 0, 0, None, axes), axis_name="sp")(query, key, value, sinks, masks)
+
+    return jax.jit(lambda arrays: value_and_gradients(attend, arrays)), arrays
+
+
+def stacked_ring(case: Case, inputs: Inputs, config: ringjax.RingConfig, *, layout: Any, num_shards: int) -> Result:
+    """Runs it on natural-order inputs and returns natural-order results."""
+    program, arrays = stacked_program(case, inputs, config, layout=layout, num_shards=num_shards)
+    query_order, key_order = orders(case, layout, num_shards)
+    got, values = program(arrays), {}
+    for name, x in got.items():
+        whole = np.asarray(x).astype(np.float64)
+        if name != "dsinks":
+            order = key_order if name in ("dkey", "dvalue") else query_order
+            whole = np.concatenate(list(whole), axis=1)[:, np.argsort(order)]
+        values[name] = whole
+    return Result(values, {name: x.dtype for name, x in got.items()})
+
+
 def run_oracle(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
     """The truth."""
     return _truth_and_sink_terms(case, inputs)[0]
@@ -290,7 +326,7 @@ def _truth_and_sink_terms(case: Case, inputs: Inputs) -> tuple[dict[str, np.ndar
     return (got if grads.sinks is None else {**got, "dsinks": grads.sinks}), grads.sink_terms
 
 
-def run_dense(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
+def run_dense(case: Case, inputs: Inputs, *, as_users: bool = False) -> dict[str, np.ndarray]:
     """What an ordinary dense implementation makes of the same inputs in their own dtype."""
     mask = oracle.attends(
         case.batch,
@@ -301,11 +337,15 @@ def run_dense(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
         **inputs.masks,
     )
     scale = case.head_size**-0.5 if case.scale is None else case.scale
-    got = _dense(dict(inputs.arrays), mask, scale=scale, cap=case.soft_cap)
+    got = _dense_program(scale, case.soft_cap, as_users)(dict(inputs.arrays), mask)
     return {name: np.asarray(x).astype(np.float64) for name, x in got.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "cap"))
+@functools.cache
+def _dense_program(scale: float, cap: float | None, as_users: bool) -> Any:
+    return compiled(functools.partial(_dense, scale=scale, cap=cap), as_users=as_users)
+
+
 def _dense(arrays: Mapping[str, Any], mask: Any, *, scale: float, cap: float | None) -> dict[str, Any]:
     """Logits and softmax in float32 (float64 for float64), probabilities rounded to the dtype, as jax.nn does."""
 
@@ -340,9 +380,11 @@ def errors(got: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return float(np.abs(difference).max()), float(np.sqrt(np.mean(difference**2)))
 
 
-def assert_matches(case: Case, inputs: Inputs, result: Result, *, rounding: float = ROUNDING) -> None:
+def assert_matches(
+    case: Case, inputs: Inputs, result: Result, *, rounding: float = ROUNDING, as_users: bool = False
+) -> None:
     """Holds every output and gradient of `result` to the house tolerance, and its dtypes to the contract."""
-    (truth, sink_terms), dense = _truth_and_sink_terms(case, inputs), run_dense(case, inputs)
+    (truth, sink_terms), dense = _truth_and_sink_terms(case, inputs), run_dense(case, inputs, as_users=as_users)
     dtype = inputs.arrays["query"].dtype
     assert result.values.keys() == truth.keys()
     for name, want in truth.items():

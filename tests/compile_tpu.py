@@ -1,4 +1,4 @@
-"""python compile_tpu.py TOPOLOGY: compiles features of the TPU kernels for it, and prints what became of each as JSON.
+"""python compile_tpu.py TOPOLOGY NAME...: compiles these programs for it, and prints what became of each as JSON.
 
 A process of its own, since the compiler may abort. On the default tiles, forward and backward in one program.
 """
@@ -53,13 +53,13 @@ def compile_one(device: object, dtype: object, size: int, v_size: int, t: int, s
     assert "ringjax_forward" in text and "ringjax_backward" in text, "the Pallas kernels are the default"
 
 
-def main(topology: str) -> None:
+def main(topology: str, *names: str) -> None:
     options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices[0]
     answers = {}
-    for name, program in PROGRAMS.items():
+    for name in names:
         try:
-            compile_one(device, *program)
+            compile_one(device, *PROGRAMS[name])
             answers[name] = "compiled"
         except Exception as error:  # all are tried, whatever becomes of one
             answers[name] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -67,4 +67,4 @@ def main(topology: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

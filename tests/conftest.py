@@ -1,24 +1,35 @@
-"""Eight simulated CPU devices and JAX at its strictest, set before any test imports jax."""
+"""Eight simulated CPU devices, JAX at its strictest, and one compilation cache per run, before any test imports jax."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["RINGJAX_TILES"] = ""  # no tiles that this machine's user has tuned
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # The workers of this run and the programs that tests start share what they compile. The cache ends with the run: an
+    # older one could hide a change of the compiler.
+    programs = tempfile.mkdtemp(prefix="ringjax-tests-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**33)  # JAX locks a cache only if its size is bounded
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Compiling is most of this suite's time, and LLVM's expensive passes are a good part of compiling.
+# Compiling is most of this suite's time, and LLVM's expensive passes are a good part of compiling. What must run as
+# users compile it says so: see `as_users` in tests/cases.py.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# A stale cache entry would hide a change of the compiler or of ours.
-jax.config.update("jax_enable_compilation_cache", False)
 
 # Every example compiles: few of them, the same ones on every machine, and no limit on their time.
 hypothesis.settings.register_profile("ringjax", derandomize=True, deadline=None, max_examples=20, database=None)
@@ -34,3 +45,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(tile_table.VARIABLE, str(file))
     tile_table.merge(file, {})
     return file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests start first, since a worker runs whole files: one that started last would run alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

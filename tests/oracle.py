@@ -43,7 +43,7 @@ def attends(
     segment_ids: Pair = None,
     positions: Pair = None,
 ) -> Array:
-    """Returns the boolean [B, T, S] of who attends whom."""
+    """Returns the boolean [B, T, S] of who attends to whom."""
     row, column = np.arange(query_length), np.arange(key_length)
     mask = np.ones((batch, query_length, key_length), bool)
 

@@ -6,14 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ringjax.kernels.base import KernelParams
-from ringjax.kernels.mosaic import common as mosaic_common
+from ringjax.kernels.base import Block, KernelParams
+from ringjax.kernels.mosaic import tiles as mosaic
 from ringjax.kernels.tiles import Key
-from ringjax.kernels.triton import common as triton_common
-from ringjax.mask import Mask
+from ringjax.kernels.triton import tiles as triton
+from ringjax.layout import Contiguous
+from ringjax.mask import Mask, Tokens
 
 KIND = "NVIDIA H100 80GB HBM3"
-FULL = Mask(None, None, None, None)
+FULL = Mask()
+_WHOLE = Tokens(positions=Contiguous().runs(0, 8192, 1))
+CAUSAL = Mask(queries=_WHOLE, keys=_WHOLE, right=0)
 
 
 def key(implementation: str, kernel: str, size: int = 128, kind: str = KIND) -> Key:
@@ -28,15 +31,15 @@ def operand(length: int = 8192, size: int = 128, dtype: Any = jnp.bfloat16) -> A
     return jax.ShapeDtypeStruct((1, 4, length, size), dtype)
 
 
-def mosaic_tiles(size: int = 128, *, mask: Mask = FULL, whole: bool = True, **config: Any) -> mosaic_common.TileSizes:
+def mosaic_tiles(size: int = 128, *, mask: Mask = FULL, whole: bool = True, **config: Any) -> mosaic.TileSizes:
     x = operand(size=size)
-    return mosaic_common.forward_tiles(x, x, mask, KernelParams(1.0, device_kind=KIND, **config), whole=whole)
+    return mosaic.forward_tiles(x, x, mask, KernelParams(1.0, device_kind=KIND, **config), whole=whole)
 
 
-def triton_tiles(kernel: str, size: int = 128, dtype: Any = jnp.bfloat16, **config: Any) -> triton_common.TileSizes:
+def triton_tiles(kernel: str, size: int = 128, dtype: Any = jnp.bfloat16, **config: Any) -> triton.TileSizes:
     x = operand(size=size, dtype=dtype)
-    return triton_common.tile_sizes(kernel, x, x, x, KernelParams(1.0, device_kind=KIND, **config))
+    return triton.tile_sizes(kernel, Block(x, x, x, FULL), KernelParams(1.0, device_kind=KIND, **config))
 
 
-MOSAIC = mosaic_common.TileSizes(2, 64, 3, turns="logits")
-TRITON = triton_common.TileSizes(32, 32, 4, 2)
+MOSAIC = mosaic.TileSizes(2, 64, 3, turns="logits")
+TRITON = triton.TileSizes(32, 32, 4, 2)

@@ -112,7 +112,7 @@ def test_in_place_of_jax_nn():
         key_value_seq_lengths=jnp.array([12, T]),
     )
     (got, lse), want = fn(q, k, v, return_residual=True, **options), jax.nn.dot_product_attention(q, k, v, **options)
-    # Queries that attend nothing are 0 here and some mean of values there.
+    # Queries that attend to nothing are 0 here and some mean of values there.
     assert_close(got[0, :12], want[0, :12])
     assert_close(got[1, :9], want[1, :9])
     assert not np.any(got[1, 9:])

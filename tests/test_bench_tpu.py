@@ -167,7 +167,7 @@ def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tpu, "estimate", _fake_estimates)
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
     docs.write_text(f"before\n{tpu.BEGIN}\nold\n{tpu.END}\nafter\n", encoding="utf-8")
-    small = ["tpu-static", "--generation", "v5e", "--head-size", "128", "--pass", "backward"]
+    small = ["tpu-static", "--generation", "v5e", "--head-dim", "128", "--pass", "backward"]
     assert command.main([*small, "--write-docs", str(docs), "--json", str(figures)]) == 0
     text = docs.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
@@ -181,7 +181,7 @@ def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--length", "0"], ["--length", "100"], ["--head-size", "0"], ["--timeout", "0"], ["--write-docs", "absent.md"]],
+    [["--seq-len", "0"], ["--seq-len", "100"], ["--head-dim", "0"], ["--timeout", "0"], ["--write-docs", "absent.md"]],
 )
 def test_command_refuses(arguments: list[str], capsys):
     with pytest.raises(SystemExit, match="2"):

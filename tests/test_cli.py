@@ -1,11 +1,13 @@
 """The command line: what it passes on, how it refuses, and that JAX waits for the configuration."""
 
 import importlib
+import re
 
 import pytest
 import tiny_run
 from typer.testing import CliRunner
 
+import ringjax
 from ringjax.cli import app
 
 ROOT = tiny_run.ROOT
@@ -62,7 +64,7 @@ def test_dry_run_says_what_a_step_takes(tmp_path):
     status, said = tiny_run.run("train", tiny_run.write_config(tmp_path), "--dry-run")
     assert status == 0, said
     assert "data 2 x sequence 4 x tensor 1 = 8 devices" in said
-    assert "tokens a step: 2 x 256 = 512" in said
+    assert "tokens per step: 2 x 256 = 512" in said
     assert "1 x 64 tokens" in said
     assert not (tmp_path / "out").exists()
 
@@ -99,3 +101,34 @@ atexit.register(lambda: print("FLAGS", os.environ["XLA_FLAGS"]))
     assert "--xla_cpu_enable_fast_math=false" in flags
     assert "--xla_cpu_collective_call_terminate_timeout_seconds=" in flags
     assert "parameters on 8 cpu devices" in said
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"ringjax {ringjax.__version__}"
+
+
+def test_a_key_by_its_initials_is_understood(tmp_path):
+    result = invoke("train", tiny_run.write_config(tmp_path), "--set", "optimizer.lr=1")
+    assert result.exit_code == 2
+    assert "optimizer.lr: unknown key; the nearest valid key is optimizer.learning_rate" in result.output
+
+
+@pytest.mark.slow
+def test_tune_without_a_gpu_says_so_and_nothing_else():
+    status, said = tiny_run.run("tune")
+    assert status == 2
+    *usage, last = said.splitlines()
+    assert usage[0].startswith("usage: ringjax tune") and all(line.startswith((" ", "usage")) for line in usage)
+    assert last == "ringjax tune: error: needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'."
+
+
+@pytest.mark.parametrize("command", [("demo",), ("bench", "cpu"), ("bench", "gpu"), ("bench", "tpu-static"), ("tune",)])
+def test_one_name_for_one_thing(capsys, command):
+    name, *rest = command
+    module = importlib.import_module(f"ringjax.{name}" + ("" if name == "demo" else ".command"))
+    with pytest.raises(SystemExit):
+        module.main([*rest, "--help"])
+    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert not flags & {"--length", "--head-size", "--direction", "--num-devices"}

@@ -1,51 +1,85 @@
-"""Every implementation x feature x layout x ring size against the float64 oracle: out, lse and all gradients."""
+"""Every kernel, feature, layout and ring size against the float64 oracle: out, lse and all gradients."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+from typing import Any
 
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import profiles
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import ringjax
 
 everywhere = pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+CELLS = [cell for name in cases.IMPLEMENTATIONS for cell in profiles.matrix(cases.PROFILES[name], tuple(cases.BY_NAME))]
 
 
+def every(what: str, of_ring: tuple[Any, ...], of_kernel: tuple[Any, ...]) -> Any:
+    """Values on XLA's kernel, for what the ring makes of them, and on interpreted kernels, which compile for long."""
+    values = [(name, x) for name in cases.IMPLEMENTATIONS for x in (of_ring if name == "xla" else of_kernel)]
+    return pytest.mark.parametrize(("implementation", what), values)
+
+
+def in_words(cell: profiles.Cell) -> str:
+    words = (cell.implementation, cell.feature, cell.layout, str(cell.num_shards))
+    return "-".join((*words, "as users compile") if cell.as_users else words)
+
+
+# What a kernel makes of a feature may change with JAX, and so may any layout; what they make of each other does not.
 @pytest.mark.parametrize(
-    ("implementation", "layout", "num_shards"),
-    [(kernel, *ring) for kernel in cases.IMPLEMENTATIONS for ring in cases.rings(kernel)],
+    "cell", [pytest.param(x, id=in_words(x), marks=() if x.as_users else pytest.mark.breadth) for x in CELLS]
 )
-@pytest.mark.parametrize("name", cases.BY_NAME)
-def test_matrix(implementation: str, name: str, layout: str, num_shards: int) -> None:
-    case = cases.BY_NAME[name]
+def test_matrix(cell: profiles.Cell) -> None:
+    case = cases.BY_NAME[cell.feature]
     inputs = cases.make_inputs(case)
-    result = cases.run_ring(case, inputs, layout=layout, num_shards=num_shards, implementation=implementation)
-    cases.assert_matches(case, inputs, result)
+    ring = dict(layout=cell.layout, num_shards=cell.num_shards)
+    result = cases.run_ring(case, inputs, implementation=cell.implementation, as_users=cell.as_users, **ring)
+    cases.assert_matches(case, inputs, result, as_users=cell.as_users)
+
+
+def test_the_matrix_holds_every_pair() -> None:
+    pairs = lambda *fields: {tuple(getattr(cell, field) for field in fields) for cell in CELLS}  # noqa: E731
+    product = lambda *of: set(itertools.product(*of))  # noqa: E731
+    assert pairs("implementation", "feature") == product(cases.IMPLEMENTATIONS, cases.BY_NAME)
+    assert pairs("feature", "layout") == product(cases.BY_NAME, cases.LAYOUTS)
+    assert pairs("layout", "num_shards") == product(cases.LAYOUTS, cases.NUM_SHARDS)
+    assert pairs("implementation", "layout") == product(cases.IMPLEMENTATIONS, cases.LAYOUTS)
+    for field in ("implementation", "feature", "layout", "num_shards"):
+        assert pairs(field, "as_users") >= {(*value, True) for value in pairs(field)}
 
 
 @everywhere
-@pytest.mark.parametrize("num_shards", [1, 4])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", ["causal_gqa", "everything"])
-def test_half_precision(implementation: str, name: str, dtype: type, num_shards: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [
+        ("causal_gqa", jnp.bfloat16, 4), ("causal_gqa", jnp.float16, 1),
+        ("everything", jnp.bfloat16, 1), ("everything", jnp.float16, 4),
+    ],
+)  # fmt: skip
+def test_half_precision(implementation: str, name: str, dtype: type, size: int) -> None:
     case = cases.BY_NAME[name]
     inputs = cases.make_inputs(case, dtype)
+    num_shards = min(size, cases.PROFILES[implementation].largest)
     result = cases.run_ring(case, inputs, layout="zigzag", num_shards=num_shards, implementation=implementation)
     cases.assert_matches(case, inputs, result)
 
 
 @everywhere
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("name", ["causal_gqa", "everything"])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("causal_gqa", "zigzag"), ("everything", "contiguous"), ("everything", "striped")]
+)
 def test_float64(implementation: str, name: str, layout: str) -> None:
     case = cases.BY_NAME[name]
     with jax.enable_x64(True):
         inputs = cases.make_inputs(case, jnp.float64)
-        if implementation != "xla":  # no Pallas kernel has float64
+        if not cases.PROFILES[implementation].takes(jnp.dtype(jnp.float64)):
             with pytest.raises(NotImplementedError, match=f"'{implementation}' takes float32.* Got float64"):
                 cases.run_ring(case, inputs, layout=layout, num_shards=3, implementation=implementation)
             return
@@ -56,18 +90,16 @@ def test_float64(implementation: str, name: str, layout: str) -> None:
     assert worst < 1e-13
 
 
-@everywhere
-@pytest.mark.parametrize("stripe", [2, 5])
+@every("stripe", (2, 5), (5,))
 def test_wide_stripes(implementation: str, stripe: int) -> None:
     case = cases.BY_NAME["everything"]
     inputs = cases.make_inputs(case)
-    layout = ringjax.Striped(stripe=stripe)
-    result = cases.run_ring(case, inputs, layout=layout, num_shards=4, implementation=implementation)
+    layout, num_shards = ringjax.Striped(stripe=stripe), min(4, cases.PROFILES[implementation].largest)
+    result = cases.run_ring(case, inputs, layout=layout, num_shards=num_shards, implementation=implementation)
     cases.assert_matches(case, inputs, result)
 
 
-@everywhere
-@pytest.mark.parametrize("num_shards", [1, 5])
+@every("num_shards", (1, 5), (1, 3))
 def test_default_blocks(implementation: str, num_shards: int) -> None:
     # The user who tunes nothing: block sizes are then the implementation's own choice.
     case = cases.BY_NAME["causal_cross_soft_cap"]
@@ -100,8 +132,7 @@ def test_uneven_blocks(implementation: str) -> None:
     cases.assert_matches(case, inputs, result)
 
 
-@everywhere
-@pytest.mark.parametrize("window", [None, (6, 0), (0, 9)])
+@every("window", (None, (6, 0), (0, 9)), (None, (6, 9)))
 def test_sentinel_positions(implementation: str, window: tuple[int, int] | None) -> None:
     # Padding is often marked by the largest or smallest integer: a difference of the two does not fit int32.
     case = cases.Case("sentinels", is_causal=window is None, window=window, positions="pair", num_heads=2)
@@ -114,13 +145,13 @@ def test_sentinel_positions(implementation: str, window: tuple[int, int] | None)
     cases.assert_matches(case, inputs, cases.run_ring(case, inputs, num_shards=2, implementation=implementation))
 
 
-@everywhere
-@pytest.mark.parametrize("unroll", [None, 2, 8])
+@every("unroll", (None, 2, 8), (None,))
 def test_loops_and_unrolled_hops(implementation: str, unroll: int | None) -> None:
     # Three hops to either side: two strands, each with a loop of its own unless it is unrolled.
     case = cases.Case("both ways", window=16, num_heads=2, sinks=True)
     inputs = cases.make_inputs(case)
-    result = cases.run_ring(case, inputs, num_shards=8, implementation=implementation, unroll=unroll)
+    num_shards = 8 if implementation == "xla" else 4
+    result = cases.run_ring(case, inputs, num_shards=num_shards, implementation=implementation, unroll=unroll)
     cases.assert_matches(case, inputs, result)
 
 
@@ -130,7 +161,8 @@ def test_sixteen_bit_gradients_on_the_wire(implementation: str) -> None:
     case = cases.BY_NAME["causal_gqa"]
     inputs = cases.make_inputs(case, jnp.bfloat16)
     truth = cases.run_oracle(case, inputs)
-    run = functools.partial(cases.run_ring, case, inputs, num_shards=4, implementation=implementation)
+    num_shards = min(4, cases.PROFILES[implementation].largest)
+    run = functools.partial(cases.run_ring, case, inputs, num_shards=num_shards, implementation=implementation)
     wide, narrow = run(), run(dkv_dtype="bfloat16")
     for name, want in truth.items():
         if name in ("dkey", "dvalue"):
@@ -158,28 +190,28 @@ def _bfloat16_rms(implementation: str, is_causal: bool, num_shards: int) -> dict
     return {name: cases.errors(result.values[name], truth[name])[1] for name in truth}
 
 
-@everywhere
-@pytest.mark.parametrize("is_causal", [False, True])
+@every("is_causal", (False, True), (True,))
 def test_bfloat16_error_does_not_grow_with_the_ring(implementation: str, is_causal: bool) -> None:
+    largest = 8 if implementation == "xla" else 2
     one = _bfloat16_rms(implementation, is_causal, 1)
-    eight = _bfloat16_rms(implementation, is_causal, 8)
+    many = _bfloat16_rms(implementation, is_causal, largest)
     for name in one:
-        assert eight[name] <= 1.1 * one[name], f"{name}: {eight[name]:.3g} against {one[name]:.3g}"
+        assert many[name] <= 1.1 * one[name], f"{name}: {many[name]:.3g} against {one[name]:.3g}"
 
 
-@everywhere
-@pytest.mark.parametrize("name", ["causal_gqa", "causal_window_sinks", "lengths"])
+@every("name", ("causal_gqa", "causal_window_sinks", "lengths"), ("causal_gqa",))
 def test_same_bits_on_two_runs(implementation: str, name: str) -> None:
     case = cases.BY_NAME[name]
     inputs = cases.make_inputs(case, jnp.bfloat16)
-    program = cases.ring_program(case, layout="zigzag", num_shards=8, implementation=implementation)
-    first, second = (cases.run_ring(case, inputs, layout="zigzag", num_shards=8, program=program) for _ in range(2))
+    ring = dict(layout="zigzag", num_shards=cases.PROFILES[implementation].largest)
+    program = cases.ring_program(case, implementation=implementation, **ring)
+    first, second = (cases.run_ring(case, inputs, program=program, **ring) for _ in range(2))
     for what, value in first.values.items():
         np.testing.assert_array_equal(value, second.values[what], err_msg=what)
 
 
-@everywhere
-def test_extreme_scale(implementation: str) -> None:
+@every("num_shards", (1, 4), (2,))
+def test_extreme_scale(implementation: str, num_shards: int) -> None:
     # Logits of +-1e4: exp overflows unless every merge subtracts the running maximum first.
     case = cases.Case("extreme", 40, 40, 2, 1, 8, 8, is_causal=True, scale=1.0, sinks=True)
     drawn = cases.make_inputs(case)
@@ -188,6 +220,41 @@ def test_extreme_scale(implementation: str) -> None:
     arrays["query"] = arrays["query"] * np.float32(1e4 / np.abs(logits).max())
     arrays["sinks"] = np.array([9e3, -1e4], np.float32)
     inputs = cases.Inputs(arrays, drawn.masks)
-    for num_shards in (1, 4):
-        result = cases.run_ring(case, inputs, num_shards=num_shards, implementation=implementation)
+    result = cases.run_ring(case, inputs, num_shards=num_shards, implementation=implementation)
+    cases.assert_matches(case, inputs, result)
+
+
+@every("scale", (-0.4, 0.0), (-0.4, 0.0, 1e-30))
+def test_scales_that_are_no_ordinary_ones(implementation: str, scale: float) -> None:
+    case = cases.Case("scale", 40, 40, is_causal=True, scale=scale, num_heads=2, segments="one", sinks=True)
+    inputs = cases.make_inputs(case)
+    cases.assert_matches(case, inputs, cases.run_ring(case, inputs, num_shards=1, implementation=implementation))
+
+
+def test_head_sizes_and_lengths_that_no_tile_divides() -> None:
+    case = cases.Case("ragged", 37, 45, 6, 2, 20, 12, is_causal=True, sinks=True)
+    inputs = cases.make_inputs(case)
+    for implementation in cases.IMPLEMENTATIONS:
+        blocks = dict(block_q=16, block_kv=32)
+        result = cases.run_ring(case, inputs, num_shards=1, implementation=implementation, **blocks)
         cases.assert_matches(case, inputs, result)
+
+
+# --- kernels of which no interpreter runs all ------------------------------------------------------------------------
+
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+LOWERED = [cell for profile in cases.PROFILES.values() if profile.on_cpu == "lowered"
+           for cell in profiles.matrix(profile, tuple(cases.BY_NAME))]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", LOWERED, ids=in_words)
+def test_lowers_for_a_gpu(cell: profiles.Cell) -> None:
+    """Both passes on stacked shards; what they compute is for tests/test_gpu.py, which has the same features."""
+    case = dataclasses.replace(cases.BY_NAME[cell.feature], head_size=64, value_size=64, query_length=96, key_length=96)
+    inputs = cases.make_inputs(case, jnp.bfloat16)
+    config = ringjax.RingConfig(implementation=cell.implementation)
+    ring = dict(layout=cell.layout, num_shards=cell.num_shards)
+    program, arrays = cases.stacked_program(case, inputs, config, **ring)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        text = program.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "ringjax_forward" in text and "ringjax_backward" in text

@@ -68,7 +68,7 @@ def test_memory_is_of_one_device():
 
 @pytest.mark.slow
 def test_demo_prints_every_part(capsys):
-    assert demo.main(["--devices", "2", "--length", "64"]) == 0
+    assert demo.main(["--devices", "2", "--seq-len", "64"]) == 0
     shown = capsys.readouterr().out
     for part in ("Who holds which block", "dense attention", "Memory a device", "What one device sends"):
         assert part in shown
@@ -78,7 +78,7 @@ def test_demo_prints_every_part(capsys):
     ("arguments", "message"),
     [
         (["--devices", "0"], "--devices must be at least 1. Got 0."),
-        (["--length", "100"], "--length must be a multiple of 16 (2 x devices, the zigzag layout's unit). Got 100."),
+        (["--seq-len", "100"], "--seq-len must be a multiple of 16 (2 x devices, the zigzag layout's unit). Got 100."),
     ],
 )
 def test_demo_refuses(arguments: list[str], message: str, capsys):
@@ -91,7 +91,7 @@ def test_demo_refuses(arguments: list[str], message: str, capsys):
 def test_bench_measures_and_writes(tmp_path, capsys):
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
     docs.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n", encoding="utf-8")
-    small = "cpu --length 64 --heads 2 --head-size 8 --devices 4 --rounds 2".split()
+    small = "cpu --seq-len 64 --heads 2 --head-dim 8 --devices 4 --rounds 2".split()
     assert command.main([*small, "--json", str(figures), "--write-docs", str(docs)]) == 0
     rows = json.loads(figures.read_text(encoding="utf-8"))["rows"]
     expected = {("full", "contiguous")} | {("causal", layout) for layout in command.LAYOUTS}

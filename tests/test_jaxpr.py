@@ -17,7 +17,8 @@ import ringjax
 B, T, N, K, H, HV = 2, 64, 4, 2, 8, 12
 Shape = jax.ShapeDtypeStruct
 
-everywhere = pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
+# What the ring sends does not depend on the kernel: one of XLA's operations, and one that is opaque.
+everywhere = pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 
 
 def shapes(dtype: Any = jnp.bfloat16, length: int = T) -> Any:
@@ -77,7 +78,7 @@ def test_a_full_ring_rotates_once_less_than_it_has_devices(
     implementation: str, num_shards: int, unroll: int | None
 ) -> None:
     attend = attention(num_shards, implementation, config={"unroll": unroll})
-    length = 60 if num_shards == 3 else T  # a multiple of three
+    length = T if T % num_shards == 0 else 60
     arrays = shapes(length=length)
     pair = functools.partial(k_and_v, num_shards, length=length)
 
@@ -140,16 +141,24 @@ def test_given_positions_make_every_hop(implementation: str) -> None:
 
 
 @everywhere
+def test_no_integer_travels_that_a_rank_can_compute(implementation: str) -> None:
+    lengths = np.full(B, T - 3, np.int32)
+    attend = attention(4, implementation, layout="zigzag", is_causal=True, key_value_seq_lengths=lengths)
+    sent_integers = [s for s in jaxprs.collectives(both(attend, shapes())) if np.issubdtype(s.dtype, np.integer)]
+    assert sent_integers == []
+
+
+@everywhere
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_nothing_else_goes_over_the_wire(implementation: str, layout: str) -> None:
-    # Integers: one position and one segment id a key at most. Sums: the gradient of the sinks, N numbers.
+    # Integers: one segment id per key; positions and lengths follow from the rank. Sums: N numbers, of the sinks.
     segments = np.zeros((B, T), np.int32)
     attend = attention(4, implementation, layout=layout, is_causal=True, segment_ids=segments, sinks=True)
     total = jaxprs.collectives(both(attend, shapes()))
     integers = [s for s in total if np.issubdtype(s.dtype, np.integer)]
     assert all(s.primitive.startswith("ppermute") for s in integers)
-    assert all(s.shape in ((1, T // 4), (B, T // 4)) for s in integers)
-    assert sum(s.times for s in integers) <= 2 * 2 * 3
+    assert all(s.shape == (B, T // 4) for s in integers)
+    assert sum(s.times for s in integers) == 2 * 3
     others = [s for s in total if not s.primitive.startswith("ppermute")]
     assert [(s.primitive[:4], s.shape, s.times) for s in others] == [("psum", (N,), 1)]
 

@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("inspect",),
     ("attention",),
     ("sharded",),
+    ("local",),
     ("arguments", "ring"),
     ("kernels",),
     ("schedule",),
@@ -207,3 +208,10 @@ def test_production_code_does_not_patch_itself(path: Path):
     tops = {name.partition(".")[0] for name in imported_modules(path)}
     assert not tops & {"unittest", "pytest", "mock"}
     assert "sys.modules" not in path.read_text(encoding="utf-8")
+
+
+def test_the_registry_has_the_names_that_users_see():
+    from ringjax.config import IMPLEMENTATIONS
+    from ringjax.kernels.choose import BY_NAME
+
+    assert set(BY_NAME) == set(IMPLEMENTATIONS)

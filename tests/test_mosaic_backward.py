@@ -7,12 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from ringjax.kernels.base import KernelParams
+from ringjax.kernels.base import Block, Gradients, KernelParams, Upstream
+from ringjax.kernels.mosaic import backward_common
 from ringjax.kernels.mosaic import kernel as mosaic
-from ringjax.mask import Mask
+from ringjax.layout import Runs
+from ringjax.mask import Mask, Tokens
 
 H100 = AbstractMesh(
     (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
@@ -22,20 +25,40 @@ H100 = AbstractMesh(
 def shapes(size: int = 64, v_size: int = 64, lengths: tuple[int, int] = (256, 256), dtype: Any = jnp.bfloat16) -> Any:
     (t, s), shape = lengths, jax.ShapeDtypeStruct
     wide = functools.partial(shape, dtype=jnp.float32)
-    queries, keys = shape((1, 4, t, size), dtype), shape((1, 2, s, size), dtype)
-    values, dout = shape((1, 2, s, v_size), dtype), shape((1, 4, t, v_size), dtype)
-    return queries, keys, values, dout, wide((1, 4, t)), wide((1, 4, t)), wide((1, 4, t, size))
+    block = Block(
+        q=shape((1, 4, t, size), dtype),
+        k=shape((1, 2, s, size), dtype),
+        v=shape((1, 2, s, v_size), dtype),
+        mask=shape((), jnp.int32),  # see program
+    )
+    return block, Upstream(dout=shape((1, 4, t, v_size), dtype), lse=wide((1, 4, t)), delta=wide((1, 4, t)))
 
 
-def program(mask: str, params: KernelParams) -> Any:
-    def run(q: Any, k: Any, v: Any, dout: Any, lse: Any, delta: Any, dq: Any) -> Any:
-        places = [jnp.arange(x.shape[2], dtype=jnp.int32)[None] for x in (q, k)]
-        what = {
-            "full": Mask(None, None, None, None),
-            "causal": Mask(*places, None, None, right=0),
-            "everything": Mask(*places, *(x // 100 for x in places), left=70, right=0),
-        }[mask]
-        return mosaic.backward(q, k, v, dout, lse, delta, what, params, dq_carry=dq)
+def mask_of(kind: str, start: Any, q_length: int, k_length: int) -> Mask:
+    """``start`` is a traced number."""
+
+    def tokens(length: int) -> Tokens:
+        index = jnp.arange(length, dtype=jnp.int32)[None]
+        runs = lambda count: Runs(  # noqa: E731
+            base=start, step=5 * (length // count), run=length // count, length=length
+        )
+        return {
+            "full": Tokens(),
+            "causal": Tokens(positions=runs(1)),
+            "zigzag": Tokens(positions=runs(2)),
+            "striped": Tokens(positions=runs(length)),
+            "lengths": Tokens(length=jnp.stack([start])),
+            "everything": Tokens(positions=index, segments=index // 100, length=jnp.stack([start])),
+        }[kind]
+
+    bounds = {"full": {}, "lengths": {}, "everything": {"left": 70, "right": 0}, "striped": {"left": 70, "right": 0}}
+    return Mask(queries=tokens(q_length), keys=tokens(k_length), **bounds.get(kind, {"right": 0}))
+
+
+def program(mask: str, params: KernelParams, *, finish: bool = True) -> Any:
+    def run(block: Block, upstream: Upstream, carry: Any) -> Gradients:
+        block = block._replace(mask=mask_of(mask, block.mask, block.q.shape[2], block.k.shape[2]))
+        return mosaic.backward(block, upstream, params, carry, finish=finish)
 
     return run
 
@@ -50,27 +73,53 @@ def lower(run: Any, args: Any) -> str:
     ("mask", "options"),
     [
         ("full", {"size": 128, "v_size": 128}),
+        ("full", {"lengths": (203, 335)}),
         ("causal", {"size": 64, "v_size": 48, "lengths": (203, 335)}),
+        ("zigzag", {"size": 128, "v_size": 128}),
+        ("zigzag", {"lengths": (200, 336)}),
+        ("striped", {"size": 128, "v_size": 64}),
+        ("lengths", {"size": 64, "v_size": 64}),
         ("everything", {"size": 80, "v_size": 128, "dtype": jnp.float16}),
         ("causal", {"size": 256, "v_size": 200}),
     ],
 )
 def test_lowers(mask: str, options: dict[str, Any], deterministic: bool) -> None:
-    args = shapes(**options)
+    block, upstream = shapes(**options)
     params = KernelParams(
-        scale=0.1, logits_soft_cap=20.0 if mask == "everything" else None, deterministic=deterministic
+        scale={"lengths": -0.1, "striped": 0.0}.get(mask, 0.1),
+        logits_soft_cap=20.0 if mask == "everything" else None,
+        deterministic=deterministic,
     )
-    fused = not deterministic and options["size"] <= 128
-    text = lower(program(mask, params), args)
+    hop, last = program(mask, params, finish=False), program(mask, params)
+    carry = jax.eval_shape(hop, block, upstream, None).dq
+    t, h = block.q.shape[2:]
+    assert carry.shape == (1, -(-t // 8) * 8, 4, 64 if max(h, block.v.shape[3]) <= 64 else 128 if h < 256 else 256)
+    args = (block, upstream, carry)
+    fused = not deterministic and options.get("size", 64) <= 128
+    text = lower(hop, args)
     assert ("ringjax_backward_queries" in text) is not fused
     assert "output_operand_alias" in text
-    results = jax.eval_shape(program(mask, params), *args)
-    assert [(x.shape, x.dtype) for x in results] == [(x.shape, jnp.float32) for x in args[:3]]
+    assert jax.eval_shape(hop, *args).dq == carry, "the same on every hop"
+    results = jax.eval_shape(last, *args)
+    wanted = [(x.shape, jnp.float32) for x in (block.q, block.k, block.v)]
+    assert [(x.shape, x.dtype) for x in results] == wanted
 
 
 def test_lowers_under_vmap() -> None:
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), shapes())
-    assert "output_operand_alias" in lower(jax.vmap(program("causal", KernelParams(scale=0.1))), args)
+    run = program("causal", KernelParams(scale=0.1), finish=False)
+    args = (*shapes(), jax.eval_shape(run, *shapes(), None).dq)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), args)
+    assert "output_operand_alias" in lower(jax.vmap(run), stacked)
+
+
+def test_a_query_without_keys_has_no_weight() -> None:
+    """exp2(s - inf) = 0, whatever the finite s; what lies beyond the end is left to the predicate."""
+    lse = jnp.array([[[-jnp.inf, 0.0, 3.0]]])
+    rows = backward_common.rows_of(lse, jnp.ones_like(lse), 0.5, 8)
+    assert rows.shape == (1, 1, 2, 8)
+    np.testing.assert_allclose(rows[0, 0, 0, :3], [np.inf, 1.0, 3 / np.log(2) + 1], rtol=1e-6)
+    np.testing.assert_array_equal(rows[0, 0, 1, :3], 1.0)
+    assert jnp.isfinite(rows[..., 3:]).all()
 
 
 @pytest.mark.parametrize(
@@ -78,4 +127,4 @@ def test_lowers_under_vmap() -> None:
 )
 def test_says_what_it_cannot_do(options: dict[str, Any], message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
-        jax.eval_shape(program("full", KernelParams(scale=0.1)), *shapes(**options))
+        jax.eval_shape(program("full", KernelParams(scale=0.1)), *shapes(**options), None)

@@ -12,11 +12,12 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from ringjax._compat import GPU_CONCATENATES
-from ringjax.kernels.base import KernelParams
-from ringjax.kernels.mosaic import common as mosaic_common
+from ringjax.kernels.base import Block, KernelParams
 from ringjax.kernels.mosaic import forward as mosaic_forward
 from ringjax.kernels.mosaic import kernel as mosaic
-from ringjax.mask import Mask
+from ringjax.kernels.mosaic import tiles as mosaic_tiles
+from ringjax.layout import Runs
+from ringjax.mask import Mask, Tokens
 from ringjax.partial import Partial
 
 KIND = "NVIDIA H100 80GB HBM3"
@@ -30,10 +31,14 @@ class Case:
     size: int = 128
     v_size: int = 128
     causal: bool = False
+    runs: int = 1  # per shard: 1 is contiguous, 2 zigzag, more striped; 0: positions are arrays
+    left: int | None = None
     segments: bool = False
+    lengths: bool = False
     carry: bool = False
     finish: bool = True
     sinks: bool = False
+    scale: float = 0.1
     soft_cap: float | None = None
     dtype: Any = jnp.bfloat16
     kv_heads: int = 2
@@ -42,16 +47,33 @@ class Case:
 CASES = {
     "full": Case(),
     "causal": Case(causal=True),
-    "packed": Case(causal=True, segments=True, sinks=True, soft_cap=20.0),
+    "zigzag": Case(causal=True, runs=2),  # a tile of keys has two runs
+    "zigzag, a run in whole tiles": Case(causal=True, runs=2, q_length=512, k_length=512, carry=True, finish=False),
+    "striped window": Case(causal=True, runs=384, left=70),
+    "stripes": Case(causal=True, runs=8, carry=True),
+    "positions as arrays": Case(causal=True, runs=0, left=70),
+    "lengths": Case(lengths=True, scale=-0.1),
+    "packed": Case(causal=True, segments=True, sinks=True, soft_cap=20.0, lengths=True),
     "first hop": Case(finish=False),
     "hop": Case(carry=True, finish=False, causal=True),
     "last hop": Case(carry=True, sinks=True),
     "ragged": Case(q_length=301, k_length=333, causal=True, carry=True, finish=False),
+    "ragged, full": Case(q_length=301, k_length=333, scale=0.0),
     "tiny": Case(q_length=3, k_length=5, causal=True),
     "heads of 64": Case(size=64, v_size=64, segments=True, carry=True),
     "heads of 256": Case(size=256, v_size=256, causal=True, carry=True, finish=False),
     "odd heads": Case(size=96, v_size=40, dtype=jnp.float16, kv_heads=4),
 }
+
+
+def tokens(case: Case, length: int, start: Any, index: Any) -> Tokens:
+    """One side of the mask. ``start`` is a traced number, ``index`` an array along the sequence."""
+    positions = None
+    if case.causal:
+        run = length // (case.runs or 1)
+        positions = Runs(base=start, step=5 * run, run=run, length=length) if case.runs else index
+    count = jnp.stack([start, start + 2]) if case.lengths else None
+    return Tokens(positions=positions, segments=index if case.segments else None, length=count)
 
 
 def carry(case: Case) -> Partial:
@@ -68,6 +90,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
         shape(2, heads, case.q_length, case.size),
         shape(2, case.kv_heads, case.k_length, case.size),
         shape(2, case.kv_heads, case.k_length, case.v_size),
+        shape(dtype=jnp.int32),
         shape(1, case.q_length, dtype=jnp.int32),
         shape(1, case.k_length, dtype=jnp.int32),
         carry(case) if case.carry else None,
@@ -75,12 +98,19 @@ def arguments(case: Case) -> tuple[Any, ...]:
     )
 
 
-def run(case: Case, q: Any, k: Any, v: Any, q_index: Any, kv_index: Any, carry: Any, sinks: Any) -> Any:
-    positions = (q_index, kv_index) if case.causal else (None, None)
-    segments = (q_index, kv_index) if case.segments else (None, None)
-    mask = Mask(*positions, *segments, right=0 if case.causal else None)
-    params = KernelParams(0.1, case.soft_cap, device_kind=KIND)
-    return mosaic.forward(q, k, v, mask, params, carry=carry, finish=case.finish, sinks=sinks)
+def mask_of(case: Case, start: Any, q_index: Any, k_index: Any) -> Mask:
+    return Mask(
+        queries=tokens(case, case.q_length, start, q_index),
+        keys=tokens(case, case.k_length, start, k_index),
+        left=case.left,
+        right=0 if case.causal else None,
+    )
+
+
+def run(case: Case, q: Any, k: Any, v: Any, start: Any, q_index: Any, k_index: Any, carry: Any, sinks: Any) -> Any:
+    params = KernelParams(case.scale, case.soft_cap, device_kind=KIND)
+    block = Block(q=q, k=k, v=v, mask=mask_of(case, start, q_index, k_index), sinks=sinks)
+    return mosaic.forward(block, params, carry, finish=case.finish)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -124,6 +154,16 @@ def test_lowers_under_vmap() -> None:
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_masks_of_a_layout_need_no_array_along_the_sequence() -> None:
+    """What enters the kernel besides q, k, v and the carry: numbers of rows of tiles, and six of the mask."""
+    case = CASES["zigzag, a run in whole tiles"]
+    start, *index = (jnp.zeros(n, jnp.int32) for n in ((), (1, case.q_length), (1, case.k_length)))
+    mask = mask_of(case, start, *index)
+    rule, arrays = mosaic_forward.common.prepare_mask(mask, (case.q_length, case.k_length), (128, 128), rows="queries")
+    assert rule is not None
+    assert [x.shape for x in jax.tree.leaves(arrays)] == [(1, 6), (1, 4, 4)]
+
+
 def test_refuses_float32() -> None:
     case = Case(dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match=r"query.*bfloat16 and float16.*Got float32"):
@@ -143,7 +183,7 @@ def test_refuses_wide_heads() -> None:
 def test_the_carry_comes_by_tma_where_there_is_room(size: int, masked: bool, by_tma: bool) -> None:
     """A hop in the middle of a ring."""
     x = jax.ShapeDtypeStruct((1, 2, 256, size), jnp.bfloat16)
-    positions = jnp.zeros((1, 256), jnp.int32) if masked else None
-    mask = Mask(positions, positions, None, None, right=0 if masked else None)
-    tiles = mosaic_common.forward_tiles(x, x, mask, KernelParams(1.0, device_kind=KIND), whole=False)
+    side = Tokens(positions=Runs(base=0, step=256, run=256, length=256) if masked else None)
+    mask = Mask(queries=side, keys=side, right=0 if masked else None)
+    tiles = mosaic_tiles.forward_tiles(x, x, mask, KernelParams(1.0, device_kind=KIND), whole=False)
     assert mosaic_forward._carry_in_smem(tiles, size, size, True, False) == by_tma

@@ -17,11 +17,12 @@ import oracle
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ringjax.kernels.base import KernelParams
-from ringjax.kernels.mosaic import common as mosaic_common
+from ringjax.kernels.base import Block, KernelParams
 from ringjax.kernels.mosaic import kernel as mosaic
+from ringjax.kernels.mosaic import tiles as mosaic_tiles
 from ringjax.kernels.mosaic.forward_compute import Compute
-from ringjax.mask import Mask
+from ringjax.layout import Runs, as_layout
+from ringjax.mask import Mask, Tokens
 
 pytestmark = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"), reason="JAX's interpreter for GPUs finds races from 0.11 on"
@@ -38,10 +39,17 @@ class Case:
     size: int = 64
     v_size: int = 64
     causal: bool = False
+    window: int | None = None  # how far back a query attends, if causal
+    layout: str = "contiguous"  # of the keys: the queries have the whole sequence
+    as_arrays: bool = False  # positions that the user gives
     segments: bool = False
+    q_present: int | None = None  # the first so many queries and keys of the sequence. None: all
+    k_present: int | None = None
     sinks: bool = False
+    scale: float | None = None
     soft_cap: float | None = None
-    bad_value: int | None = None  # index of a key whose value is NaN
+    bad_value: int | None = None  # position of a key whose value is NaN
+    bad_key: int | None = None  # position of a key that is NaN itself
 
 
 CASES = {
@@ -49,33 +57,54 @@ CASES = {
     # 192 queries a tile: of a last one with fewer, warpgroups without queries read what others write, and drop it.
     "a hop between": Case(q_length=384, blocks=3),
     "causal": Case(causal=True),
+    "zigzag": Case(causal=True, layout="zigzag"),
+    "striped window": Case(causal=True, layout="striped", window=90, scale=-0.2),
+    "window": Case(causal=True, window=70, block_length=256, blocks=1),
+    "positions as arrays": Case(causal=True, window=70, as_arrays=True),
+    "lengths": Case(q_present=150, k_present=170),
+    "zigzag and lengths": Case(causal=True, layout="zigzag", q_present=150, k_present=140, soft_cap=2.0),
     "rows with nothing to visit on the last hop": Case(q_length=512, blocks=4, causal=True, size=128, v_size=128),
     "packed, sinks, cap": Case(causal=True, segments=True, sinks=True, soft_cap=2.0),
     "slots used again": Case(blocks=1, block_length=1024, causal=True),
     "ragged": Case(q_length=200, block_length=136, causal=True),
     "values of another size": Case(v_size=128, causal=True),
     "carry through registers": Case(size=256, v_size=256, causal=True, blocks=3, q_length=128, block_length=64),
-    "a NaN that some attend": Case(causal=True, bad_value=100),
+    "a NaN that some attend to": Case(causal=True, bad_value=100),
+    "NaN that absent queries alone attend to": Case(
+        causal=True, layout="zigzag", bad_value=160, bad_key=160, q_present=150
+    ),
+    "an absent NaN": Case(bad_value=180, bad_key=180, k_present=170),
+    "a NaN among the logits": Case(causal=True, layout="striped", bad_key=99),
 }
 
 
+def tokens(case: Case, runs: Runs, segments: Any, present: int | None) -> Tokens:
+    """One side of the mask of a block."""
+    index = jnp.arange(runs.length, dtype=jnp.int32)
+    return Tokens(
+        positions=None if not case.causal else runs.at(index)[None] if case.as_arrays else runs,
+        segments=segments[:, runs.at(index)] if case.segments else None,
+        length=None if present is None else runs.count_below(jnp.array([present], jnp.int32)),
+    )
+
+
 def run(case: Case, q: Any, k: Any, v: Any, segments: Any, sinks: Any) -> Any:
-    """The hops of one rank, keys in the order of the sequence."""
-    params = KernelParams(case.size**-0.5, case.soft_cap, device_kind="NVIDIA H100", interpret=True)
+    """The hops of one rank, which has all queries."""
+    scale = case.size**-0.5 if case.scale is None else case.scale
+    params = KernelParams(scale, case.soft_cap, device_kind="NVIDIA H100", interpret=True)
+    layout, of_queries = as_layout(case.layout), as_layout("contiguous").runs(jnp.int32(0), case.q_length, 1)
     carry: Any = None
     for hop in range(case.blocks):
-        at = slice(hop * case.block_length, (hop + 1) * case.block_length)
-        k_length = case.blocks * case.block_length
-        q_at, kv_at = (jnp.arange(n, dtype=jnp.int32)[None] for n in (case.q_length, k_length))
+        runs = layout.runs(jnp.int32(hop), case.block_length, case.blocks)
+        at = runs.at(jnp.arange(case.block_length, dtype=jnp.int32))
         mask = Mask(
-            *((q_at, kv_at[:, at]) if case.causal else (None, None)),
-            *((segments[0], segments[1][:, at]) if case.segments else (None, None)),
+            queries=tokens(case, of_queries, segments and segments[0], case.q_present),
+            keys=tokens(case, runs, segments and segments[1], case.k_present),
+            left=case.window,
             right=0 if case.causal else None,
         )
-        last = hop == case.blocks - 1
-        carry = mosaic.forward(
-            q, k[:, :, at], v[:, :, at], mask, params, carry=carry, finish=last, sinks=sinks if last else None
-        )
+        block = Block(q=q, k=k[:, :, at], v=v[:, :, at], mask=mask, sinks=sinks)
+        carry = mosaic.forward(block, params, carry, finish=hop == case.blocks - 1)
     return carry
 
 
@@ -98,6 +127,8 @@ def draw(case: Case) -> tuple[np.ndarray, ...]:
     )
     if case.bad_value is not None:
         v[0, case.bad_value, 0, 3] = np.nan
+    if case.bad_key is not None:
+        k[0, case.bad_key, 0, 3] = np.nan
     return q, k, v, rng.standard_normal(2).astype(np.float32)
 
 
@@ -106,12 +137,17 @@ def test_matches_the_oracle_without_races(
     name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     case = CASES[name]
-    monkeypatch.setattr(mosaic_common, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", 2)
     q, k, v, sinks = draw(case)
-    segments = tuple(np.sort(np.arange(n) * 3 // n)[None].astype(np.int32) for n in (q.shape[1], k.shape[1]))
-    options: dict[str, Any] = {"is_causal": case.causal, "logits_soft_cap": case.soft_cap}
+    segments = tuple(jnp.arange(n, dtype=jnp.int32)[None] * 3 // n for n in (q.shape[1], k.shape[1]))
+    options: dict[str, Any] = {"is_causal": case.causal, "logits_soft_cap": case.soft_cap, "scale": case.scale}
+    if case.window is not None:
+        options["local_window_size"] = (case.window, 0)
     if case.segments:
-        options["segment_ids"] = segments
+        options["segment_ids"] = tuple(np.asarray(x) for x in segments)
+    for name, present in (("query_seq_lengths", case.q_present), ("key_value_seq_lengths", case.k_present)):
+        if present is not None:
+            options[name] = np.array([present])
     wide = [np.nan_to_num(x.astype(np.float64)) for x in (q, k, v)]
     want, want_lse = oracle.forward(*wide, sinks=sinks.astype(np.float64) if case.sinks else None, **options)
 
@@ -121,12 +157,20 @@ def test_matches_the_oracle_without_races(
         out, lse = jax.block_until_ready(program(*head_major))
     assert RACE not in capfd.readouterr().out
     got = np.asarray(jnp.swapaxes(out, 1, 2)).astype(np.float64)
-    np.testing.assert_allclose(np.asarray(jnp.swapaxes(lse, 1, 2)), want_lse, atol=1e-5)
-    if case.bad_value is not None:
-        sees = np.arange(case.q_length) >= case.bad_value
-        assert np.isnan(got[0, sees][..., 3]).all(), "NaN where it is attended"
-        assert np.isfinite(got[0, ~sees]).all(), "and nowhere else"
-        got[0, sees] = want[0, sees]
+    got_lse = np.array(jnp.swapaxes(lse, 1, 2))
+    for bad in (case.bad_value, case.bad_key):
+        if bad is None:
+            continue
+        at = np.arange(case.q_length)
+        present = bad < (case.k_present or k.shape[1])
+        attends = present & (at >= bad) & (at < (case.q_present or case.q_length))
+        assert np.isnan(got[0, attends][..., 3]).all(), "NaN where it is attended to"
+        assert np.isfinite(got[0, ~attends]).all(), "and nowhere else"
+        if bad == case.bad_key:
+            assert np.isnan(got_lse[0, attends]).all()
+            got_lse[0, attends] = want_lse[0, attends]
+        got[0, attends] = want[0, attends]
+    np.testing.assert_allclose(got_lse, want_lse, atol=1e-5)
     np.testing.assert_allclose(got, want, rtol=2**-7, atol=2**-7)  # weights, and the output, rounded to bfloat16
 
 

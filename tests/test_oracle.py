@@ -31,7 +31,7 @@ def problem(case: cases.Case) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def allowed(case: cases.Case, masks: dict[str, Any], b: int, i: int, j: int) -> bool:
-    """Who attends whom, spelt out for one pair."""
+    """Who attends to whom, spelt out for one pair."""
     first, second = lambda x: x[0] if isinstance(x, tuple) else x, lambda x: x[1] if isinstance(x, tuple) else x
     positions = masks.get("positions")
     at_q = i if positions is None else int(first(positions)[b, i])

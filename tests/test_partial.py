@@ -46,6 +46,17 @@ def truth(logits: np.ndarray, values: np.ndarray, sinks: np.ndarray | None = Non
     return weight / total @ values, (top + np.log(total))[..., 0]
 
 
+def test_a_sink_of_minus_infinity_is_no_sink() -> None:
+    # Over no keys the maximum times a factor may have overflown to -inf, too.
+    sinks = jnp.full((N,), -jnp.inf)
+    for top in (partial.NO_LOGIT, -jnp.inf):
+        out, lse = partial.finish(nothing()._replace(max=jnp.full((B, N, T), top)), sinks)
+        assert not jnp.any(out) and jnp.all(lse == -jnp.inf)
+    logits, values = draw(0, 5, 1.0)
+    part = summarise(logits, values)
+    jax.tree.map(np.testing.assert_array_equal, partial.finish(part, sinks), partial.finish(part))
+
+
 @pytest.mark.parametrize("size", [1.0, 1e4, 1e30])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_parts_merge_into_the_whole(size: float, with_sinks: bool) -> None:

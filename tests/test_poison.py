@@ -1,4 +1,4 @@
-"""NaN and Inf in what is masked out reach nothing; in what is attended they reach exactly those who attend it."""
+"""NaN and Inf in what is masked out reach nothing; in what is attended they reach exactly those who attend to it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import numpy as np
 import oracle
 import pytest
 
-everywhere = pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 POISONS = (np.nan, np.inf, -np.inf)
 
-# Masks under which some keys are attended by nobody, for every way of masking a key out.
+# Masks under which some keys are attended by nobody, for every way of masking a key out. Most lengths divide by
+# nothing, so that shards and tiles are padded on either side: padding of the queries attends to nothing either.
 HIDDEN = {
     case.name: case
     for case in (
         cases.Case("lengths", 42, 42, key_lengths=(29, 0), num_heads=2),
         cases.Case("causal", 24, 48, is_causal=True, num_heads=2),
-        cases.Case("causal_window", 24, 48, is_causal=True, window=3, num_heads=2, sinks=True),
-        cases.Case("segments", 43, 47, segments="pair", num_heads=2, soft_cap=2.0),
-        cases.Case("positions", 40, 40, window=2, positions="pair", num_heads=2),
+        cases.Case("causal, padded", 5, 8, is_causal=True, num_heads=2, sinks=True),
+        cases.Case("causal, padded, sizes too", 37, 61, 3, 1, 5, 6, is_causal=True, sinks=True),
+        cases.Case("causal window", 21, 48, is_causal=True, window=3, num_heads=2, sinks=True),
+        cases.Case("window, padded", 45, 83, window=(7, 9), num_heads=2, sinks=True),
+        cases.Case("segments", 43, 47, segments="pair", num_heads=2, soft_cap=2.0, sinks=True),
+        cases.Case("positions", 39, 41, window=2, positions="pair", num_heads=2),
     )
 }
 
@@ -62,53 +65,77 @@ def assert_equal(got: cases.Result, want: cases.Result, only: Any = None) -> Non
         np.testing.assert_allclose(got.values[name], want.values[name], rtol=2e-6, atol=2e-6, err_msg=name)
 
 
-@everywhere
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("name", HIDDEN)
-def test_keys_that_nobody_attends(implementation: str, name: str, layout: str) -> None:
+def on_rings() -> list[Any]:
+    """Every mask in every layout on XLA's kernel, and every mask once on the others."""
+    found = []
+    for implementation in cases.IMPLEMENTATIONS:
+        for number, name in enumerate(HIDDEN):
+            first = number % len(cases.LAYOUTS)
+            order = cases.LAYOUTS[first:] + cases.LAYOUTS[:first]
+            for turn, layout in enumerate(order[: cases.PROFILES[implementation].layouts]):
+                of_four = implementation == "xla" or name == "causal, padded"
+                marks = pytest.mark.breadth if turn else ()
+                found.append(pytest.param(implementation, name, layout, 4 if of_four else 2, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("implementation", "name", "layout", "num_shards"), on_rings())
+def test_keys_that_nobody_attends(implementation: str, name: str, layout: str, num_shards: int) -> None:
     case = HIDDEN[name]
     clean = hide(case, cases.make_inputs(case))
     hidden = ~attended(case, clean).any(axis=1)
     assert hidden.any(axis=1).all() and not hidden.all()
     poisoned = poison(poison(clean, "key", hidden), "value", hidden)
-    program = cases.ring_program(case, layout=layout, num_shards=4, implementation=implementation)
-    run = lambda x: cases.run_ring(case, x, layout=layout, num_shards=4, program=program)  # noqa: E731
+    run = lambda x: cases.run_ring(  # noqa: E731
+        case, x, layout=layout, num_shards=num_shards, implementation=implementation
+    )
     got, want = run(poisoned), run(clean)
     assert_equal(got, want)
+    cases.assert_matches(case, clean, want)
     assert (got.values["dkey"][hidden] == 0).all() and (got.values["dvalue"][hidden] == 0).all()
 
 
-@everywhere
-@pytest.mark.parametrize("num_shards", [1, 8])
+def on_sizes(*of_ring: int) -> Any:
+    """These rings on XLA's kernel, the one of one shard and a small one on the others."""
+    sizes = {name: of_ring if name == "xla" else (1, 2) for name in cases.IMPLEMENTATIONS}
+    return pytest.mark.parametrize(
+        ("implementation", "num_shards"), [(name, size) for name in sizes for size in sizes[name]]
+    )
+
+
+@on_sizes(1, 8)
 def test_queries_beyond_their_length(implementation: str, num_shards: int) -> None:
     # Nobody asks what a query past the end holds; its cotangents are poisoned too.
-    case = cases.Case("queries", 42, 42, query_lengths=(42, 23), is_causal=True, num_heads=2)
+    case = cases.Case("queries", 42, 42, query_lengths=(42, 23), is_causal=True, num_heads=2, sinks=True)
     clean = cases.make_inputs(case)
     beyond = np.arange(42)[None] >= np.array(case.query_lengths)[:, None]
     poisoned = poison(poison(clean, "query", beyond), "dout", beyond)
-    program = cases.ring_program(case, layout="contiguous", num_shards=num_shards, implementation=implementation)
-    run = lambda x: cases.run_ring(case, x, num_shards=num_shards, program=program)  # noqa: E731
+    run = lambda x: cases.run_ring(case, x, num_shards=num_shards, implementation=implementation)  # noqa: E731
     got, want = run(poisoned), run(clean)
     assert_equal(got, want)
     assert (got.values["out"][beyond] == 0).all() and (got.values["dquery"][beyond] == 0).all()
 
 
-@everywhere
+RINGS = [("xla", "contiguous", 1), ("xla", "zigzag", 4), ("xla", "striped", 8)]
+RINGS += [
+    (name, *ring) for name in cases.IMPLEMENTATIONS if name != "xla" for ring in (("contiguous", 1), ("zigzag", 2))
+]
+
+
 @pytest.mark.parametrize("bad", POISONS)
 @pytest.mark.parametrize("name", ["key", "value"])
-@pytest.mark.parametrize(("layout", "num_shards"), [("contiguous", 1), ("zigzag", 4), ("striped", 8)])
+@pytest.mark.parametrize(("implementation", "layout", "num_shards"), RINGS)
 def test_each_query_sees_what_it_attends(
     implementation: str, layout: str, num_shards: int, name: str, bad: float
 ) -> None:
     # One bad key in the middle, causal window: queries before it and beyond the window stay exact.
-    case = cases.Case("query by query", 48, 48, is_causal=True, window=(11, 0), num_heads=2)
+    case = cases.Case("query by query", 46, 46, is_causal=True, window=(11, 0), num_heads=2)
     clean = cases.make_inputs(case)
     arrays = dict(clean.arrays)
     arrays[name] = arrays[name].copy()
     arrays[name][0, 21] = bad
-    program = _programs(case, layout, num_shards, implementation)
     run = lambda x: cases.run_ring(  # noqa: E731
-        case, x, layout=layout, num_shards=num_shards, program=program
+        case, x, layout=layout, num_shards=num_shards, implementation=implementation
     )
     got, want = run(dataclasses.replace(clean, arrays=arrays)), run(clean)
     sees = attended(case, clean)[:, :, 21]
@@ -130,20 +157,8 @@ def test_each_query_sees_what_it_attends(
         np.testing.assert_allclose(got.values[what][1], want.values[what][1], rtol=2e-6, atol=2e-6, err_msg=what)
 
 
-_CACHE: dict[tuple[Any, ...], Any] = {}
-
-
-def _programs(case: cases.Case, layout: str, num_shards: int, implementation: str) -> Any:
-    """Six poisons share each compiled program."""
-    key = (case, layout, num_shards, implementation)
-    if key not in _CACHE:
-        _CACHE[key] = cases.ring_program(case, layout=layout, num_shards=num_shards, implementation=implementation)
-    return _CACHE[key]
-
-
-@everywhere
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("num_shards", [1, 3])
+@on_sizes(1, 3)
 def test_fully_masked_rows(implementation: str, num_shards: int, sinks: bool) -> None:
     case = cases.Case("dead", 30, 30, is_causal=True, query_lengths=(30, 8), key_lengths=(0, 20), sinks=sinks)
     inputs = cases.make_inputs(case)

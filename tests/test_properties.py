@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import cases
@@ -49,23 +48,29 @@ def problems(draw: Any) -> cases.Case:
     )
 
 
+# A kernel and a ring that it runs on; half of them XLA's.
+kernels = st.one_of(
+    st.tuples(st.just("xla"), st.sampled_from((1, 2, 3, 4, 5, 8))),
+    st.tuples(st.sampled_from(cases.IMPLEMENTATIONS), st.sampled_from((1, 2, 3))),
+)
+
+
 @hypothesis.settings(max_examples=24)
 @hypothesis.given(
-    implementation=st.sampled_from(cases.IMPLEMENTATIONS),
+    kernel=kernels,
     case=problems(),
     layout=layouts,
-    num_shards=st.sampled_from((1, 2, 3, 4, 5, 8)),
     blocks=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     seed=st.integers(0, 2**16),
 )
 def test_any_problem(
-    implementation: str,
+    kernel: tuple[str, int],
     case: cases.Case,
     layout: Any,
-    num_shards: int,
     blocks: tuple[int, int],
     seed: int,
 ) -> None:
+    implementation, num_shards = kernel
     inputs = cases.make_inputs(case, seed=seed)
     result = cases.run_ring(
         case,
@@ -98,7 +103,6 @@ MASKED = cases.Case(
 )
 
 
-@functools.cache
 def _masked_program(implementation: str, layout: Any, num_shards: int) -> Any:
     return cases.ring_program(
         MASKED,
@@ -115,8 +119,10 @@ def integers(low: int, high: int, length: int) -> Any:
     return st.tuples(row, row).map(lambda rows: np.array(rows, np.int32))
 
 
-@everywhere
-@pytest.mark.parametrize(("layout", "num_shards"), [("zigzag", 3), ("striped", 4)])
+@pytest.mark.parametrize(
+    ("implementation", "layout", "num_shards"),
+    [("xla", "zigzag", 3), ("xla", "striped", 4), ("pallas_tpu", "zigzag", 3), ("pallas_triton", "striped", 2)],
+)
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(
     segments=st.tuples(integers(-1, 2, 22), integers(-1, 2, 26)),
@@ -160,8 +166,9 @@ def test_any_magnitude(implementation: str, size: float, seed: int) -> None:
         "key_value_seq_lengths": np.array([26, 25], np.int32),
     }
     inputs = cases.Inputs(arrays, masks)
-    program = _masked_program(implementation, "zigzag", 3)
-    result = cases.run_ring(MASKED, inputs, layout="zigzag", num_shards=3, program=program)
+    layout, num_shards = ("striped", 2) if implementation == "pallas_triton" else ("zigzag", 3)
+    program = _masked_program(implementation, layout, num_shards)
+    result = cases.run_ring(MASKED, inputs, layout=layout, num_shards=num_shards, program=program)
     # Backward recomputes p = exp(s - lse): a relative error of eps * |lse| that dense attention does not make.
     lse = result.values["lse"]
     largest = float(np.abs(lse[np.isfinite(lse)]).max())

@@ -83,8 +83,6 @@ def test_a_whole_ring_is_one_strand_of_neighbour_sends(layout: Any, num_shards: 
         assert schedule.strands == (tuple(range(num_shards)),)
         assert schedule.num_rotations == num_shards - 1
         assert [hop.shift for hop in schedule.hops] == [0] + [1] * (num_shards - 1)
-        assert [hop.first for hop in schedule.hops].index(True) == 0
-        assert [hop.last for hop in schedule.hops].index(True) == num_shards - 1
         # The seed's direction: device i sends to i - 1.
         assert schedules.permutation(1, 4) == ((0, 3), (1, 0), (2, 1), (3, 2))
 

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import pytest
 import test_mosaic_forward as mosaic_cases
 import test_triton as triton_cases
-from tables import FULL, KIND, MOSAIC, TRITON, entry, key, mosaic_tiles, triton_tiles
+from tables import CAUSAL, FULL, KIND, MOSAIC, TRITON, entry, key, mosaic_tiles, triton_tiles
 
 import ringjax
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.mosaic import forward as mosaic_forward
 from ringjax.kernels.mosaic import kernel as mosaic
 from ringjax.kernels.tiles import FORMAT
-from ringjax.mask import Mask
 from ringjax.tune import space
 from ringjax.tune.space import Problem
 
@@ -29,24 +28,22 @@ from ringjax.tune.space import Problem
 def test_the_table_goes_before_the_built_in_tiles_and_after_the_configuration(table: Path):
     fixed = mosaic_tiles(block_q=128), triton_tiles("dq", block_kv=16)
     built_in = mosaic_tiles(whole=False), triton_tiles("dq", 64), triton_tiles("dq", dtype=jnp.float32)
-    at = jnp.arange(8)[None]
     tile_table.merge(table, {key("pallas_gpu", "forward"): entry(MOSAIC), key("pallas_triton", "dq"): entry(TRITON)})
     assert mosaic_tiles() == mosaic_tiles(size=100) == MOSAIC
     assert triton_tiles("dq") == triton_tiles("dq", dtype=jnp.float16) == TRITON
     assert (mosaic_tiles(block_q=128), triton_tiles("dq", block_kv=16)) == fixed
     assert (mosaic_tiles(whole=False), triton_tiles("dq", 64), triton_tiles("dq", dtype=jnp.float32)) == built_in
-    assert mosaic_tiles(mask=Mask(at, at, None, None, right=0)) != MOSAIC
+    assert mosaic_tiles(mask=CAUSAL) != MOSAIC
     with tile_table.instead(None):
         assert mosaic_tiles() != MOSAIC
 
 
 def test_every_way_of_calling_has_a_key_of_its_own(table: Path):
-    at = jnp.arange(8)[None]
     ways = [
         ("forward", FULL, True),
-        ("forward, masked", Mask(at, at, None, None, right=0), True),
+        ("forward, masked", CAUSAL, True),
         ("forward, carry", FULL, False),
-        ("forward, carry, masked", Mask(at, at, None, None, right=0), False),
+        ("forward, carry, masked", CAUSAL, False),
     ]
     assert tuple(name for name, *_ in ways) == space.KERNELS["pallas_gpu", "forward"]
     entries = {key("pallas_gpu", name): entry(MOSAIC, group_heads=n + 1) for n, (name, *_) in enumerate(ways)}
@@ -149,9 +146,9 @@ def test_mosaic_picks_the_table_up(table: Path, monkeypatch: pytest.MonkeyPatch)
     used = []
     forward = mosaic_forward.forward
 
-    def spy(q: Any, k: Any, v: Any, mask: Any, params: Any, tiles: Any, **options: Any) -> Any:
+    def spy(block: Any, params: Any, tiles: Any, *rest: Any, **options: Any) -> Any:
         used.append(tiles)
-        return forward(q, k, v, mask, params, tiles, **options)
+        return forward(block, params, tiles, *rest, **options)
 
     monkeypatch.setattr(mosaic.forward_kernel, "forward", spy)
     with tile_table.instead(None):

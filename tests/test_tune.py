@@ -12,21 +12,20 @@ import jax.numpy as jnp
 import pytest
 import test_mosaic_forward as mosaic_cases
 import test_triton as triton_cases
-from tables import FULL, KIND, entry, operand, triton_tiles
+from tables import CAUSAL, FULL, KIND, entry, operand, triton_tiles
 
 from ringjax.kernels import tiles as tile_table
-from ringjax.kernels.base import KernelParams
-from ringjax.kernels.mosaic import common as mosaic_common
-from ringjax.kernels.triton import common as triton_common
-from ringjax.mask import Mask
+from ringjax.kernels.base import Block, KernelParams
+from ringjax.kernels.mosaic import tiles as mosaic_sizes
+from ringjax.kernels.triton import tiles as triton_sizes
 from ringjax.tune import command, space
 from ringjax.tune.space import Problem
 
 # ----------------------------------------------------------------------------------------------------- searching
 
 
-def tiles(block: int) -> triton_common.TileSizes:
-    return triton_common.TileSizes(block, 16, 4, 1)
+def tiles(block: int) -> triton_sizes.TileSizes:
+    return triton_sizes.TileSizes(block, 16, 4, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,12 +261,11 @@ def test_candidates_are_few_and_what_a_call_would_use(table: Path):
             x = operand(8192, problem.head_size, problem.dtype)
             params = KernelParams(1.0, device_kind=KIND)
             if problem.implementation == "pallas_triton":
-                assert triton_common.tile_sizes(problem.kernel, x, x, x, params) == found
+                assert triton_sizes.tile_sizes(problem.kernel, Block(x, x, x, FULL), params) == found
             else:
-                at = jnp.arange(8)[None]
-                mask = Mask(at, at, None, None, right=0) if "masked" in problem.kernel else FULL
+                mask = CAUSAL if "masked" in problem.kernel else FULL
                 whole = "carry" not in problem.kernel
-                assert mosaic_common.forward_tiles(x, x, mask, params, whole=whole) == found
+                assert mosaic_sizes.forward_tiles(x, x, mask, params, whole=whole) == found
 
 
 @pytest.mark.slow
@@ -305,11 +303,11 @@ HOPPER = ("--dry-run", "--device-kind", KIND)
         ((), "needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'"),
         (("--dry-run",), "needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'"),
         (("--device-kind", KIND), "--device-kind needs --dry-run"),
-        ((*HOPPER, "--head-size", "96"), "--head-size"),
+        ((*HOPPER, "--head-dim", "96"), "--head-dim"),
         ((*HOPPER, "--seq-len", "1000"), "--seq-len must be a multiple of 256. Got 1000"),
         ((*HOPPER, "--rounds", "0"), "--rounds must be at least 1. Got 0"),
         ((*HOPPER, "--seconds", "-1"), "--seconds must be at least 0. Got -1"),
-        ((*HOPPER, "--direction", "backward"), "backward kernels of pallas_gpu have nothing to tune"),
+        ((*HOPPER, "--pass", "backward"), "backward kernels of pallas_gpu have nothing to tune"),
         ((*HOPPER, "--implementation", "pallas_gpu", "--dtype", "float32"), "needs --dtype bfloat16 or float16"),
         (
             ("--dry-run", "--device-kind", "NVIDIA A100-SXM4-40GB", "--implementation", "pallas_gpu"),
@@ -328,12 +326,12 @@ def test_the_gpu_at_hand_is_refused_where_it_runs_xla(monkeypatch: pytest.Monkey
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert re.search("an NVIDIA GPU of Ampere or later.*Got 'NVIDIA T4'", refused(capsys, "--dry-run"))
     device.device_kind, device.compute_capability = "NVIDIA L4", "8.9"
-    assert command.main(["--dry-run", "--head-size", "64", "--direction", "forward"]) == 0
+    assert command.main(["--dry-run", "--head-dim", "64", "--pass", "forward"]) == 0
     assert "NVIDIA L4 / pallas_triton / forward / half / 64" in capsys.readouterr().out
 
 
 def test_dry_run_prints_candidates_and_writes_nothing(table: Path, capsys: pytest.CaptureFixture[str]):
-    assert command.main([*HOPPER, "--head-size", "128"]) == 0
+    assert command.main([*HOPPER, "--head-dim", "128"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "pallas_gpu: forward only, its backward kernels have nothing to tune"
     assert [line.split(" / ")[2] for line in said if line.startswith(KIND)] == list(
