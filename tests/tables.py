@@ -1,14 +1,17 @@
 """Entries of a table of tiles, and what tiles the kernels take with it."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from ringjax.kernels.base import Block, KernelParams
 from ringjax.kernels.mosaic import tiles as mosaic
-from ringjax.kernels.tiles import Key
+from ringjax.kernels.tiles import VARIABLE, Key
 from ringjax.kernels.triton import tiles as triton
 from ringjax.layout import Contiguous
 from ringjax.mask import Mask, Tokens
@@ -17,6 +20,14 @@ KIND = "NVIDIA H100 80GB HBM3"
 FULL = Mask()
 _WHOLE = Tokens(positions=Contiguous().runs(0, 8192, 1))
 CAUSAL = Mask(queries=_WHOLE, keys=_WHOLE, right=0)
+
+
+@contextlib.contextmanager
+def no_table() -> Iterator[None]:
+    """Inside, the user has no table: the built-in tiles are used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "")
+        yield
 
 
 def key(implementation: str, kernel: str, size: int = 128, kind: str = KIND) -> Key:

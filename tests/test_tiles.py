@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 import test_mosaic_forward as mosaic_cases
 import test_triton as triton_cases
-from tables import CAUSAL, FULL, KIND, MOSAIC, TRITON, entry, key, mosaic_tiles, triton_tiles
+from tables import CAUSAL, FULL, KIND, MOSAIC, TRITON, entry, key, mosaic_tiles, no_table, triton_tiles
 
 import ringjax
 from ringjax.kernels import tiles as tile_table
@@ -34,7 +34,7 @@ def test_the_table_goes_before_the_built_in_tiles_and_after_the_configuration(ta
     assert (mosaic_tiles(block_q=128), triton_tiles("dq", block_kv=16)) == fixed
     assert (mosaic_tiles(whole=False), triton_tiles("dq", 64), triton_tiles("dq", dtype=jnp.float32)) == built_in
     assert mosaic_tiles(mask=CAUSAL) != MOSAIC
-    with tile_table.instead(None):
+    with no_table():
         assert mosaic_tiles() != MOSAIC
 
 
@@ -100,7 +100,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_table_warns_once_and_the_built_in_tiles_are_used(table: Path, name: str):
-    with tile_table.instead(None):
+    with no_table():
         built_in = mosaic_tiles()
     content, what = BROKEN[name]
     if isinstance(content, bytes):
@@ -151,7 +151,7 @@ def test_mosaic_picks_the_table_up(table: Path, monkeypatch: pytest.MonkeyPatch)
         return forward(block, params, tiles, *rest, **options)
 
     monkeypatch.setattr(mosaic.forward_kernel, "forward", spy)
-    with tile_table.instead(None):
+    with no_table():
         before = lowered_forward(mosaic_cases.run)
     tile_table.merge(table, {key("pallas_gpu", "forward, carry, masked"): entry(MOSAIC)})
     after = lowered_forward(mosaic_cases.run)
@@ -177,7 +177,7 @@ def test_triton_picks_the_table_up(table: Path):
     wanted = [("ringjax_dkv", 28, 2, 4), ("ringjax_dq", 56, 2, 4), ("ringjax_forward", 56, 2, 4)]
     assert launches() == wanted != before
     fixed = ringjax.RingConfig(implementation="pallas_triton", block_q=64, block_kv=64)
-    with tile_table.instead(None):
+    with no_table():
         without = launches(fixed)
     assert launches(fixed) == without
 

@@ -6,13 +6,12 @@ changed. All processes of one job should see the same table. Whatever is wrong w
 built-in tiles and one warning says what. Knows neither JAX nor the kernels: tiles say themselves what cannot be.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -60,16 +59,18 @@ def path() -> Path | None:
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.config")) / "ringjax" / "tiles.json"
 
 
-def chosen(built_in: T, implementation: str, kernel: str, dtype: Any, size: int, device_kind: str) -> T:
-    """The user's tiles for a call whose configuration fixes none, else ``built_in``, a dataclass of the same type."""
-    if _instead:
-        return built_in if _instead[-1] is None else _instead[-1]
+class LookUp(Protocol):
+    """How a kernel comes by its tiles where the configuration fixes none: ``chosen``, or what `ringjax tune` tries."""
+
+    def __call__(self, built_in: T, key: Key) -> T:
+        """Tiles of the type of ``built_in``."""
+        ...
+
+
+def chosen(built_in: T, key: Key) -> T:
+    """The user's tiles, otherwise ``built_in``, a dataclass of the same type."""
     file = path()
-    if file is None:
-        return built_in
-    return _found(
-        file, VARIABLE in os.environ, Key(device_kind, implementation, kernel, dtype_class(dtype), size), built_in
-    )
+    return built_in if file is None else _found(file, VARIABLE in os.environ, key, built_in)
 
 
 def file_with_tiles(device_kind: str, implementation: str, dtype: Any) -> Path | None:
@@ -80,19 +81,6 @@ def file_with_tiles(device_kind: str, implementation: str, dtype: Any) -> Path |
     known = (key.split(" / ") for key in _entries(file, VARIABLE in os.environ))
     wanted = [device_kind, implementation, dtype_class(dtype)]
     return file if any([*key[:2], *key[3:4]] == wanted for key in known) else None
-
-
-_instead: list[Any] = []
-
-
-@contextlib.contextmanager
-def instead(tiles: Any) -> Iterator[None]:
-    """Inside, every lookup gives these tiles; None: the built-in ones. The file is not read."""
-    _instead.append(tiles)
-    try:
-        yield
-    finally:
-        _instead.pop()
 
 
 def forget() -> None:

@@ -1,7 +1,6 @@
 """What `ringjax tune` searches: keys of the table, the tiles worth a try for each, and the calls that are timed."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..kernels import tiles as tile_table
 from ..kernels.base import Block, KernelParams, Upstream
 from ..kernels.mosaic import forward as mosaic_forward
 from ..kernels.mosaic import tiles as mosaic_tiles
@@ -63,29 +61,30 @@ class Problem:
     def candidates(self) -> list[Any]:
         """Tiles worth a try, the built-in ones first. Each is what the kernel would use if the table said so."""
         built_in = self.built_in()
-        options = _mosaic_options(self) if self.implementation == "pallas_gpu" else _triton_options(self, built_in)
+        if self.implementation == "pallas_gpu":
+            options = mosaic_tiles.candidates(self.kernel, self.head_size)
+        else:
+            options = triton_tiles.candidates(self.kernel, self.head_size, self.dtype, built_in)
         return [built_in, *(tiles for tiles in options if tiles != built_in and self.accepts(tiles))][:MOST_CANDIDATES]
 
     def refinements(self, best: Any) -> list[Any]:
         """Variations of the best that are not worth a product with all else."""
-        if self.implementation != "pallas_gpu" or best.group_heads:
-            return []
-        return [dataclasses.replace(best, group_heads=n) for n in (4, 16) if n < self.heads]
+        return mosaic_tiles.refinements(best, self.heads) if self.implementation == "pallas_gpu" else []
 
     def accepts(self, tiles: Any) -> bool:
         """Whether a call would use exactly these."""
         return tiles.refusal(self.head_size) is None and self._settled(tiles) == tiles
 
     def _settled(self, tiles: Any) -> Any:
-        """What the kernel makes of tiles in the table: it may shrink them."""
+        """What the kernel makes of tiles in the table, None for its own: it may shrink them."""
         x = jax.ShapeDtypeStruct((1, self.heads, self.length, self.head_size), jnp.dtype(self.dtype))
         x: Any = x
-        with tile_table.instead(tiles):
-            block = Block(q=x, k=x, v=x, mask=self._mask("masked" in self.kernel))
-            if self.implementation == "pallas_triton":
-                return triton_tiles.tile_sizes(self.kernel, block, self.params)
-            whole = "carry" not in self.kernel
-            return mosaic_tiles.forward_tiles(x, x, block.mask, self.params, whole=whole)
+        look_up = lambda built_in, key: built_in if tiles is None else tiles  # noqa: E731
+        block = Block(q=x, k=x, v=x, mask=self._mask("masked" in self.kernel))
+        if self.implementation == "pallas_triton":
+            return triton_tiles.tile_sizes(self.kernel, block, self.params, look_up=look_up)
+        whole = "carry" not in self.kernel
+        return mosaic_tiles.forward_tiles(x, x, block.mask, self.params, whole=whole, look_up=look_up)
 
     def arrays(self) -> tuple[Any, ...]:
         """q, k, v, dout, and a carry: normal numbers, since zeros would run faster than data."""
@@ -138,59 +137,3 @@ class Problem:
             return triton_backward.dq(block, upstream, self.params, tiles, None)
 
         return call, (q, k, v, dout, carry.max)
-
-
-def _mosaic_options(problem: Problem) -> list[Any]:
-    """Those that promise something: all ways to hide waits at the largest tiles that fit, one or two at others."""
-    size, options = problem.head_size, []
-    largest = 64 if size == 256 else 128
-    for compute, block_kv, stages, overlap, turns in itertools.product(
-        (2, 3), (largest, 64), (2, 3), (True, False), ("issued", "logits", "none")
-    ):
-        if turns != "issued" and (block_kv != largest or stages != 2):
-            continue
-        if block_kv != largest and (stages != 3 or not overlap):
-            continue  # small tiles want what hides most
-        for registers in _registers(compute, "masked" in problem.kernel):
-            tiles = mosaic_tiles.TileSizes(compute, block_kv, stages, turns=turns, overlap=overlap, registers=registers)
-            if tiles not in options and _accumulators(tiles, size) <= registers[1]:
-                options.append(tiles)
-    return options
-
-
-def _registers(compute: int, masked: bool) -> list[tuple[int, int]]:
-    """Of loading and multiplying warpgroups: of masked tiles, the former looks through values and needs more."""
-    if compute == 3:
-        return [(32, 160)]
-    return [(24, 240), (40, 232)] if masked else [(24, 240)]
-
-
-def _accumulators(tiles: Any, size: int) -> int:
-    """Registers of a thread for acc, logits, weights of the tile before, and what else there is."""
-    return size // 2 + tiles.block_kv // 2 + (tiles.block_kv // 4 if tiles.overlap else 0) + 24
-
-
-def _triton_options(problem: Problem, built_in: Any) -> list[Any]:
-    """Neighbours of the built-in tiles, the nearest first, whose sums stay in registers."""
-    options = []
-    float32 = dtype_class(problem.dtype) == "float32"
-    blocks, warps = (16, 32, 64, 128, 256), (8,) if float32 else (4, 8)
-    size = problem.head_size
-    for block_q, block_kv, num_warps, num_stages in itertools.product(blocks, blocks, warps, (1, 2, 3, 4)):
-        rows = block_kv if problem.kernel == "dkv" else block_q
-        of_rows, logits = {"forward": (1, 1), "dq": (1, 2), "dkv": (2, 2)}[problem.kernel]
-        sums = of_rows * rows * size + logits * block_q * block_kv
-        if sums > 256 * 32 * num_warps:
-            continue
-        # float32 products are unrolled in full, which the compiler takes minutes over if there are many.
-        if float32 and block_q * block_kv > 2 * built_in.block_q * built_in.block_kv:
-            continue
-        options.append(triton_tiles.TileSizes(block_q, block_kv, num_warps, num_stages))
-    return sorted(filter(problem.accepts, options), key=lambda tiles: _distance(tiles, built_in))
-
-
-def _distance(tiles: Any, other: Any) -> float:
-    """How many doublings and stages lie between the two."""
-    names = ("block_q", "block_kv", "num_warps")
-    doublings = sum(abs(math.log2(getattr(tiles, name) / getattr(other, name))) for name in names)
-    return doublings + abs(tiles.num_stages - other.num_stages)

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from ...mask import Mask
 from .. import tiles as tile_table
 from ..base import KernelParams
+from ..tiles import Key, dtype_class
 
 # Queries that one warpgroup multiplies at a time: the height of a WGMMA.
 WARPGROUP_ROWS = 64
@@ -123,7 +124,9 @@ def head_size(size: int) -> int:
     return min(native for native in HEAD_SIZES if native >= size)
 
 
-def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams, *, whole: bool) -> TileSizes:
+def forward_tiles(
+    q: Array, v: Array, mask: Mask, params: KernelParams, *, whole: bool, look_up: tile_table.LookUp = tile_table.chosen
+) -> TileSizes:
     """Tiles of a forward call: as requested, otherwise of the tables, the user's first. ``whole``: without a carry."""
     size = max(head_size(q.shape[3]), head_size(v.shape[3]))
     tiles = (_FORWARD_FULL if mask.is_full else _FORWARD)[size]
@@ -131,7 +134,7 @@ def forward_tiles(q: Array, v: Array, mask: Mask, params: KernelParams, *, whole
         return dataclasses.replace(tiles, turns="none", overlap=False)  # all that JAX's interpreter can follow
     if params.block_q is None and params.block_kv is None:
         kernel = "forward" + ("" if whole else ", carry") + ("" if mask.is_full else ", masked")
-        return tile_table.chosen(tiles, "pallas_gpu", kernel, q.dtype, size, params.device_kind)
+        return look_up(tiles, Key(params.device_kind, "pallas_gpu", kernel, dtype_class(q.dtype), size))
     if params.block_q is not None:
         if params.block_q not in (128, 192) or (params.block_q == 192 and size == 256):
             raise NotImplementedError(

@@ -1,9 +1,11 @@
-"""Tile sizes of the Triton kernels: tables, what fits, and what a call gets.
+"""Tile sizes of the Triton kernels: tables, what fits, what a call gets, what `ringjax tune` searches.
 
 In Triton everything is a power of two, and at least 16 where it is multiplied.
 """
 
 import dataclasses
+import itertools
+import math
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -11,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from .. import tiles as tile_table
 from ..base import Block, KernelParams
+from ..tiles import Key, dtype_class
 
 _MIN_TILE = 16  # of any side of a product
 
@@ -61,7 +64,9 @@ _SHARED_MEMORY = {
 _LEAST_SHARED_MEMORY = 99 * 1024
 
 
-def tile_sizes(kernel: str, block: Block, params: KernelParams) -> TileSizes:
+def tile_sizes(
+    kernel: str, block: Block, params: KernelParams, *, look_up: tile_table.LookUp = tile_table.chosen
+) -> TileSizes:
     """Tiles of "forward", "dkv" or "dq": as requested or of the tables, the user's first; no larger than needed."""
     q, k, v = block[:3]
     size = max(padded_size(q.shape[3]), padded_size(v.shape[3]))
@@ -69,7 +74,7 @@ def tile_sizes(kernel: str, block: Block, params: KernelParams) -> TileSizes:
     native = min(max(size, 64), 256)
     largest = table[native]
     if params.block_q is None and params.block_kv is None:
-        largest = tile_table.chosen(largest, "pallas_triton", kernel, q.dtype, native, params.device_kind)
+        largest = look_up(largest, Key(params.device_kind, "pallas_triton", kernel, dtype_class(q.dtype), native))
     tiles = dataclasses.replace(
         largest,
         block_q=_block("block_q", q.shape[2], largest.block_q, params),
@@ -124,3 +129,31 @@ def _block(name: str, length: int, largest: int, params: KernelParams) -> int:
 def padded_size(size: int) -> int:
     """A head size as the kernels see it."""
     return max(_MIN_TILE, pl.next_power_of_2(size))
+
+
+# ----------------------------------------------------------------------------------------- what `ringjax tune` searches
+
+
+def candidates(kernel: str, size: int, dtype: str, built_in: TileSizes) -> list[TileSizes]:
+    """Neighbours of the built-in tiles, the nearest first, whose sums stay in registers."""
+    options: list[TileSizes] = []
+    float32 = dtype_class(dtype) == "float32"
+    blocks, warps = (16, 32, 64, 128, 256), (8,) if float32 else (4, 8)
+    for block_q, block_kv, num_warps, num_stages in itertools.product(blocks, blocks, warps, (1, 2, 3, 4)):
+        rows = block_kv if kernel == "dkv" else block_q
+        of_rows, logits = {"forward": (1, 1), "dq": (1, 2), "dkv": (2, 2)}[kernel]
+        sums = of_rows * rows * size + logits * block_q * block_kv
+        if sums > 256 * 32 * num_warps:
+            continue
+        # float32 products are unrolled in full, which the compiler takes minutes over if there are many.
+        if float32 and block_q * block_kv > 2 * built_in.block_q * built_in.block_kv:
+            continue
+        options.append(TileSizes(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages))
+    return sorted(options, key=lambda tiles: _distance(tiles, built_in))
+
+
+def _distance(tiles: TileSizes, other: TileSizes) -> float:
+    """How many doublings and stages lie between the two."""
+    names = ("block_q", "block_kv", "num_warps")
+    doublings = sum(abs(math.log2(getattr(tiles, name) / getattr(other, name))) for name in names)
+    return doublings + abs(tiles.num_stages - other.num_stages)
