@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 
 from .adapters import attention_fn as attention_fn
 from .attention import ring_attention as ring_attention
+from .cache import KVCache as KVCache
+from .cache import cached_attention as cached_attention
 from .config import RingConfig as RingConfig
+from .exchange import merge_over_axis as merge_over_axis
 from .layout import Contiguous as Contiguous
 from .layout import Layout as Layout
 from .layout import Striped as Striped

@@ -82,13 +82,7 @@ def check_arrays(
     """All array arguments, checked and in one form."""
     q, k, v = check_qkv(query, key, value)
     batch, lengths = q.shape[0], (q.shape[1], k.shape[1])
-    if sinks is not None:
-        sinks = _as_array("sinks", sinks)
-        if sinks.shape != (q.shape[2],) or not jnp.issubdtype(sinks.dtype, jnp.floating):
-            raise ValueError(
-                f"sinks must be a floating-point array of shape [N] = ({q.shape[2]},), a logit for every query head. "
-                f"Got {sinks.dtype.name} {sinks.shape}."
-            )
+    sinks = check_sinks(sinks, q.shape[2])
     return Arrays(
         q, k, v, sinks,
         *_pair("positions", positions, batch, lengths, batch_free=True),
@@ -96,6 +90,19 @@ def check_arrays(
         _lengths("query_seq_lengths", query_seq_lengths, batch),
         _lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
     )  # fmt: skip
+
+
+def check_sinks(sinks: Any, heads: int) -> Array | None:
+    """One logit for every query head."""
+    if sinks is None:
+        return None
+    sinks = _as_array("sinks", sinks)
+    if sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(
+            f"sinks must be a floating-point array of shape [N] = ({heads},), a logit for every query head. "
+            f"Got {sinks.dtype.name} {sinks.shape}."
+        )
+    return sinks
 
 
 def _pair(
@@ -115,7 +122,7 @@ def _pair(
     result = []
     for part, side, length in zip(given if pair else (given, given), ("query", "key"), lengths, strict=True):
         label = f"{name} ({side})" if pair else name
-        x = _as_integers(label, part)
+        x = as_integers(label, part)
         shapes = [(batch, length)] + ([(length,)] if batch_free else [])
         if x.shape not in shapes:
             raise ValueError(f"{label} must have shape {' or '.join(map(str, shapes))}. Got {x.shape}.")
@@ -126,7 +133,7 @@ def _pair(
 def _lengths(name: str, given: Any, batch: int) -> Array | None:
     if given is None:
         return None
-    x = _as_integers(name, given)
+    x = as_integers(name, given)
     if x.shape != (batch,):
         raise ValueError(f"{name} must have shape [B] = ({batch},). Got {x.shape}.")
     return x
@@ -139,7 +146,7 @@ def _as_array(name: str, x: Any) -> Array:
         raise ValueError(f"{name} must be an array. Got {type(x).__name__}.") from error
 
 
-def _as_integers(name: str, x: Any) -> Array:
+def as_integers(name: str, x: Any) -> Array:
     """int32. Wider integers are taken where their values can be seen, and fit: a cast would wrap without a word."""
     given = x if isinstance(x, (jax.Array, np.ndarray)) else np.asarray(x)
     if not jnp.issubdtype(given.dtype, jnp.integer):
@@ -154,6 +161,17 @@ def _as_integers(name: str, x: Any) -> Array:
             raise ValueError(f"{name} must fit int32. Got values from {low} to {high}.")
         given = given.astype(np.int32)
     return _as_array(name, given).astype(jnp.int32)
+
+
+def check_axis_name(axis_name: Any) -> str:
+    """The one mesh axis of the sequence."""
+    if isinstance(axis_name, (tuple, list)) and len(axis_name) == 1:
+        axis_name = axis_name[0]
+    if isinstance(axis_name, (tuple, list)) and len(axis_name) == 2:
+        raise NotImplementedError(f"axis_name: two-level rings are not implemented yet. Got {axis_name!r}.")
+    if not isinstance(axis_name, str):
+        raise ValueError(f"axis_name must be the name of a mesh axis. Got {axis_name!r}.")
+    return axis_name
 
 
 def check_window(local_window_size: Any, is_causal: Any) -> tuple[int | None, int | None]:

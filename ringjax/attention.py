@@ -2,17 +2,16 @@
 
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from . import _compat
-from .arguments import Arrays, check_arrays, check_scale, check_soft_cap, check_window
+from .arguments import Arrays, check_arrays, check_axis_name, check_scale, check_soft_cap, check_window
 from .config import RingConfig
-from .kernels.choose import Target, choose, interprets
+from .kernels.choose import choose, interprets
 from .layout import Layout, as_layout
-from .local import Call, attend
-from .sharded import AxisNames, find_mesh, sharded
+from .local import Call, attend, hops_per_iteration, refuse_interpreter
+from .sharded import AxisNames, find_mesh, sharded, target_of
 
 IntPair = Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]]
 
@@ -159,13 +158,13 @@ def ring_attention(
     if not isinstance(return_residual, bool):
         raise ValueError(f"return_residual must be True or False. Got {return_residual!r}.")
     left, right = check_window(local_window_size, is_causal)
-    axis = _check_axis_name(axis_name)
+    axis = check_axis_name(axis_name)
     inside = _compat.axis_is_bound(axis)
     if inside:
         _refuse_outside_arguments(axis, mesh, batch_axis_name, head_axis_name)
     whole_mesh = None if inside else find_mesh(axis, mesh)
     _refuse_symbolic_sizes(arrays, _compat.mesh_size_inside() if whole_mesh is None else whole_mesh.size)
-    target = _target(mesh)
+    target = target_of(mesh)
     largest_head = max(arrays.query.shape[3], arrays.value.shape[3])
     backend = choose(config, target, arrays.query.dtype, largest_head)
     interpreted = backend.interpretable and interprets(config)
@@ -178,56 +177,16 @@ def ring_attention(
         logits_soft_cap=check_soft_cap(logits_soft_cap),
         config=config,
         kernel=backend.load(),
-        unroll=_unroll(config, axis, inside, target.platform),
+        unroll=hops_per_iteration(config, axis, inside, target.platform),
         device_kind=target.device_kind,
         interpreted=interpreted,
     )
     if whole_mesh is None:
-        if interpreted and _compat.checks_varying_axes():
-            raise NotImplementedError(
-                "config.implementation: Pallas' interpreter needs jax.shard_map(..., check_vma=False), or a call "
-                f"outside shard_map. Got {config.implementation!r} interpreted under check_vma=True."
-            )
+        refuse_interpreter(call)
         out, lse = attend(call, arrays)
     else:
         out, lse = sharded(call, arrays, whole_mesh, batch_axis_name, head_axis_name)
     return (out, lse) if return_residual else out
-
-
-def _unroll(config: RingConfig, axis: str, inside: bool, platform: str) -> int:
-    """Hops per iteration of the compiled loop, see RingConfig."""
-    if config.unroll is not None:
-        return config.unroll
-    if inside and axis not in _compat.manual_axes():
-        # An axis of vmap. JAX cannot differentiate, outside the vmap, a custom_vjp rule with a collective in a loop.
-        return jax.lax.axis_size(axis)
-    return 1 if platform == "cpu" else 2
-
-
-def _check_axis_name(axis_name: Any) -> str:
-    if isinstance(axis_name, (tuple, list)) and len(axis_name) == 1:
-        axis_name = axis_name[0]
-    if isinstance(axis_name, (tuple, list)) and len(axis_name) == 2:
-        raise NotImplementedError(f"axis_name: two-level rings are not implemented yet. Got {axis_name!r}.")
-    if not isinstance(axis_name, str):
-        raise ValueError(f"axis_name must be the name of a mesh axis. Got {axis_name!r}.")
-    return axis_name
-
-
-def _target(mesh: Mesh | AbstractMesh | None) -> Target:
-    """What the call is compiled for."""
-    if isinstance(mesh, Mesh) and mesh.devices.size:
-        device: Any = mesh.devices.flat[0]
-    else:
-        context = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
-        device = getattr(context, "abstract_device", None)
-        if device is None or not getattr(device, "platform", None):
-            device = jax.devices()[0]
-    return Target(
-        platform=device.platform,
-        device_kind=device.device_kind,
-        capability=getattr(device, "compute_capability", None),
-    )
 
 
 def _refuse_symbolic_sizes(arrays: Arrays, num_devices: int) -> None:

@@ -30,7 +30,7 @@ class Runs:
     They grow with i. ``base`` and ``step`` may be traced; ``run`` and ``length``, the tokens of the shard, are known.
     """
 
-    base: Any
+    base: Any  # an integer, or [B, 1] where batch rows differ
     step: Any  # at least run
     run: int
     length: int
@@ -45,6 +45,16 @@ class Runs:
             return self.base + index + jnp.where(index >= self.run, self.step - self.run, jnp.int32(0))
         runs = jax.lax.div(index, jnp.int32(self.run)) if isinstance(index, jax.Array) else index // self.run
         return self.base + index + runs * (self.step - self.run)
+
+    def find(self, position: Any) -> Any:
+        """Index of the token at ``position``; ``length`` where it is none of this shard."""
+        ahead = position - self.base
+        index, here = ahead, ahead >= 0
+        if self.run < self.length:
+            whole = jax.lax.div(ahead, jnp.broadcast_to(jnp.asarray(self.step, ahead.dtype), ahead.shape))
+            rest = ahead - whole * self.step
+            index, here = whole * self.run + rest, here & (rest < self.run)
+        return jnp.where(here & (index < self.length), index, self.length)
 
     def count_below(self, position: Any) -> Any:
         """How many tokens of the shard lie before ``position``."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from .kernels.base import Kernel, KernelParams
 from .layout import Layout
 from .mask import Mask, Tokens, Vectors
 from .ring import RingSpec, ring
-from .schedule import plan
+from .schedule import Schedule, plan
 
 _INT32_MAX = 2**31 - 1
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +41,60 @@ class Call:
     key_length: int | None = None
 
 
+def hops_per_iteration(config: RingConfig, axis: str, inside: bool, platform: str) -> int:
+    """Of the compiled loop, see RingConfig.unroll."""
+    if config.unroll is not None:
+        return config.unroll
+    if inside and axis not in _compat.manual_axes():
+        # An axis of vmap. JAX cannot differentiate, outside the vmap, a custom_vjp rule with a collective in a loop.
+        return jax.lax.axis_size(axis)
+    return 1 if platform == "cpu" else 2
+
+
+def refuse_interpreter(call: Call) -> None:
+    """Inside a shard_map: Pallas' interpreter mixes types, JAX 0.10 to 0.12."""
+    if call.interpreted and _compat.checks_varying_axes():
+        raise NotImplementedError(
+            "config.implementation: Pallas' interpreter needs jax.shard_map(..., check_vma=False), or a call "
+            f"outside shard_map. Got {call.config.implementation!r} interpreted under check_vma=True."
+        )
+
+
 def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     """Attention of this rank's queries to the whole sequence: output and log-sum-exp."""
     num_shards = jax.lax.axis_size(call.axis_name)
     q_length, k_length = arrays.query.shape[1], arrays.key.shape[1]
     _check_lengths(call.layout, num_shards, q_length, k_length)
-    # One type for all under check_vma: the gradient of what is replicated is then summed by JAX itself.
-    # An axis of vmap is no mesh axis, and nothing is typed by it.
-    axes = frozenset({call.axis_name}).intersection(_compat.manual_axes() if _compat.checks_varying_axes() else ())
-    axes = axes.union(*(_compat.varying_axes(x) for x in jax.tree.leaves(arrays)))
-    arrays = jax.tree.map(lambda x: _compat.vary_over(x, axes), arrays)
+    arrays, axes = vary_alike(call, arrays)
     # Positions that only the run time knows say nothing of which hops are needed.
     static = call.layout if arrays.q_positions is None else None
+    schedule = plan(
+        num_shards, static, q_length, k_length, left=call.left, right=call.right, direction=call.config.direction
+    )
+    spec = ring_spec(call, schedule)
+    mask = _shard_mask(call, arrays, num_shards, axes)
+    result: Any = ring(spec, arrays.query, arrays.key, arrays.value, arrays.sinks, mask)
+    out, lse = result
+    if mask.queries.length is None or arrays.q_lengths is None:
+        return out, lse
+    # The output of an absent query is 0 whatever the arrays are: its cotangent, even NaN, reaches nothing.
+    present = jnp.arange(q_length, dtype=jnp.int32)[None] < mask.queries.length[:, None]
+    return jnp.where(present[:, :, None, None], out, jax.lax.stop_gradient(out)), lse
+
+
+def vary_alike(call: Call, tree: T) -> tuple[T, frozenset[str]]:
+    """One type for all under check_vma: the gradient of what is replicated is then summed by JAX itself."""
+    # An axis of vmap is no mesh axis, and nothing is typed by it.
+    axes = frozenset({call.axis_name}).intersection(_compat.manual_axes() if _compat.checks_varying_axes() else ())
+    axes = axes.union(*(_compat.varying_axes(x) for x in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: _compat.vary_over(x, axes), tree), axes
+
+
+def ring_spec(call: Call, schedule: Schedule) -> RingSpec:
     config = call.config
-    spec = RingSpec(
+    return RingSpec(
         axis_name=call.axis_name,
-        schedule=plan(
-            num_shards, static, q_length, k_length, left=call.left, right=call.right, direction=config.direction
-        ),
+        schedule=schedule,
         kernel=call.kernel,
         params=KernelParams(
             scale=call.scale,
@@ -71,14 +108,6 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
         unroll=call.unroll,
         dkv_dtype=config.dkv_dtype,
     )
-    mask = _shard_mask(call, arrays, num_shards, axes)
-    result: Any = ring(spec, arrays.query, arrays.key, arrays.value, arrays.sinks, mask)
-    out, lse = result
-    if mask.queries.length is None or arrays.q_lengths is None:
-        return out, lse
-    # The output of an absent query is 0 whatever the arrays are: its cotangent, even NaN, reaches nothing.
-    present = jnp.arange(q_length, dtype=jnp.int32)[None] < mask.queries.length[:, None]
-    return jnp.where(present[:, :, None, None], out, jax.lax.stop_gradient(out)), lse
 
 
 def _check_lengths(layout: Layout, num_shards: int, q_length: int, k_length: int) -> None:

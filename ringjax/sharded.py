@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,27 @@ from jaxtyping import Array
 
 from . import _compat
 from .arguments import Arrays
+from .kernels.choose import Target
 from .layout import Layout, padded_length, ring_runs
 from .local import Call, attend
 
 AxisNames = str | tuple[str, ...]
+
+
+def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
+    """The devices of a mesh; None: those of the context's mesh, otherwise JAX's first."""
+    if isinstance(mesh, Mesh) and mesh.devices.size:
+        device: Any = mesh.devices.flat[0]
+    else:
+        context = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
+        device = getattr(context, "abstract_device", None)
+        if device is None or not getattr(device, "platform", None):
+            device = jax.devices()[0]
+    return Target(
+        platform=device.platform,
+        device_kind=device.device_kind,
+        capability=getattr(device, "compute_capability", None),
+    )
 
 
 def find_mesh(axis: str, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
@@ -91,7 +109,7 @@ def _compiled(
         for name, x in given.items():
             if call.axis_name in by_name[name]:  # by construction axis 1
                 x = _pad_to_ring(x, call.layout, mesh.shape[call.axis_name], mesh)
-            fitted[name] = _reshard(x, by_name[name], mesh)
+            fitted[name] = reshard(x, by_name[name], mesh)
         cut = functools.partial(
             _cut_from_ring,
             length=given["query"].shape[1],
@@ -178,7 +196,7 @@ def _explicit_axes(x: Array, dim: int, mesh: Mesh | AbstractMesh) -> AxisNames |
     return kept[0] if len(kept) == 1 else kept or None
 
 
-def _reshard(x: Array, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Array:
+def reshard(x: Array, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Array:
     """On Explicit axes shard_map takes only what is sharded as it says."""
     if AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(x, NamedSharding(mesh, spec))
@@ -196,7 +214,7 @@ def _whole_sequence(x: Array, mesh: Mesh | AbstractMesh) -> Array:
         spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None, *rest)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
     spec = (*jax.typeof(x).sharding.spec, None, None)
-    return _reshard(x, PartitionSpec(spec[0], None, *spec[2 : x.ndim]), mesh)
+    return reshard(x, PartitionSpec(spec[0], None, *spec[2 : x.ndim]), mesh)
 
 
 def _pad_to_ring(x: Array, layout: Layout, num_shards: int, mesh: Mesh | AbstractMesh) -> Array:

@@ -19,12 +19,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("nnx", "linen"),
     ("layers",),
-    ("adapters",),
+    ("adapters", "cache"),
     ("inspect",),
     ("attention",),
     ("sharded",),
+    ("cached",),
     ("local",),
-    ("arguments", "ring"),
+    ("arguments", "ring", "exchange"),
     ("kernels",),
     ("schedule",),
     ("mask", "partial"),
@@ -152,10 +153,12 @@ PRIMITIVE = [path for path in SOURCES if room_of(path) == "" or FLOOR.get(room_o
 
 
 @pytest.mark.parametrize("path", PRIMITIVE, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_only_the_ring_communicates(path: Path):
+def test_only_the_ring_and_the_exchange_communicate(path: Path):
     used = names_used(path) & COLLECTIVES
     if path.name == "ring.py":
-        assert "ppermute" in used
+        assert used == {"ppermute"}
+    elif path.name == "exchange.py":
+        assert used and "ppermute" not in used
     else:
         assert not used
 

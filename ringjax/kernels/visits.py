@@ -150,7 +150,7 @@ def _position_extents(side: _Side, axis: int) -> tuple[Array, Array]:
         return _extents(positions, side, axis)
     first = jnp.arange(side.num_tiles, dtype=jnp.int32) * side.block
     last = jnp.minimum(first + side.block, side.length) - 1
-    lowest, highest = (jnp.expand_dims(positions.at(x)[None], axis) for x in (first, last))
+    lowest, highest = (jnp.expand_dims(positions.at(x[None]), axis) for x in (first, last))
     return lowest, highest
 
 
