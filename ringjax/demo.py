@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +20,7 @@ from ringjax import units
 from ringjax.layout import as_layout
 from ringjax.schedule import plan
 from ringjax.simulate import simulate_cpu_devices
+from ringjax.usage import UsageError, check_at_least_one
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64
@@ -272,30 +271,25 @@ def show_traffic(console: Console, mesh: Mesh, length: int) -> None:
     console.print(table)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`ringjax demo [--devices 8] [--seq-len 2048]`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="ringjax demo", description="Shows on simulated devices what the ring does.")
-    parser.add_argument("--devices", type=int, default=8, help="simulated devices on the ring (default %(default)s)")
-    parser.add_argument(
-        "--seq-len", dest="length", type=int, default=2048, help="sequence length (default %(default)s)"
-    )
-    options = parser.parse_args(argv)
-    if options.devices < 1:
-        parser.error(f"--devices must be at least 1. Got {options.devices}.")
-    if options.length < 1 or options.length % (2 * options.devices):
-        parser.error(
-            f"--seq-len must be a multiple of {2 * options.devices} (2 x devices, the zigzag layout's unit). "
-            f"Got {options.length}."
+def show(*, num_devices: int, length: int) -> None:
+    """`ringjax demo`: prints every part.
+
+    Args:
+      num_devices: simulated devices on the ring.
+      length: tokens of the sequence.
+
+    Raises:
+      UsageError: for sizes that do not fit.
+    """
+    check_at_least_one(devices=num_devices)
+    if length < 1 or length % (2 * num_devices):
+        raise UsageError(
+            f"--seq-len must be a multiple of {2 * num_devices} (2 x devices, the zigzag layout's unit). Got {length}."
         )
-    devices = simulate_cpu_devices(options.devices)
+    devices = simulate_cpu_devices(num_devices)
     mesh = Mesh(np.asarray(devices), ("sp",))
     console = Console()
-    show_hops(console, options.devices)
-    show_agreement(console, mesh, options.length)
-    show_memory(console, devices, 8 * options.length)  # long enough for a shard to outweigh a kernel's tiles
-    show_traffic(console, mesh, options.length)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    show_hops(console, num_devices)
+    show_agreement(console, mesh, length)
+    show_memory(console, devices, 8 * length)  # long enough for a shard to outweigh a kernel's tiles
+    show_traffic(console, mesh, length)

@@ -5,19 +5,26 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
-from ringjax.bench import command, gpu
+from ringjax.bench import gpu
+from ringjax.cli import app
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.tiles import Key
 
-SMALL = ["gpu", "--shape", "1,256,4,2,16", "--dtype", "float32", "--implementation", "xla", "--reference", "xla"]
+SMALL = ["--shape", "1,256,4,2,16", "--dtype", "float32", "--implementation", "xla", "--reference", "xla"]
 SMALL += ["--rounds", "2", "--ceiling", "64", "--num-shards", "4"]
 
 
-def test_command_measures_everything_and_writes_it(tmp_path, capsys):
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", "gpu", *map(str, arguments)])
+
+
+def test_command_measures_everything_and_writes_it(tmp_path):
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
     docs.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n", encoding="utf-8")
-    assert command.main([*SMALL, "--write-docs", str(docs), "--json", str(figures)]) == 0
+    result = invoke(*SMALL, "--write-docs", docs, "--json", figures)
+    assert result.exit_code == 0, result.output
     record = json.loads(figures.read_text(encoding="utf-8"))
     kinds = [(row["mask"], row["direction"]) for row in record["rows"]]
     assert kinds[:4] == [(mask, direction) for mask in ("full", "causal") for direction in gpu.PASSES]
@@ -27,13 +34,10 @@ def test_command_measures_everything_and_writes_it(tmp_path, capsys):
     text = docs.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.count("| 1 x 256 x 4/2 x 16") == 7 and "fwd: median" in text and "C = 4" in text
-    said = capsys.readouterr().out
-    assert "4 blocks / one call" in said and "tiles of" not in said
+    assert "4 blocks / one call" in result.stdout and "tiles of" not in result.stdout
 
 
-def test_the_title_names_the_table_of_tiles_that_are_used(
-    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_the_title_names_the_table_of_tiles_that_are_used(table: Path, monkeypatch: pytest.MonkeyPatch):
     zigzag = gpu.Measurement((), lambda times: {"slowest_over_mean": 1.0, "sum_over_one_call": 1.0})
     monkeypatch.setattr(gpu, "compile_measurements", lambda measurements: [zigzag])
     monkeypatch.setattr(gpu, "in_turns", lambda programs, rounds: [[1.0] * rounds for _ in programs])
@@ -42,8 +46,7 @@ def test_the_title_names_the_table_of_tiles_that_are_used(
     for key in (here, dataclasses.replace(here, device_kind="another")):
         table.unlink(missing_ok=True)
         tile_table.merge(table, {key: {}})
-        assert command.main([*SMALL, "--json", str(figures)]) == 0
-        title = capsys.readouterr().out.splitlines()[0]
+        title = invoke(*SMALL, "--json", figures).stdout.splitlines()[0]
         assert title.endswith(f"TFLOP/s; tiles of {table}" if key == here else "TFLOP/s")
         assert json.loads(figures.read_text(encoding="utf-8"))["title"] == title
 
@@ -59,15 +62,22 @@ def test_ratios_are_of_rounds_and_work_is_counted():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "needs an NVIDIA GPU"),
-        ([*SMALL[1:], "--shape", "1,100,1,1,8"], "T must be a multiple of 8"),
-        (["--shape", "1,2,3"], "invalid shape"),
-        (["--shape", "1,256,3,2,16"], "invalid shape"),
-        ([*SMALL[1:], "--rounds", "0"], "--rounds must be at least 1"),
-        ([*SMALL[1:], "--write-docs", "absent.md"], "--write-docs: path must be a file"),
+        ([], "needs an NVIDIA GPU, or --implementation xla --reference xla. Got platform 'cpu'."),
+        (
+            [*SMALL, "--shape", "1,100,1,1,8"],
+            "--shape: T must be a multiple of 8, and at least 32. Got 1 x 100 x 1 x 8.",
+        ),
+        (["--shape", "1,2,3"], "--shape must be B,T,N,K,H: five positive integers, N a multiple of K. Got '1,2,3'."),
+        (["--shape", "1,256,3,2,16"], "N a multiple of K. Got '1,256,3,2,16'."),
+        (["--shape", "1,256,x,2,16"], "N a multiple of K. Got '1,256,x,2,16'."),
+        ([*SMALL, "--rounds", "0"], "--rounds must be at least 1. Got 0."),
+        ([*SMALL, "--num-shards", "0"], "--num-shards must be at least 1. Got 0."),
+        ([*SMALL, "--write-docs", "absent.md"], "--write-docs: path must be a file"),
+        ([*SMALL, "--json", "absent/x.json"], "--json must be a file in a directory that exists. Got absent/x.json."),
     ],
 )
-def test_command_refuses(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["gpu", *arguments])
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_command_refuses(arguments, message):
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from tpu import needs_libtpu
+from typer.testing import CliRunner
 
-from ringjax.bench import command, tpu
+from ringjax.bench import tpu
 from ringjax.bench.static_cycles import Built, Estimate, Recipe, _last_words, estimate
+from ringjax.cli import app
 
 KEYS = [(generation, direction) for generation in tpu.TOPOLOGIES for direction in tpu.PASSES]
 # The tiles of splash's backward pass that are best by docs/performance.md. Ours is compared with this pass alone, and
@@ -163,12 +165,13 @@ def _fake_estimates(recipes, *, timeout, progress):
     return found
 
 
-def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
+def test_command_writes_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(tpu, "estimate", _fake_estimates)
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
     docs.write_text(f"before\n{tpu.BEGIN}\nold\n{tpu.END}\nafter\n", encoding="utf-8")
-    small = ["tpu-static", "--generation", "v5e", "--head-dim", "128", "--pass", "backward"]
-    assert command.main([*small, "--write-docs", str(docs), "--json", str(figures)]) == 0
+    small = ["bench", "tpu-static", "--generation", "v5e", "--head-dim", "128", "--pass", "backward"]
+    result = CliRunner().invoke(app, [*small, "--write-docs", str(docs), "--json", str(figures)])
+    assert result.exit_code == 0, result.output
     text = docs.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("| v5e")]
@@ -176,14 +179,20 @@ def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
     assert len(cells) == len(tpu.COLUMNS)
     assert cells[3:5] == ["163,840", "100"] and cells[6].startswith("200 (fused ") and cells[-1] == "0.500"
     assert '"ringjax": 100' in figures.read_text(encoding="utf-8")
-    assert "0.500" in capsys.readouterr().out
+    assert "0.500" in result.stdout
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--seq-len", "0"], ["--seq-len", "100"], ["--head-dim", "0"], ["--timeout", "0"], ["--write-docs", "absent.md"]],
+    ("arguments", "message"),
+    [
+        (["--seq-len", "0"], "--seq-len must be positive. Got 0."),
+        (["--seq-len", "100"], "--seq-len must be a multiple of 128. Got 100."),
+        (["--head-dim", "0"], "--head-dim must be positive. Got 0."),
+        (["--timeout", "0"], "--timeout must be positive. Got 0.0."),
+        (["--write-docs", "absent.md"], "--write-docs: path must be a file"),
+    ],
 )
-def test_command_refuses(arguments: list[str], capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["tpu-static", *arguments])
-    assert "error" in capsys.readouterr().err
+def test_command_refuses(arguments: list[str], message: str):
+    result = CliRunner().invoke(app, ["bench", "tpu-static", *arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}")

@@ -1,26 +1,112 @@
 """The command line: what it passes on, how it refuses, and that JAX waits for the configuration."""
 
-import importlib
 import re
+import subprocess
+import sys
+import typing
+from typing import Any
 
 import pytest
 import tiny_run
-from typer.testing import CliRunner
+import typer
+from typer.testing import CliRunner, Result
 
 import ringjax
-from ringjax.cli import app
+from ringjax import cli
+from ringjax.bench import cpu, gpu, tpu
+from ringjax.cli import app, options
+from ringjax.config import DKV_DTYPES, IMPLEMENTATIONS
+from ringjax.inspect.program import DEVICE_ORDERS, DTYPES
+from ringjax.tune import space
 
 ROOT = tiny_run.ROOT
+COMMANDS = ["train", "demo", "bench cpu", "bench gpu", "bench tpu-static", "tune", "inspect"]
 
 
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
+
+
+def words(text: str) -> str:
+    """Without colours, frames and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+def command_of(name: str) -> Any:
+    found: Any = typer.main.get_command(app)
+    for part in name.split():
+        found = found.commands[part]
+    return found
 
 
 def test_help_names_the_commands():
-    result = invoke("--help")
+    """Each in one line that is not cut off."""
+    for group, names in ((), ["train", "demo", "bench", "tune", "inspect"]), (("bench",), ["cpu", "gpu", "tpu-static"]):
+        result = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"})
+        assert result.exit_code == 0
+        rows = [words(line) for line in result.output.partition("Commands")[2].splitlines()]
+        rows = [row for row in rows if row]
+        assert [row.split()[0] for row in rows] == names
+        assert all(len(row.split()) > 4 and row.endswith(".") for row in rows), rows
+
+
+@pytest.mark.parametrize("command", ["bench", *COMMANDS])
+def test_every_command_has_the_same_help(command: str):
+    result = invoke(*command.split(), "--help")
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("train", "demo", "bench", "tune"))
+    assert result.output.split("Usage: ")[1].startswith(f"ringjax {command} [OPTIONS]")
+    assert "─ Options ─" in result.output and "Show this message and exit." in result.output
+    said = words(result.output)
+    for option in command_of(command).params:
+        assert option.opts[0] in said and option.help and option.help.endswith((".", ")"))
+
+
+@pytest.mark.parametrize("command", ["bench", *COMMANDS])
+@pytest.mark.parametrize("wrong", ["--sequence-length", "--quiet"])
+def test_an_unknown_flag_is_reported_before_missing_ones(command: str, wrong: str):
+    result = invoke(*command.split(), wrong, "8")
+    assert (result.exit_code, result.stdout) == (2, "")
+    said = words(result.stderr)
+    assert f"No such option: {wrong}" in said and "Missing" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "near"),
+    [
+        ("inspect", "--seq-length", "--seq-len"),
+        ("inspect", "--num-heads", "--heads"),
+        ("train", "--dry-ran", "--dry-run"),
+        ("bench cpu", "--device", "--devices"),
+        ("tune", "--head-size", "--head-dim"),
+    ],
+)
+def test_an_unknown_flag_comes_with_the_nearest_one(command: str, wrong: str, near: str):
+    said = words(invoke(*command.split(), wrong, "8").stderr)
+    assert re.search(f"No such option: {wrong}.*{near}", said)
+
+
+def test_missing_flags_are_named():
+    assert "Missing option '--topology'" in words(invoke("inspect").stderr)
+    assert "Missing argument" in words(invoke("train").stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("inspect", "--dtype", "int8"), ("'--dtype'", "'int8'", "'bfloat16'")),
+        (("bench", "cpu", "--pass", "fwd"), ("'--pass'", "'fwd'", "'forward'", "'backward'")),
+        (("tune", "--pass", "both"), ("'--pass'", "'both'", "'forward'", "'backward'")),
+        (("demo", "--devices", "many"), ("'--devices': must be an integer. Got 'many'.",)),
+        (("inspect", "--timeout", "long"), ("'--timeout': must be a number. Got 'long'.",)),
+        (("bench", "tpu"), ("'tpu'",)),
+        (("watch",), ("'watch'",)),
+    ],
+)
+def test_wrong_words_are_refused(arguments: tuple[str, ...], parts: tuple[str, ...]):
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    said = words(result.stderr)
+    assert all(part in said for part in parts) and "Traceback" not in said
 
 
 def test_bad_keys_are_one_line_each_and_nothing_is_written(tmp_path):
@@ -48,16 +134,6 @@ def test_missing_text_is_an_error(tmp_path, monkeypatch):
     result = invoke("train", config, "--set", 'data.paths=["no/such/file"]')
     assert result.exit_code == 2
     assert result.stderr.startswith("error: data.paths: each entry must match at least one file. Got 'no/such/file'")
-
-
-@pytest.mark.parametrize("command", ["demo", "bench", "tune"])
-def test_other_commands_get_their_arguments_untouched(monkeypatch, command):
-    module = importlib.import_module(f"ringjax.{command}" + ("" if command == "demo" else ".command"))
-    got = []
-    monkeypatch.setattr(module, "main", lambda argv: got.append(list(argv)) or 7)
-    result = invoke(command, "cpu", "--help", "--rounds", "3", "-x")
-    assert result.exit_code == 7
-    assert got == [["cpu", "--help", "--rounds", "3", "-x"]]
 
 
 def test_dry_run_says_what_a_step_takes(tmp_path):
@@ -119,16 +195,86 @@ def test_a_key_by_its_initials_is_understood(tmp_path):
 def test_tune_without_a_gpu_says_so_and_nothing_else():
     status, said = tiny_run.run("tune")
     assert status == 2
-    *usage, last = said.splitlines()
-    assert usage[0].startswith("usage: ringjax tune") and all(line.startswith((" ", "usage")) for line in usage)
-    assert last == "ringjax tune: error: needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'."
+    assert said == "error: needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'.\n"
 
 
-@pytest.mark.parametrize("command", [("demo",), ("bench", "cpu"), ("bench", "gpu"), ("bench", "tpu-static"), ("tune",)])
-def test_one_name_for_one_thing(capsys, command):
-    name, *rest = command
-    module = importlib.import_module(f"ringjax.{name}" + ("" if name == "demo" else ".command"))
-    with pytest.raises(SystemExit):
-        module.main([*rest, "--help"])
-    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    assert not flags & {"--length", "--head-size", "--direction", "--num-devices"}
+# What a flag is called wherever the thing is one of a command's, and the letter or the words that it takes.
+NAMES = {
+    "--seq-len": "T",
+    "--heads": "N",
+    "--kv-heads": "K",
+    "--head-dim": "H",
+    "--value-head-dim": "Hv",
+    "--devices": "C",
+    "--ring": "C",
+    "--rounds": "R",
+    "--timeout": "S",
+    "--dtype": options.DtypeName,
+    "--layout": options.LayoutName,
+    "--pass": options.PassName,
+}
+
+
+def leaves(kind: Any) -> set[Any]:
+    """The types that one is made of: of `list[int] | None`, int and None's."""
+    return set().union(*map(leaves, typing.get_args(kind))) or {kind}
+
+
+FUNCTIONS: dict[str, Any] = {
+    "train": cli.train.train,
+    "demo": cli.demo.demo,
+    "bench cpu": cli.bench.cpu,
+    "bench gpu": cli.bench.gpu,
+    "bench tpu-static": cli.bench.tpu_static,
+    "tune": cli.tune.tune,
+    "inspect": cli.inspect.inspect,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_name_for_one_thing(command: str):
+    others = "length head-size direction backward num-devices sequence-length num-heads"
+    hints = typing.get_type_hints(FUNCTIONS[command], include_extras=True)
+    seen = set()
+    for option in command_of(command).params:
+        if option.name not in hints:
+            continue  # --help
+        flag, hint = option.opts[0], hints[option.name]
+        kinds = leaves(hint.__origin__)
+        seen.add(option.name)
+        assert flag not in {f"--{other}" for other in others.split()}
+        expected = NAMES.get(flag)
+        if isinstance(expected, str):
+            assert option.metavar == expected, flag
+        elif expected is not None:
+            assert expected in kinds, flag
+        if kinds & {int, float}:
+            assert hint.__metadata__[0].parser is not None, f"{flag} would not say what was given"
+    assert seen == set(hints) - {"return"}
+
+
+def test_words_are_those_of_the_library():
+    """They are declared without importing JAX, and must not drift."""
+
+    def values(choices: type[options.Choice]) -> set[str]:
+        return {choice.value for choice in choices}
+
+    assert values(options.DtypeName) == set(DTYPES) == set(DKV_DTYPES)
+    assert values(options.LayoutName) == set(cpu.LAYOUTS)
+    assert values(options.PassName) == set(cpu.PASSES) == set(tpu.PASSES)
+    assert values(cli.inspect.Implementation) == set(IMPLEMENTATIONS)
+    assert values(cli.inspect.DeviceOrder) == set(DEVICE_ORDERS)
+    assert values(cli.bench.Generation) == set(tpu.TOPOLOGIES)
+    assert values(cli.bench.GpuImplementation) == set(IMPLEMENTATIONS) - {"pallas_tpu"}
+    assert values(cli.tune.TunedImplementation) == {implementation for implementation, _ in space.KERNELS}
+    assert f"{options.LayoutName.zigzag!r}" == "'zigzag'", "as messages of the library quote it"
+    assert len(gpu.SHAPES) == 4, "as the help says"
+
+
+def test_a_command_is_imported_when_it_is_called():
+    code = "import sys, ringjax.cli; sys.stdout.write(' '.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "ringjax.cli.bench" in loaded
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("ringjax.")}
+    assert not rooms & {"bench", "demo", "inspect", "tune", "training", "nnx", "linen"}
+    assert not {"flax", "optax", "orbax", "matplotlib", "jax.experimental.pallas"} & set(loaded)

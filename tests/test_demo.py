@@ -6,10 +6,16 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from typer.testing import CliRunner, Result
 
 from ringjax import demo, units
-from ringjax.bench import command
+from ringjax.bench import cpu
+from ringjax.cli import app
 from ringjax.simulate import set_cpu_devices, simulate_cpu_devices
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -67,11 +73,11 @@ def test_memory_is_of_one_device():
 
 
 @pytest.mark.slow
-def test_demo_prints_every_part(capsys):
-    assert demo.main(["--devices", "2", "--seq-len", "64"]) == 0
-    shown = capsys.readouterr().out
+def test_demo_prints_every_part():
+    result = invoke("demo", "--devices", 2, "--seq-len", 64)
+    assert result.exit_code == 0, result.output
     for part in ("Who holds which block", "dense attention", "Memory a device", "What one device sends"):
-        assert part in shown
+        assert part in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -81,49 +87,71 @@ def test_demo_prints_every_part(capsys):
         (["--seq-len", "100"], "--seq-len must be a multiple of 16 (2 x devices, the zigzag layout's unit). Got 100."),
     ],
 )
-def test_demo_refuses(arguments: list[str], message: str, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        demo.main(arguments)
-    assert message in capsys.readouterr().err
+def test_demo_refuses(arguments: list[str], message: str):
+    result = invoke("demo", *arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
 
 
 @pytest.mark.slow
-def test_bench_measures_and_writes(tmp_path, capsys):
+def test_bench_measures_and_writes(tmp_path):
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
-    docs.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n", encoding="utf-8")
-    small = "cpu --seq-len 64 --heads 2 --head-dim 8 --devices 4 --rounds 2".split()
-    assert command.main([*small, "--json", str(figures), "--write-docs", str(docs)]) == 0
+    docs.write_text(f"before\n{cpu.BEGIN}\nold\n{cpu.END}\nafter\n", encoding="utf-8")
+    small = "bench cpu --seq-len 64 --heads 2 --head-dim 8 --devices 4 --rounds 2".split()
+    result = invoke(*small, "--json", figures, "--write-docs", docs)
+    assert result.exit_code == 0, result.output
     rows = json.loads(figures.read_text(encoding="utf-8"))["rows"]
-    expected = {("full", "contiguous")} | {("causal", layout) for layout in command.LAYOUTS}
+    expected = {("full", "contiguous")} | {("causal", layout) for layout in cpu.LAYOUTS}
     assert {(row["mask"], row["layout"]) for row in rows} == expected
     assert len(rows) == 2 * len(expected)
     assert all(row["seconds"] > 0 and row["ratio"] > 0 and 0 < row["difference"] < 1e-5 for row in rows)
     text = docs.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert sum(line.startswith("| fwd") for line in text.splitlines()) == len(rows)
-    assert "ring/dense" in capsys.readouterr().out
+    assert "ring/dense" in result.stdout
 
 
 def test_bench_refuses_a_document_without_markers(tmp_path):
     path = tmp_path / "docs.md"
     path.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="once each"):
-        command.write_docs([], "title", path)
+        cpu.write_docs([], "title", path)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["cpu", "--rounds", "0"], ["cpu", "--devices", "0"], ["cpu", "--write-docs", "absent.md"], ["tpu"]]
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1. Got 0."),
+        (["--devices", "0"], "--devices must be at least 1. Got 0."),
+        (["--head-dim", "-1"], "--head-dim must be at least 1. Got -1."),
+        (["--block-kv", "0"], "--block-kv must be at least 1. Got 0."),
+        (["--seq-len", "100"], "--seq-len must be a multiple of 8 for --layout contiguous on 8 devices. Got 100."),
+        (["--write-docs", "absent.md"], "--write-docs: path must be a file"),
+        (["--json", "absent/x.json"], "--json must be a file in a directory that exists. Got absent/x.json."),
+    ],
 )
-def test_bench_refuses(arguments: list[str], capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command.main(arguments)
-    assert "error" in capsys.readouterr().err
+def test_bench_refuses(arguments: list[str], message: str):
+    result = invoke("bench", "cpu", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.slow
+def test_the_passes_of_a_bench_are_named_as_everywhere(tmp_path):
+    figures = tmp_path / "figures.json"
+    small = "bench cpu --seq-len 16 --heads 1 --head-dim 8 --devices 2 --rounds 1 --mask full --layout zigzag".split()
+    found = []
+    for given in (["forward"], ["backward"], ["backward", "forward"]):
+        result = invoke(*small, "--json", figures, *(part for name in given for part in ("--pass", name)))
+        assert result.exit_code == 0, result.output
+        found.append([row["direction"] for row in json.loads(figures.read_text(encoding="utf-8"))["rows"]])
+    assert found == [["fwd"], ["fwd+bwd"], ["fwd+bwd", "fwd"]]
 
 
 def test_ratio_is_the_median_within_rounds():
-    case = command.Case("ring", "full", "contiguous", "fwd", run=lambda: None, arguments=())
+    case = cpu.Case("ring", "full", "contiguous", "fwd", run=lambda: None, arguments=())
     rounds = [[(1.0, [0.5])], [(10.0, [2.0])], [(1.0, [0.3])]]
-    (row,) = command._rows([(case, [case])], rounds, [1e-7])
+    (row,) = cpu._rows([(case, [case])], rounds, [1e-7])
     assert (row.seconds, row.dense_seconds, row.ratio) == (0.5, 1.0, 0.3)
 
 

@@ -82,7 +82,7 @@ def test_the_version_has_a_place_in_the_changelog():
 def test_the_command_line_is_where_pyproject_says():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, function = project["scripts"]["ringjax"].partition(":")
-    source = (ROOT / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8")
+    source = (ROOT / Path(*module.split(".")) / "__init__.py").read_text(encoding="utf-8")
     assert re.search(rf"^(def {function}\(|{function} = )", source, re.MULTILINE)
 
 

@@ -1,6 +1,7 @@
 """`ringjax inspect` but for the compiler: arguments, floor of memory, counted pairs, report, picture, errors."""
 
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -13,8 +14,8 @@ from typer.testing import CliRunner
 
 from ringjax import inspect as rooms
 from ringjax.cli import app
+from ringjax.inspect import command, cycles, picture, text
 from ringjax.inspect import compile as compiler
-from ringjax.inspect import cycles, picture, text
 from ringjax.inspect.memory import floor_bytes, floor_terms
 from ringjax.inspect.order import Done, Launch, Loop, Start
 from ringjax.inspect.program import Program
@@ -336,19 +337,60 @@ def invoke(*arguments: object):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--topology", "v9:2x2"), "error: topology must be GENERATION:XxY"),
-        (("--ring", 9), "error: ring must be at most 8"),
-        (("--seq-len", 100), "error: seq_len must be a multiple of 16"),
-        (("--picture", "/no/such/place/x.png"), "error: picture must be a file in a directory that exists"),
-        (("--sweep", "4,3"), "error: seq_len must be a multiple of 6"),
-        (("--window", "1,2,3"), "invalid window value"),
-        (("--dtype", "int8"), "invalid choice: 'int8'"),
+        (("--topology", "v9:2x2"), "error: --topology must be GENERATION:XxY"),
+        (("--ring", 9), "error: --ring must be at most 8"),
+        (("--seq-len", 100), "error: --seq-len must be a multiple of 16 for layout 'zigzag' on a ring of 8. Got 100."),
+        (("--kv-heads", 3), "error: --heads must be a multiple of --kv-heads, 3. Got 4."),
+        (("--block-q", 0), "error: RingConfig: --block-q must be a positive integer or None. Got 0."),
+        (("--stripe", 2), "error: --stripe must be 1 unless layout is 'striped'. Got 2 for 'zigzag'."),
+        (("--picture", "/no/such/place/x.png"), "error: --picture must be a file in a directory that exists"),
+        (("--sweep", "4,3"), "error: --seq-len must be a multiple of 6"),
+        (("--sweep", "4,0"), "error: --sweep must be C1,C2,...: numbers of at least 1. Got '4,0'."),
+        (("--sweep", "four"), "error: --sweep must be C1,C2,...: numbers of at least 1. Got 'four'."),
+        (("--window", "1,2,3"), "error: --window must be W, or L,R: numbers of at least 0"),
+        (("--window=-1",), "'none' for L or R. Got '-1'."),
+        (("--window", "none"), "'none' for L or R. Got 'none'."),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message):
     result = invoke(*arguments)
     assert result.exit_code == 2 and result.stdout == ""
-    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("given", "window"), [(None, None), ("8", 8), ("8,0", (8, 0)), ("none,4", (None, 4)), ("3, none", (3, None))]
+)
+def test_windows(given: str | None, window):
+    assert command.parse_window(given) == window
+
+
+def test_the_command_passes_everything_on(monkeypatch):
+    given: dict[str, object] = {}
+
+    def stop(topology: str, **arguments: object) -> None:
+        given.update(arguments, topology=topology)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command, "inspect_ring", stop)
+    flags = "--kv-heads 2 --value-head-dim 64 --batch 3 --ring 4 --dtype float16 --layout striped --stripe 2 --causal"
+    flags += " --window 7,none --segments --pass backward --timeout 5 --implementation xla --block-q 16 --block-kv 32"
+    flags += " --unroll 2 --dkv-dtype bfloat16 --device-order make_mesh --cycles --sweep 2,8"
+    assert invoke(*flags.split()).stderr == "error: enough\n"
+    assert given == {
+        "topology": "v5e:2x4", "seq_len": 16384, "heads": 4, "head_dim": 128, "kv_heads": 2, "value_head_dim": 64,
+        "batch": 3, "ring": 4, "dtype": "float16", "layout": "striped", "stripe": 2, "is_causal": True,
+        "window": (7, None), "segments": True, "backward": True, "timeout": 5.0, "implementation": "xla",
+        "block_q": 16, "block_kv": 32, "unroll": 2, "dkv_dtype": "bfloat16", "device_order": "make_mesh",
+        "cycles": True, "sweep": (2, 8),
+    }  # fmt: skip
+    assert set(given) == set(inspect.signature(rooms.inspect_ring).parameters)
+    invoke()
+    defaults = inspect.signature(rooms.inspect_ring).parameters
+    assert {name: given[name] for name in given if name not in ("topology", "seq_len", "heads", "head_dim")} == {
+        name: parameter.default for name, parameter in defaults.items() if parameter.default is not parameter.empty
+    }
 
 
 def test_missing_libtpu(monkeypatch):

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule",),
     ("mask", "partial"),
     ("layout",),
-    ("config", "simulate", "hopper", "mesh", "units"),
+    ("config", "simulate", "hopper", "mesh", "units", "usage"),
     ("_compat",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -210,6 +210,7 @@ def test_production_code_does_not_patch_itself(path: Path):
     """What a program needs to vary is an argument; test doubles belong to tests."""
     tops = {name.partition(".")[0] for name in imported_modules(path)}
     assert not tops & {"unittest", "pytest", "mock"}
+    assert "argparse" not in tops, "commands are Typer's: one style of help"
     assert "sys.modules" not in path.read_text(encoding="utf-8")
 
 

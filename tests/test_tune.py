@@ -13,7 +13,9 @@ import pytest
 import test_mosaic_forward as mosaic_cases
 import test_triton as triton_cases
 from tables import CAUSAL, FULL, KIND, entry, operand, triton_tiles
+from typer.testing import CliRunner
 
+from ringjax.cli import app
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.base import Block, KernelParams
 from ringjax.kernels.mosaic import tiles as mosaic_sizes
@@ -287,11 +289,17 @@ def test_candidates_lower(problem: Problem):
 # -------------------------------------------------------------------------------------------------- command line
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        command.main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
+def run(*arguments: str, status: int = 0) -> str:
+    """What `ringjax tune` prints."""
+    result = CliRunner().invoke(app, ["tune", *arguments])
+    assert result.exit_code == status, result.output
+    return result.stdout
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["tune", *arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    return result.stderr
 
 
 HOPPER = ("--dry-run", "--device-kind", KIND)
@@ -303,7 +311,7 @@ HOPPER = ("--dry-run", "--device-kind", KIND)
         ((), "needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'"),
         (("--dry-run",), "needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform 'cpu'"),
         (("--device-kind", KIND), "--device-kind needs --dry-run"),
-        ((*HOPPER, "--head-dim", "96"), "--head-dim"),
+        ((*HOPPER, "--head-dim", "96"), "--head-dim must be one of 64, 128, 256. Got 96."),
         ((*HOPPER, "--seq-len", "1000"), "--seq-len must be a multiple of 256. Got 1000"),
         ((*HOPPER, "--rounds", "0"), "--rounds must be at least 1. Got 0"),
         ((*HOPPER, "--seconds", "-1"), "--seconds must be at least 0. Got -1"),
@@ -316,29 +324,29 @@ HOPPER = ("--dry-run", "--device-kind", KIND)
         (("--dry-run", "--device-kind", "AMD Instinct MI300X"), "an NVIDIA GPU of Ampere .*Got 'AMD Instinct MI300X'"),
     ],
 )
-def test_refusals(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], what: str):
-    assert re.search(what, refused(capsys, *arguments))
+def test_refusals(arguments: tuple[str, ...], what: str):
+    assert re.search(f"^error: .*{what}", refused(*arguments))
 
 
-def test_the_gpu_at_hand_is_refused_where_it_runs_xla(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_the_gpu_at_hand_is_refused_where_it_runs_xla(monkeypatch: pytest.MonkeyPatch):
     device = types.SimpleNamespace(device_kind="NVIDIA T4", compute_capability="7.5")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert re.search("an NVIDIA GPU of Ampere or later.*Got 'NVIDIA T4'", refused(capsys, "--dry-run"))
+    assert re.search("an NVIDIA GPU of Ampere or later.*Got 'NVIDIA T4'", refused("--dry-run"))
     device.device_kind, device.compute_capability = "NVIDIA L4", "8.9"
-    assert command.main(["--dry-run", "--head-dim", "64", "--pass", "forward"]) == 0
-    assert "NVIDIA L4 / pallas_triton / forward / half / 64" in capsys.readouterr().out
+    said = run("--dry-run", "--head-dim", "64", "--pass", "forward")
+    assert "NVIDIA L4 / pallas_triton / forward / half / 64" in said and "dkv" not in said
+    said = run("--dry-run", "--head-dim", "64", "--pass", "backward", "--pass", "forward")
+    assert "forward / half / 64" in said and "dkv / half / 64" in said
 
 
-def test_dry_run_prints_candidates_and_writes_nothing(table: Path, capsys: pytest.CaptureFixture[str]):
-    assert command.main([*HOPPER, "--head-dim", "128"]) == 0
-    said = capsys.readouterr().out.splitlines()
+def test_dry_run_prints_candidates_and_writes_nothing(table: Path):
+    said = run(*HOPPER, "--head-dim", "128").splitlines()
     assert said[0] == "pallas_gpu: forward only, its backward kernels have nothing to tune"
     assert [line.split(" / ")[2] for line in said if line.startswith(KIND)] == list(
         space.KERNELS["pallas_gpu", "forward"]
     )
-    assert command.main(["--dry-run", "--device-kind", "NVIDIA A100-SXM4-40GB", "--dtype", "float32"]) == 0
-    said = capsys.readouterr().out
+    said = run("--dry-run", "--device-kind", "NVIDIA A100-SXM4-40GB", "--dtype", "float32")
     assert said.count(" candidates, the built-in tiles first") == 9
     assert "NVIDIA A100-SXM4-40GB / pallas_triton / dkv / float32 / 64: 24 candidates" in said
     assert tile_table.read(table) == {}
@@ -348,7 +356,7 @@ def test_dry_run_prints_candidates_and_writes_nothing(table: Path, capsys: pytes
 def on_toys(monkeypatch: pytest.MonkeyPatch) -> list[Toy]:
     """The command searches these, by a timer that finds tiles of 32 twice as fast as those of 16."""
     problems = [toy("dq", tried=(16, 32)), toy("dkv", tried=(16,))]
-    monkeypatch.setattr(command, "_problems", lambda options, parser, say: problems)
+    monkeypatch.setattr(command, "_problems", lambda request, say: problems)
     found = functools.partial(command.tune, timer=timed_by_block)
     monkeypatch.setattr(command, "tune", found)
     return problems
@@ -358,36 +366,33 @@ def timed_by_block(programs: Any, rounds: int) -> dict[Any, list[float]]:
     return {tiles: [32.0 / tiles.block_q] * rounds for tiles in programs}
 
 
-def test_the_command_writes_the_table_and_shows_it(table: Path, on_toys: list[Toy], capsys: pytest.CaptureFixture[str]):
-    assert command.main([]) == 0
-    said = capsys.readouterr().out
+def test_the_command_writes_the_table_and_shows_it(table: Path, on_toys: list[Toy]):
+    said = run()
     assert re.search(r"dq .* 128 .* 2\.000 .* 1\.000 .* 2\.000 .* block_q=32", said)
     assert re.search(r"dkv .* 128 .* 2\.000 .* 2\.000 .* 1\.000 .* as built in", said)
     assert f"1 of 2 keys have faster tiles than the built-in ones; later processes find them in {table}" in said
     assert list(tile_table.read(table)) == [str(on_toys[0].key)]
 
 
-def test_another_table(table: Path, on_toys: list[Toy], capsys: pytest.CaptureFixture[str]):
+def test_another_table(table: Path, on_toys: list[Toy]):
     other = table.with_name("deep") / "other.json"
-    assert command.main(["--table", str(other)]) == 0
-    assert f"RINGJAX_TILES={other}" in capsys.readouterr().out
+    assert f"RINGJAX_TILES={other}" in run("--table", str(other))
     assert list(tile_table.read(other)) == [str(on_toys[0].key)] and tile_table.read(table) == {}
 
 
-def test_tables_that_cannot_be_written(table: Path, on_toys: list[Toy], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_tables_that_cannot_be_written(table: Path, on_toys: list[Toy], monkeypatch: pytest.MonkeyPatch):
     table.write_text("precious", encoding="utf-8")
-    assert "must be JSON" in refused(capsys)
+    assert "must be JSON" in refused()
     monkeypatch.setenv(tile_table.VARIABLE, "")
-    assert "--table must name a file where RINGJAX_TILES is empty" in refused(capsys)
-    assert "--table" in refused(capsys, "--table", str(table / "below.json"))
+    assert "--table must name a file where RINGJAX_TILES is empty" in refused()
+    assert "--table" in refused("--table", str(table / "below.json"))
 
 
-def test_the_command_interrupted(table: Path, on_toys: list[Toy], monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_the_command_interrupted(table: Path, on_toys: list[Toy], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Toy, "arrays", lambda self: (jnp.arange(8.0),) if self.kernel == "dq" else stop())
 
     def stop() -> Any:
         raise KeyboardInterrupt
 
-    assert command.main([]) == 130
-    assert f"interrupted; what was found before is in {table}" in capsys.readouterr().out
+    assert f"interrupted; what was found before is in {table}" in run(status=130)
     assert list(tile_table.read(table)) == [str(on_toys[0].key)]

@@ -1,7 +1,26 @@
-"""Tables in documents that a command regenerates: the text between two marker lines."""
+"""What a bench leaves in files: figures as JSON, and the table between two marker lines of a document."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from ..usage import UsageError
+
+
+def check_files(json_file: Path | None, docs: Path | None, begin: str, end: str) -> None:
+    """Raises UsageError for files that could not be written: before minutes of work, not after."""
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise UsageError(f"--json must be a file in a directory that exists. Got {json_file}.")
+    if docs is not None:
+        try:
+            around(docs, begin, end)
+        except ValueError as error:
+            raise UsageError(f"--write-docs: {error}") from None
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def around(path: Path, begin: str, end: str) -> tuple[str, str]:

@@ -6,12 +6,10 @@ can do at most, a matrix product, is measured in the same run.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,10 +28,10 @@ from ringjax.kernels.base import Block, Kernel, KernelParams
 from ringjax.kernels.choose import BY_NAME
 from ringjax.layout import Contiguous, Layout, Zigzag
 from ringjax.mask import Mask, Tokens
+from ringjax.usage import UsageError, check_at_least_one
 
 BEGIN, END = "<!-- ringjax bench gpu: begin -->", "<!-- ringjax bench gpu: end -->"
 PASSES = ("fwd", "fwd+bwd")
-CEILING = 8192  # side of the matrix product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +55,48 @@ SHAPES = (
     Shape(1, 32768, 32, 8, 128),
     Shape(4, 8192, 16, 16, 64),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be measured.
+
+    Attributes:
+      shapes: of the calls.
+      dtype: of query, key and value.
+      implementation: the block kernel, "pallas_gpu", "pallas_triton" or "xla".
+      reference: implementation of ``jax.nn.dot_product_attention``, "cudnn" or "xla".
+      num_shards: shards of the ring's loop.
+      rounds: in which all programs are timed.
+      ceiling: side of the matrix product.
+    """
+
+    shapes: tuple[Shape, ...]
+    dtype: str
+    implementation: str
+    reference: str
+    num_shards: int
+    rounds: int
+    ceiling: int
+
+    def __post_init__(self) -> None:
+        check_at_least_one(num_shards=self.num_shards, rounds=self.rounds, ceiling=self.ceiling)
+        unit = 2 * self.num_shards
+        for shape in self.shapes:
+            if shape.length % unit or shape.length < 32:
+                raise UsageError(f"--shape: T must be a multiple of {unit}, and at least 32. Got {shape}.")
+
+
+def parse_shape(text: str) -> Shape:
+    """The shape that "B,T,N,K,H" names."""
+    try:
+        shape = Shape(*(int(part) for part in text.split(",")))
+        fits = min(dataclasses.astuple(shape)) >= 1 and shape.heads % shape.kv_heads == 0
+    except (ValueError, TypeError):  # no number, or not five
+        fits = False
+    if not fits:
+        raise UsageError(f"--shape must be B,T,N,K,H: five positive integers, N a multiple of K. Got {text!r}.")
+    return shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +215,7 @@ def _row(what: str, mask: str, direction: str, times: Sequence[Sequence[float]],
     return Row(what, mask, direction, a, b, ratio, work / a / 1e9, work / b / 1e9)
 
 
-def ceiling(dtype: Any, rounds: int, side: int = CEILING) -> float:
+def ceiling(dtype: Any, rounds: int, side: int) -> float:
     """TFLOP/s of a square matrix product."""
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.float32).astype(dtype) for i in range(2))
     (program,) = compile_all([Timed(lambda a, b: a @ b, (a, b))])
@@ -307,26 +347,26 @@ def _document(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+def run(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     """All measurements, as they go to the JSON file."""
-    shapes, dtype = options.shapes, jnp.dtype(options.dtype)
-    config = ringjax.RingConfig(implementation=options.implementation)
-    device, rounds = jax.devices()[0], options.rounds
-    kernel: Any = BY_NAME[options.implementation].load()
-    top = ceiling(dtype, rounds, options.ceiling)
+    shapes, dtype = request.shapes, jnp.dtype(request.dtype)
+    config = ringjax.RingConfig(implementation=request.implementation)
+    device, rounds = jax.devices()[0], request.rounds
+    kernel: Any = BY_NAME[request.implementation].load()
+    top = ceiling(dtype, rounds, request.ceiling)
     title = (
-        f"{device.device_kind}, JAX {jax.__version__}, {options.dtype}: implementation {options.implementation} beside "
-        f"{options.reference}; medians of {rounds} rounds; a matrix product of {options.ceiling}^3 reaches {top:.0f} "
-        f"TFLOP/s{_user_table(device.device_kind, options.implementation, dtype)}"
+        f"{device.device_kind}, JAX {jax.__version__}, {request.dtype}: implementation {request.implementation} beside "
+        f"{request.reference}; medians of {rounds} rounds; a matrix product of {request.ceiling}^3 reaches {top:.0f} "
+        f"TFLOP/s{_user_table(device.device_kind, request.implementation, dtype)}"
     )
     say(title)
     long = max(shapes, key=lambda shape: (shape.length, shape.heads == shape.kv_heads))
     *of_rows, of_zigzag = compile_measurements(
         [
-            *(m for shape in shapes for m in attention(shape, config, dtype=dtype, reference=options.reference)),
-            ring_cost(long, kernel, dtype=dtype, num_shards=options.num_shards),
+            *(m for shape in shapes for m in attention(shape, config, dtype=dtype, reference=request.reference)),
+            ring_cost(long, kernel, dtype=dtype, num_shards=request.num_shards),
             *packed(long, config, dtype=dtype),
-            zigzag_ranks(long, kernel, dtype=dtype, num_shards=options.num_shards),
+            zigzag_ranks(long, kernel, dtype=dtype, num_shards=request.num_shards),
         ]
     )
     rows = []
@@ -344,55 +384,25 @@ def _user_table(device_kind: str, implementation: str, dtype: Any) -> str:
     return "" if file is None else f"; tiles of {file}"
 
 
-def _shape(text: str) -> Shape:
-    shape = Shape(*(int(part) for part in text.split(",")))
-    if min(dataclasses.astuple(shape)) < 1 or shape.heads % shape.kv_heads:
-        raise ValueError(text)
-    return shape
+def main(request: Request, *, json_file: Path | None, docs: Path | None) -> None:
+    """`ringjax bench gpu`.
 
+    Args:
+      request: what to measure.
+      json_file: also gets all figures.
+      docs: a document whose table is replaced.
 
-_shape.__name__ = "shape B,T,N,K,H"  # as argparse calls it in its errors
-
-
-def main(argv: Sequence[str]) -> int:
-    """`ringjax bench gpu [options]`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="ringjax bench gpu", description=__doc__)
-    parser.add_argument(
-        "--shape", dest="shapes", action="append", type=_shape, metavar="B,T,N,K,H", help="repeatable; default: four"
-    )
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--implementation", choices=["pallas_gpu", "pallas_triton", "xla"], default="pallas_gpu")
-    parser.add_argument(
-        "--reference", choices=["cudnn", "xla"], default="cudnn", help="of jax.nn.dot_product_attention"
-    )
-    parser.add_argument(
-        "--num-shards", type=int, default=8, metavar="C", help="of the ring's loop (default %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="default %(default)s")
-    parser.add_argument("--ceiling", type=int, default=CEILING, metavar="N", help="side of the matrix product")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
-    parser.add_argument("--write-docs", type=Path, metavar="FILE", nargs="?", const=Path("docs/performance.md"),
-                        help="also replace the table in FILE (default %(const)s)")  # fmt: skip
-    options = parser.parse_args(argv)
-    options.shapes = options.shapes or list(SHAPES)
-    for name in ("num_shards", "rounds", "ceiling"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1. Got {getattr(options, name)}.")
-    for shape in options.shapes:
-        if shape.length % (2 * options.num_shards) or shape.length < 32:
-            parser.error(f"--shape: T must be a multiple of {2 * options.num_shards}, and at least 32. Got {shape}.")
-    if jax.default_backend() != "gpu" and (options.implementation, options.reference) != ("xla", "xla"):
-        parser.error("needs an NVIDIA GPU, or --implementation xla --reference xla. "
-                     f"Got platform {jax.default_backend()!r}.")  # fmt: skip
-    if options.write_docs is not None:
-        try:
-            document.around(options.write_docs, BEGIN, END)  # before minutes of timing, not after
-        except ValueError as error:
-            parser.error(f"--write-docs: {error}")
+    Raises:
+      UsageError: no GPU, or files that cannot be written.
+    """
+    if jax.default_backend() != "gpu" and (request.implementation, request.reference) != ("xla", "xla"):
+        raise UsageError(
+            f"needs an NVIDIA GPU, or --implementation xla --reference xla. Got platform {jax.default_backend()!r}."
+        )
+    document.check_files(json_file, docs, BEGIN, END)
     console = Console()
-    record = run(options, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
-    if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if options.write_docs is not None:
-        document.replace(options.write_docs, BEGIN, END, _document(record))
-    return 0
+    record = run(request, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
+    if json_file is not None:
+        document.write_json(json_file, record)
+    if docs is not None:
+        document.replace(docs, BEGIN, END, _document(record))

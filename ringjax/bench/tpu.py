@@ -6,10 +6,8 @@ operations are added up, see :mod:`ringjax.bench.static_cycles` and :mod:`ringja
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.metadata
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from rich.table import Table
 
 from ..inspect.chips import GENERATIONS
 from ..inspect.compile import InspectError
+from ..usage import UsageError
 from . import document
 from .static_cycles import Estimate, Recipe, estimate
 
@@ -244,42 +243,32 @@ def write_docs(rows: Sequence[Row], title: str, path: Path) -> None:
     document.replace(path, BEGIN, END, [title + ".", "", *table])
 
 
-def main(argv: Sequence[str]) -> int:
-    """`ringjax bench tpu-static [options]`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="ringjax bench tpu-static", description=__doc__)
-    parser.add_argument("--generation", action="append", choices=list(TOPOLOGIES), help="repeatable; default: both")
-    parser.add_argument(
-        "--head-dim", dest="head_size", action="append", type=int, help="repeatable; default: 128 and 64"
-    )
-    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default: both")
-    parser.add_argument(
-        "--seq-len", dest="length", type=int, default=LENGTH, help="of queries and keys (default %(default)s)"
-    )
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each program (default %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
-    parser.add_argument(
-        "--write-docs",
-        type=Path,
-        metavar="FILE",
-        nargs="?",
-        const=Path("docs/performance.md"),
-        help="also replace the table in FILE (default %(const)s)",
-    )
-    options = parser.parse_args(argv)
-    for name, values in (
-        ("seq-len", [options.length]),
-        ("head-dim", options.head_size or []),
-        ("timeout", [options.timeout]),
-    ):
-        if min(values, default=1) <= 0:
-            parser.error(f"--{name} must be positive. Got {min(values)}.")
-    if options.length % _LANES:
-        parser.error(f"--seq-len must be a multiple of {_LANES}. Got {options.length}.")
-    if options.write_docs is not None:
-        try:
-            document.around(options.write_docs, BEGIN, END)  # before minutes of compiling, not after
-        except ValueError as error:
-            parser.error(f"--write-docs: {error}")
+def main(
+    *,
+    generations: Sequence[str],
+    head_sizes: Sequence[int],
+    directions: Sequence[str],
+    length: int,
+    timeout: float,
+    json_file: Path | None,
+    docs: Path | None,
+) -> None:
+    """`ringjax bench tpu-static`.
+
+    Args:
+      generations, head_sizes, directions, length, timeout: see :func:`bench_tpu_static`.
+      json_file: also gets the rows.
+      docs: a document whose table is replaced.
+
+    Raises:
+      UsageError: for arguments that do not fit, and where the compiler is not installed.
+    """
+    for flag, value in (("--seq-len", length), ("--head-dim", min(head_sizes)), ("--timeout", timeout)):
+        if value <= 0:
+            raise UsageError(f"{flag} must be positive. Got {value}.")
+    if length % _LANES:
+        raise UsageError(f"--seq-len must be a multiple of {_LANES}. Got {length}.")
+    document.check_files(json_file, docs, BEGIN, END)
     console = Console()
 
     def progress(case: Case, found: Estimate) -> None:
@@ -289,20 +278,18 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         rows = bench_tpu_static(
-            generations=options.generation or tuple(TOPOLOGIES),
-            head_sizes=options.head_size or HEAD_SIZES,
-            directions=options.passes or PASSES,
-            length=options.length,
-            timeout=options.timeout,
+            generations=generations,
+            head_sizes=head_sizes,
+            directions=directions,
+            length=length,
+            timeout=timeout,
             progress=progress,
         )
     except InspectError as error:
-        parser.error(str(error))
-    title = describe(options.length)
+        raise UsageError(str(error)) from None
+    title = describe(length)
     console.print(render(rows, title))
-    if options.json is not None:
-        record = {"title": title, "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if options.write_docs is not None:
-        write_docs(rows, title, options.write_docs)
-    return 0
+    if json_file is not None:
+        document.write_json(json_file, {"title": title, "rows": [dataclasses.asdict(row) for row in rows]})
+    if docs is not None:
+        write_docs(rows, title, docs)

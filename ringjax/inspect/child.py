@@ -83,7 +83,7 @@ def _mesh(program: Program) -> Mesh:
 
 
 def _function(program: Program, mesh: Mesh) -> Any:
-    """What is compiled: attention of (query, key, value[, segment_ids]), with --backward its gradients for a dout."""
+    """What is compiled: attention of (query, key, value[, segment_ids]), or that and its gradients for a dout."""
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         return ring_attention(

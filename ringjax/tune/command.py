@@ -9,14 +9,12 @@ size; RingConfig.block_q and block_kv go before any table.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import importlib.metadata
 import os
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ from ringjax.bench.gpu import Timed, in_turns
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.choose import Target, default
 from ringjax.tune.space import HEAD_SIZES, KERNELS, Problem
+from ringjax.usage import UsageError, check_at_least_one
 
 MARGIN = 1.02  # times as fast as the built-in tiles, or it is noise
 UNIT = 256  # the largest tile: lengths are a multiple of it, so that no tile is ragged
@@ -273,45 +272,70 @@ def render(outcomes: Sequence[Outcome], title: str) -> Table:
 # --------------------------------------------------------------------------------------------------- command line
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ringjax tune", description=__doc__)
-    add = parser.add_argument
-    add("--implementation", choices=["pallas_gpu", "pallas_triton"],
-        help="default: pallas_gpu on Hopper GPUs in 16 bits, else pallas_triton")  # fmt: skip
-    add("--head-dim", dest="head_sizes", action="append", type=int, choices=HEAD_SIZES,
-        help="repeatable; default: all. Other sizes take the tiles of the next larger one")  # fmt: skip
-    add("--pass", dest="direction", choices=["forward", "backward", "both"], default="both",
-        help="default %(default)s. The backward kernels of pallas_gpu have nothing to tune: their registers leave one "
-        "choice of tiles")  # fmt: skip
-    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
-        help="default %(default)s; bfloat16 and float16 share their tiles")  # fmt: skip
-    add("--seq-len", type=int, default=8192, help="tokens of the calls that are timed (default %(default)s)")
-    add("--heads", type=int, default=16, help="of these calls (default %(default)s)")
-    add("--rounds", type=int, default=7, help="in which all candidates are timed (default %(default)s)")
-    add("--seconds", type=float, metavar="S", help="begin no further key after so long; default: search all")
-    add("--table", type=Path, metavar="FILE", help=f"to write; default: that of {tile_table.VARIABLE}, or of the user")
-    add("--dry-run", action="store_true", help="print the candidates and do nothing else")
-    add("--device-kind", metavar="NAME", help="with --dry-run: a GPU that is absent, as JAX names it")
-    return parser
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `ringjax tune` is asked for.
+
+    Attributes:
+      implementation: "pallas_gpu" or "pallas_triton"; None: the GPU's best.
+      head_sizes: of HEAD_SIZES.
+      directions: "forward" and/or "backward".
+      dtype: of query, key and value.
+      length, heads: of the calls that are timed.
+      rounds: in which all candidates are timed.
+      seconds: no key is begun later; None: all are searched.
+      table: the file to write; None: the user's.
+      dry_run: print the candidates and do nothing else.
+      device_kind: of a dry run for another GPU than the one at hand, as JAX names it.
+    """
+
+    implementation: str | None
+    head_sizes: tuple[int, ...]
+    directions: tuple[str, ...]
+    dtype: str
+    length: int
+    heads: int
+    rounds: int
+    seconds: float | None
+    table: Path | None
+    dry_run: bool
+    device_kind: str | None
+
+    def __post_init__(self) -> None:
+        for size in self.head_sizes:
+            if size not in HEAD_SIZES:
+                raise UsageError(f"--head-dim must be one of {', '.join(map(str, HEAD_SIZES))}. Got {size}.")
+        if self.device_kind is not None and not self.dry_run:
+            raise UsageError(
+                f"--device-kind needs --dry-run: what is timed is the GPU at hand. Got {self.device_kind!r}."
+            )
+        check_at_least_one(heads=self.heads, rounds=self.rounds)
+        if self.seconds is not None and not self.seconds >= 0:
+            raise UsageError(f"--seconds must be at least 0. Got {self.seconds}.")
+        if self.length < UNIT or self.length % UNIT:
+            raise UsageError(f"--seq-len must be a multiple of {UNIT}. Got {self.length}.")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`ringjax tune [options]`; returns the exit status."""
-    parser, console = _parser(), Console()
-    options = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+def main(request: Request) -> int:
+    """`ringjax tune`; returns the exit status.
+
+    Raises:
+      UsageError: for what this GPU cannot, and a table that cannot be written.
+    """
+    console = Console()
     say: Say = lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
-    problems = _problems(options, parser, say)
-    if options.dry_run:
+    problems = _problems(request, say)
+    if request.dry_run:
         for problem in problems:
             candidates = problem.candidates()
             say(f"{problem.key}: {len(candidates)} candidates, the built-in tiles first")
             for tiles in candidates:
                 say(f"  {describe(tiles)}")
         return 0
-    file = _table_of(options, parser)
+    file = _writable_table(request.table)
     before = _modified(file)
     try:
-        outcomes, failed = tune(problems, file, rounds=options.rounds, seconds=options.seconds, say=say)
+        outcomes, failed = tune(problems, file, rounds=request.rounds, seconds=request.seconds, say=say)
     except DeviceLost as error:
         say(f"error: {error}. Keys searched before are in {file}; start again for the others.")
         return 1
@@ -322,12 +346,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"interrupted; what was found before is in {file}" if _modified(file) != before else "interrupted")
         return 128 + signal.SIGINT
     first = problems[0]
-    title = f"{first.device_kind}, {first.implementation}, {options.dtype}, 1 x {first.length} x {first.heads}"
-    console.print(render(outcomes, f"{title}; medians of {options.rounds} rounds"))
+    title = f"{first.device_kind}, {first.implementation}, {request.dtype}, 1 x {first.length} x {first.heads}"
+    console.print(render(outcomes, f"{title}; medians of {request.rounds} rounds"))
     changed = sum(outcome.entry is not None for outcome in outcomes)
     say(f"{changed} of {len(outcomes)} keys have faster tiles than the built-in ones"
         + (f"; later processes find them in {file}" if changed else ""))  # fmt: skip
-    if options.table is not None and changed and file != tile_table.path():
+    if request.table is not None and changed and file != tile_table.path():
         say(f"{tile_table.VARIABLE}={file} has them read")
     return 1 if failed else 0
 
@@ -339,66 +363,58 @@ def _modified(file: Path) -> float | None:
         return None
 
 
-def _problems(options: argparse.Namespace, parser: argparse.ArgumentParser, say: Say) -> list[Problem]:
+def _problems(request: Request, say: Say) -> list[Problem]:
     """All keys that are asked for."""
-    if options.device_kind is not None and not options.dry_run:
-        parser.error(f"--device-kind needs --dry-run: what is timed is the GPU at hand. Got {options.device_kind!r}.")
-    for name in ("heads", "rounds", "seconds"):
-        value = getattr(options, name)
-        if value is not None and not value >= (0 if name == "seconds" else 1):
-            parser.error(f"--{name} must be at least {0 if name == 'seconds' else 1}. Got {value}.")
-    if options.seq_len < UNIT or options.seq_len % UNIT:
-        parser.error(f"--seq-len must be a multiple of {UNIT}. Got {options.seq_len}.")
-    kind, capability = options.device_kind, None
+    kind, capability = request.device_kind, None
     if kind is None:
         try:
             platform = jax.default_backend()
         except RuntimeError:  # JAX_PLATFORMS names what this machine lacks, see the command line
             platform = "cpu"
         if platform != "gpu":
-            parser.error(f"needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform {platform!r}.")
+            raise UsageError(f"needs an NVIDIA GPU, or --dry-run with --device-kind. Got platform {platform!r}.")
         device: Any = jax.devices()[0]
         kind, capability = device.device_kind, getattr(device, "compute_capability", None)
-    sizes = list(dict.fromkeys(options.head_sizes or HEAD_SIZES))
+    sizes = list(dict.fromkeys(request.head_sizes))
     target = Target(platform="gpu", device_kind=kind, capability=capability)
     best = lambda dtype: default(target, dtype, max(sizes)).name  # noqa: E731
-    implementation = options.implementation or best(options.dtype)
+    implementation = request.implementation or best(request.dtype)
     if implementation == "xla":
-        parser.error("needs an NVIDIA GPU of Ampere or later, as JAX names it ('NVIDIA ...'): others run 'xla', which "
-                     f"has no tiles. Got {kind!r}.")  # fmt: skip
+        raise UsageError(
+            "needs an NVIDIA GPU of Ampere or later, as JAX names it ('NVIDIA ...'): others run 'xla', which has no "
+            f"tiles. Got {kind!r}."
+        )
+    directions = [direction for direction in ("forward", "backward") if direction in request.directions]
     if implementation == "pallas_gpu":
         if best("bfloat16") != "pallas_gpu":
-            parser.error(f"--implementation pallas_gpu needs a Hopper GPU (H100, H200). Got {kind!r}.")
-        if best(options.dtype) != "pallas_gpu":
-            parser.error(f"--implementation pallas_gpu needs --dtype bfloat16 or float16. Got {options.dtype}.")
-        if options.direction == "backward":
-            parser.error("--pass backward: the backward kernels of pallas_gpu have nothing to tune, their "
-                         "registers leave one choice of tiles. --implementation pallas_triton has.")  # fmt: skip
-        if options.direction == "both":
+            raise UsageError(f"--implementation pallas_gpu needs a Hopper GPU (H100, H200). Got {kind!r}.")
+        if best(request.dtype) != "pallas_gpu":
+            raise UsageError(f"--implementation pallas_gpu needs --dtype bfloat16 or float16. Got {request.dtype}.")
+        if directions == ["backward"]:
+            raise UsageError(
+                "--pass backward: the backward kernels of pallas_gpu have nothing to tune, their registers leave one "
+                "choice of tiles. --implementation pallas_triton has."
+            )
+        if "backward" in directions:
             say("pallas_gpu: forward only, its backward kernels have nothing to tune")
-    directions = ("forward", "backward") if options.direction == "both" else (options.direction,)
     kernels = [kernel for direction in directions for kernel in KERNELS.get((implementation, direction), ())]
     return [
-        Problem(implementation, kernel, options.dtype, size, options.seq_len, options.heads, kind)
+        Problem(implementation, kernel, request.dtype, size, request.length, request.heads, kind)
         for size in sizes
         for kernel in kernels
     ]
 
 
-def _table_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
+def _writable_table(named: Path | None) -> Path:
     """The file to write: one that can be, since minutes of timing come before."""
-    file = options.table or tile_table.path()
+    file = named or tile_table.path()
     if file is None:
-        parser.error(f"--table must name a file where {tile_table.VARIABLE} is empty.")
+        raise UsageError(f"--table must name a file where {tile_table.VARIABLE} is empty.")
     try:
         tile_table.read(file)
         file.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        parser.error(f"--table {file}: {error}")
+        raise UsageError(f"--table {file}: {error}") from None
     if not os.access(file.resolve().parent, os.W_OK):
-        parser.error(f"--table {file}: its directory must be writable.")
+        raise UsageError(f"--table {file}: its directory must be writable.")
     return file
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 import ringjax
-from ringjax.bench import document, gpu, tpu
+from ringjax.bench import document
+from ringjax.layout import as_layout
 from ringjax.simulate import simulate_cpu_devices
+from ringjax.usage import UsageError, check_at_least_one
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
-PASSES = ("fwd", "fwd+bwd")
+PASSES = {"forward": "fwd", "backward": "fwd+bwd"}  # and what tables call them
 BEGIN, END = "<!-- ringjax bench cpu: begin -->", "<!-- ringjax bench cpu: end -->"
 
 
@@ -49,7 +48,7 @@ class Case:
     implementation: str  # "dense" or "ring"
     mask: str  # "full" or "causal"
     layout: str  # "-" for dense
-    direction: str  # one of PASSES
+    direction: str  # as tables call it
     run: Callable[..., Any] = dataclasses.field(repr=False)
     arguments: tuple[jax.Array, ...] = dataclasses.field(repr=False)
 
@@ -138,7 +137,7 @@ def bench_cpu(
     num_devices: int = 8,
     layouts: Sequence[str] = LAYOUTS,
     masks: Sequence[str] = ("full", "causal"),
-    passes: Sequence[str] = PASSES,
+    passes: Sequence[str] = tuple(PASSES),
     rounds: int = 5,
     config: ringjax.RingConfig | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -153,7 +152,7 @@ def bench_cpu(
       num_devices: devices on the ring.
       layouts: ring layouts timed with the causal mask; full attention is timed in the first of them only.
       masks: "full" and/or "causal".
-      passes: "fwd" and/or "fwd+bwd".
+      passes: "forward" and/or "backward", which is forward and all gradients in one program.
       rounds: how many times each program is timed, after one call that compiles and warms up.
       config: tuning of the ring; the default is `RingConfig()`.
       progress: called with a line of text now and then.
@@ -168,7 +167,7 @@ def bench_cpu(
     mesh = Mesh(np.asarray(devices), ("sp",))
     inputs = _inputs(shape)
     groups = []
-    for direction in passes:
+    for direction in (PASSES[name] for name in passes):
         for mask in masks:
             dense = _dense_case(inputs, mask, direction, devices[0])
             used = layouts if mask == "causal" else layouts[:1]
@@ -263,68 +262,54 @@ def write_docs(rows: Sequence[Row], title: str, path: Path) -> None:
     document.replace(path, BEGIN, END, [title + ".", "", *table])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`ringjax bench cpu|gpu|tpu-static [options]`; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    others = {"gpu": gpu.main, "tpu-static": tpu.main}
-    if argv and argv[0] in others:
-        return others[argv[0]](argv[1:])
-    parser = argparse.ArgumentParser(prog="ringjax bench", description=__doc__)
-    parser.add_argument("platform", choices=["cpu", *others], help="each has options of its own: --help")
-    parser.add_argument(
-        "--seq-len", dest="length", type=int, default=Shape.length, help="sequence length (default %(default)s)"
-    )
-    parser.add_argument("--heads", type=int, default=Shape.heads)
-    parser.add_argument("--head-dim", dest="head_size", type=int, default=Shape.head_size)
-    parser.add_argument("--dtype", default=Shape.dtype, choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--devices", type=int, default=8, help="simulated devices on the ring (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each program (default %(default)s)")
-    parser.add_argument("--layout", action="append", choices=LAYOUTS, help="repeatable; default: all, causal only")
-    parser.add_argument("--mask", action="append", choices=["full", "causal"], help="repeatable; default: both")
-    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default: both")
-    parser.add_argument("--block-q", type=int, help="RingConfig.block_q")
-    parser.add_argument("--block-kv", type=int, help="RingConfig.block_kv")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
-    parser.add_argument(
-        "--write-docs",
-        type=Path,
-        metavar="FILE",
-        nargs="?",
-        const=Path("docs/performance.md"),
-        help="also replace the table in FILE (default %(const)s)",
-    )
-    options = parser.parse_args(argv)
-    flags = {"length": "--seq-len", "heads": "--heads", "head_size": "--head-dim", "devices": "--devices",
-             "rounds": "--rounds"}  # fmt: skip
-    for name, given in flags.items():
-        if getattr(options, name) < 1:
-            parser.error(f"{given} must be at least 1. Got {getattr(options, name)}.")
-    if options.write_docs is not None:
-        try:
-            document.around(options.write_docs, BEGIN, END)  # before minutes of timing, not after
-        except ValueError as error:
-            parser.error(f"--write-docs: {error}")
-    shape = Shape(1, options.length, options.heads, options.head_size, options.dtype)
+def main(
+    *,
+    shape: Shape,
+    num_devices: int,
+    rounds: int,
+    layouts: Sequence[str],
+    masks: Sequence[str],
+    passes: Sequence[str],
+    block_q: int | None,
+    block_kv: int | None,
+    json_file: Path | None,
+    docs: Path | None,
+) -> None:
+    """`ringjax bench cpu`.
+
+    Args:
+      shape, num_devices, rounds, layouts, masks, passes: see :func:`bench_cpu`.
+      block_q, block_kv: see :class:`ringjax.RingConfig`.
+      json_file: also gets the rows.
+      docs: a document whose table is replaced.
+
+    Raises:
+      UsageError: for arguments that do not fit.
+    """
+    check_at_least_one(seq_len=shape.length, heads=shape.heads, head_dim=shape.head_size)
+    check_at_least_one(devices=num_devices, rounds=rounds, block_q=block_q, block_kv=block_kv)
+    for layout in layouts if "causal" in masks else layouts[:1]:
+        unit = as_layout(layout).unit(num_devices)
+        if shape.length % unit:
+            raise UsageError(
+                f"--seq-len must be a multiple of {unit} for --layout {layout} on {num_devices} devices. "
+                f"Got {shape.length}."
+            )
+    document.check_files(json_file, docs, BEGIN, END)
     console = Console()
-    title = describe(shape, options.devices, options.rounds)
+    title = describe(shape, num_devices, rounds)
     rows = bench_cpu(
         shape=shape,
-        num_devices=options.devices,
-        layouts=options.layout or LAYOUTS,
-        masks=options.mask or ("full", "causal"),
-        passes=options.passes or PASSES,
-        rounds=options.rounds,
-        config=ringjax.RingConfig(block_q=options.block_q, block_kv=options.block_kv),
+        num_devices=num_devices,
+        layouts=layouts,
+        masks=masks,
+        passes=passes,
+        rounds=rounds,
+        config=ringjax.RingConfig(block_q=block_q, block_kv=block_kv),
         progress=lambda text: console.print(f"[dim]{text}[/dim]"),
     )
     console.print(render(rows, title))
-    if options.json is not None:
-        record = {"title": title, "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if options.write_docs is not None:
-        write_docs(rows, title, options.write_docs)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if json_file is not None:
+        document.write_json(json_file, {"title": title, "rows": [dataclasses.asdict(row) for row in rows]})
+    if docs is not None:
+        write_docs(rows, title, docs)

@@ -1,0 +1,181 @@
+"""`ringjax bench cpu|gpu|tpu-static`."""
+
+from typing import Annotated
+
+import typer
+
+from .errors import refusals
+from .options import (
+    BlockKv,
+    BlockQ,
+    Choice,
+    Devices,
+    Dtype,
+    DtypeName,
+    HeadDim,
+    Heads,
+    JsonFile,
+    LayoutName,
+    PassName,
+    Rounds,
+    SeqLen,
+    Timeout,
+    WriteDocs,
+    integer,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Times attention on CPU or GPU, or estimates its cycles on TPU.",
+)
+
+
+class MaskName(Choice):
+    full = "full"
+    causal = "causal"
+
+
+class GpuImplementation(Choice):
+    pallas_gpu = "pallas_gpu"
+    pallas_triton = "pallas_triton"
+    xla = "xla"
+
+
+class Reference(Choice):
+    cudnn = "cudnn"
+    xla = "xla"
+
+
+class Generation(Choice):
+    v5e = "v5e"
+    v6e = "v6e"
+
+
+@app.command()
+def cpu(
+    seq_len: SeqLen = 8192,
+    heads: Heads = 4,
+    head_dim: HeadDim = 64,
+    dtype: Dtype = DtypeName.float32,
+    devices: Devices = 8,
+    rounds: Rounds = 5,
+    layout: Annotated[
+        list[LayoutName] | None,
+        typer.Option(help="Layout of the ring; full attention is timed in the first alone. Repeatable; default: all."),
+    ] = None,
+    mask: Annotated[
+        list[MaskName] | None, typer.Option(help="Which keys a query attends to. Repeatable; default: both.")
+    ] = None,
+    passes: Annotated[
+        list[PassName] | None,
+        typer.Option("--pass", help="backward: forward and all gradients in one program. Repeatable; default: both."),
+    ] = None,
+    block_q: BlockQ = None,
+    block_kv: BlockKv = None,
+    json: JsonFile = None,
+    write_docs: WriteDocs = None,
+) -> None:
+    """Times the ring on simulated devices beside dense attention.
+
+    Both run on the same cores in turns, and a figure is the median over the rounds.
+    """
+    from ..bench import cpu as command
+
+    with refusals():
+        command.main(
+            shape=command.Shape(1, seq_len, heads, head_dim, dtype),
+            num_devices=devices,
+            rounds=rounds,
+            layouts=layout or list(LayoutName),
+            masks=mask or list(MaskName),
+            passes=passes or list(PassName),
+            block_q=block_q,
+            block_kv=block_kv,
+            json_file=json,
+            docs=write_docs,
+        )
+
+
+@app.command()
+def gpu(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="B,T,N,K,H",
+            help="Sequences, tokens, query heads, key/value heads, size of a head. Repeatable; default: four shapes.",
+        ),
+    ] = None,
+    dtype: Dtype = DtypeName.bfloat16,
+    implementation: Annotated[GpuImplementation, typer.Option(help="Block kernel.")] = GpuImplementation.pallas_gpu,
+    reference: Annotated[
+        Reference, typer.Option(help="Implementation of jax.nn.dot_product_attention to compare with.")
+    ] = Reference.cudnn,
+    num_shards: Annotated[
+        int, typer.Option(parser=integer, metavar="C", help="Shards of the ring's loop, all on this GPU.")
+    ] = 8,
+    rounds: Rounds = 7,
+    ceiling: Annotated[
+        int,
+        typer.Option(
+            parser=integer, metavar="N", help="Side of the matrix product that shows what the GPU can do at most."
+        ),
+    ] = 8192,
+    json: JsonFile = None,
+    write_docs: WriteDocs = None,
+) -> None:
+    """Times the kernels and the ring's own cost beside cuDNN.
+
+    On one GPU, all programs are compiled first and then called in turns; a figure is the median over the rounds. What
+    the GPU can do at most, a matrix product, is measured in the same run.
+    """
+    from ..bench import gpu as command
+
+    with refusals():
+        request = command.Request(
+            shapes=tuple(map(command.parse_shape, shape or ())) or command.SHAPES,
+            dtype=dtype,
+            implementation=implementation,
+            reference=reference,
+            num_shards=num_shards,
+            rounds=rounds,
+            ceiling=ceiling,
+        )
+        command.main(request, json_file=json, docs=write_docs)
+
+
+@app.command("tpu-static")
+def tpu_static(
+    generation: Annotated[
+        list[Generation] | None, typer.Option(help="Generation of TPU. Repeatable; default: both.")
+    ] = None,
+    head_dim: Annotated[
+        list[int] | None,
+        typer.Option(parser=integer, metavar="H", help="Size of a head. Repeatable; default: 128 and 64."),
+    ] = None,
+    passes: Annotated[
+        list[PassName] | None,
+        typer.Option("--pass", help="backward: the gradients alone. Repeatable; default: both."),
+    ] = None,
+    seq_len: SeqLen = 4096,
+    timeout: Timeout = 600.0,
+    json: JsonFile = None,
+    write_docs: WriteDocs = None,
+) -> None:
+    """Adds up the compiler's cycle estimates of TPU kernels.
+
+    Those of ringjax stand beside JAX's own, splash and flash, forward or backward alone. Needs libtpu, no TPU:
+    pip install "ringjax[tpu]".
+    """
+    from ..bench import tpu as command
+
+    with refusals():
+        command.main(
+            generations=generation or list(Generation),
+            head_sizes=head_dim or command.HEAD_SIZES,
+            directions=passes or list(PassName),
+            length=seq_len,
+            timeout=timeout,
+            json_file=json,
+            docs=write_docs,
+        )

@@ -1,0 +1,73 @@
+"""`ringjax train`."""
+
+import shlex
+import signal
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import fail
+
+
+class ResumeMode(StrEnum):
+    """What to do about a checkpoint in the output directory."""
+
+    auto = "auto"
+    intact = "intact"
+    force = "force"
+    never = "never"
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file, as in configs/.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key, as in optimizer.steps=10. Repeatable."),
+    ] = None,
+    resume: Annotated[
+        ResumeMode,
+        typer.Option(
+            help="auto: continue from the newest checkpoint in the output if its configuration agrees and it is not "
+            "damaged; intact: pass over damaged checkpoints, and set them aside; force: continue even if the "
+            "configuration does not agree; never: refuse an output that has a checkpoint."
+        ),
+    ] = ResumeMode.auto,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Trace the step to shapes, on no devices, and say what it takes.")
+    ] = False,
+) -> None:
+    """Trains a byte-level decoder with ring attention.
+
+    Given again, the same command goes on where the last one stopped, killed
+    or not. Ctrl-C and SIGTERM save a checkpoint first. The output directory
+    gets metrics.jsonl, loss.png and checkpoints/.
+    """
+    from ..training.loading import ConfigError, load
+
+    try:
+        settings = load(config, overrides or ())
+    except ConfigError as error:
+        fail(error)
+    # Only now JAX may start: the configuration says on which devices.
+    from rich.console import Console
+
+    from ..training import dryrun, loop
+
+    try:
+        if dry_run:
+            dryrun.show(settings, Console())
+            return
+        sets = [part for override in overrides or () for part in ("--set", override)]
+        command = shlex.join(["ringjax", "train", str(config), *sets])
+        outcome = loop.train(settings, resume=resume.value, command=command)
+    except loop.REFUSALS as error:
+        fail(error)
+    except loop.TrainingError as error:
+        fail(error, code=1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from the last checkpoint, if there is one", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if outcome.stopped_by is not None:
+        raise typer.Exit(128 + outcome.stopped_by)
