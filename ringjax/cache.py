@@ -7,7 +7,7 @@ maximum and one sum over the ring make one result of theirs.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -104,17 +104,15 @@ class KVCache:
         for name, size in sizes.items():
             if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name} must be a positive integer. Got {size!r}.")
-        if num_shards is None:
-            num_shards = 1 if mesh is None else find_mesh(check_axis_name(axis_name), mesh).shape[axis_name]
-        elif not isinstance(num_shards, int) or num_shards < 1:
+        on_mesh = None if mesh is None else find_mesh(check_axis_name(axis_name), mesh).shape[axis_name]
+        shards = (on_mesh or 1) if num_shards is None else num_shards
+        if not isinstance(shards, int) or shards < 1:
             raise ValueError(f"num_shards must be a positive integer. Got {num_shards!r}.")
-        elif mesh is not None and find_mesh(axis_name, mesh).shape[axis_name] != num_shards:
-            raise ValueError(
-                f"num_shards must be {mesh.shape[axis_name]}, the size of {axis_name!r}. Got {num_shards}."
-            )
+        if on_mesh not in (None, shards):
+            raise ValueError(f"num_shards must be {on_mesh}, the size of {axis_name!r}. Got {num_shards}.")
         left, _ = check_window(local_window_size, True)
         wanted = capacity if left is None else min(capacity, left + max_new_tokens)
-        unit = layout.unit(num_shards)
+        unit = layout.unit(shards)
         slots = -(-wanted // unit) * unit
         shape = (batch_size, slots, num_kv_heads)
         dtype = jnp.dtype(dtype)
@@ -123,7 +121,7 @@ class KVCache:
             value=jnp.zeros((*shape, sizes["value_head_dim"]), dtype),
             lengths=jnp.zeros((batch_size,), jnp.int32),
             layout=layout,
-            num_shards=num_shards,
+            num_shards=shards,
             rolls=wanted < capacity,
         )
         if mesh is None:
@@ -271,7 +269,7 @@ class KVCache:
         if mesh is None:
             return how(self, new, counts)
         cache = self.specs(axis_name=how.axis_name, batch_axis_name=batch, head_axis_name=heads)
-        of_new = P(batch, how.axis_name if how.dealt else None, cache.key[2], None)
+        of_new: Any = P(batch, how.axis_name if how.dealt else None, cache.key[2], None)
         in_specs = (cache, Shards(of_new, of_new), None if counts is None else P(batch))
         return _on_shards(how, mesh, in_specs, cache, True)(self, new, counts)
 
@@ -321,15 +319,40 @@ def _on_shards(
     return jax.jit(placed)
 
 
+class CacheOptions(TypedDict, total=False):
+    """Options of a call, as :func:`cached_attention` documents them; the type of the result depends on none of them."""
+
+    counts: Int[Array, " B"] | None
+    dealt: bool
+    travels: Literal["queries", "keys"] | None
+    axis_name: str
+    mesh: Mesh | AbstractMesh | None
+    batch_axis_name: AxisNames | None
+    head_axis_name: AxisNames | None
+    scale: float | None
+    local_window_size: int | tuple[int | None, int | None] | None
+    logits_soft_cap: float | None
+    sinks: Float[Array, " N"] | None
+    config: RingConfig
+
+
 @overload
 def cached_attention(
-    query: Float[Array, "B T N H"], cache: KVCache, *, return_residual: Literal[False] = False, **options: Any
+    query: Float[Array, "B T N H"],
+    cache: KVCache,
+    *,
+    return_residual: Literal[False] = False,
+    **options: Unpack[CacheOptions],
 ) -> Float[Array, "B T N Hv"]: ...
 
 
 @overload
 def cached_attention(
-    query: Float[Array, "B T N H"], cache: KVCache, *, return_residual: Literal[True], **options: Any
+    query: Float[Array, "B T N H"],
+    cache: KVCache,
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[CacheOptions],
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]: ...
 
 

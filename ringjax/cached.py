@@ -117,7 +117,8 @@ def attend_cached(call: Call, way: Way, cached: Cached, *, rolls: bool) -> tuple
     offsets = tuple(range(num_shards)) if way == "keys" else (0,)
     spec = ring_spec(call, Schedule(num_shards, (offsets,)))
     result: Any = ring(spec, query, key, value, cached.sinks if way == "keys" else None, mask)
-    out, lse = _without_absent(*result, present, query.shape[1])
+    out, lse = result
+    out = _without_absent(out, present)
     if way == "queries":
         out, lse = (to_ranks_order(x, axis, layout) for x in (out, lse))
     if way != "keys":
@@ -128,10 +129,10 @@ def attend_cached(call: Call, way: Way, cached: Cached, *, rolls: bool) -> tuple
     return jnp.where(lost[..., None], jnp.nan, out), jnp.where(lost, jnp.nan, lse)
 
 
-def _without_absent(out: Array, lse: Array, present: Array, length: int) -> tuple[Array, Array]:
+def _without_absent(out: Array, present: Array) -> Array:
     """The output of an absent query is 0 whatever the arrays are: its cotangent, even NaN, reaches nothing."""
-    there = (jnp.arange(length, dtype=jnp.int32)[None] < present[:, None])[:, :, None]
-    return jnp.where(there[..., None], out, jax.lax.stop_gradient(out)), lse
+    there = jnp.arange(out.shape[1], dtype=jnp.int32)[None] < present[:, None]
+    return jnp.where(there[:, :, None, None], out, jax.lax.stop_gradient(out))
 
 
 class Shards(NamedTuple):
