@@ -14,10 +14,12 @@ from tpu import needs_libtpu
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
 def example() -> str:
-    """The one Python block of the README."""
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    return code
+    """The first Python block of the README; the others go on from it."""
+    return BLOCKS[0]
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -43,8 +45,9 @@ def test_example_is_short_and_checks_itself():
     assert "jax.nn.dot_product_attention" in example()
 
 
-def test_example_runs():
-    result = run(example())
+def test_examples_run_one_after_another():
+    assert len(BLOCKS) > 1
+    result = run("\n".join(BLOCKS))
     assert result.returncode == 0, result.stderr
 
 
