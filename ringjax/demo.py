@@ -225,8 +225,8 @@ def show_agreement(console: Console, mesh: Mesh, length: int) -> None:
 
 
 def show_memory(console: Console, devices: Sequence[Any], length: int) -> None:
-    """Memory a device as the sequence doubles, and as the number of devices doubles."""
-    console.rule("Memory a device, from the compiled program (forward and backward, causal)")
+    """Memory per device as the sequence doubles, and as the number of devices doubles."""
+    console.rule("Memory per device, from the compiled program (forward and backward, causal)")
     count = len(devices)
     table = _table(
         console, f"the sequence doubles, {count} devices", "length", "ring", "growth", "dense, one device", "growth"

@@ -76,7 +76,7 @@ def test_memory_is_of_one_device():
 def test_demo_prints_every_part():
     result = invoke("demo", "--devices", 2, "--seq-len", 64)
     assert result.exit_code == 0, result.output
-    for part in ("Who holds which block", "dense attention", "Memory a device", "What one device sends"):
+    for part in ("Who holds which block", "dense attention", "Memory per device", "What one device sends"):
         assert part in result.stdout
 
 

@@ -20,7 +20,7 @@ class Gpu:
       lanes: float32 lanes of an SM.
       clock_ghz: of the SMs, boosted.
       memory_bytes: of the device, what the driver leaves.
-      bandwidth: of that memory, bytes a second.
+      bandwidth: of that memory, in bytes per second.
       l2_bytes: of the second cache.
       shared_bytes: shared memory of an SM.
       block_shared_bytes: the most of it that one block may ask for.
