@@ -17,6 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("demo", "tune"),
     ("bench",),
     ("training",),
+    ("models",),
     ("nnx", "linen"),
     ("layers",),
     ("adapters",),
@@ -191,7 +192,11 @@ def loaded_by(statement: str) -> set[str]:
 def test_importing_ringjax_loads_neither_flax_nor_pallas():
     loaded = loaded_by("import ringjax")
     assert "ringjax.attention" in loaded
-    assert not [name for name in loaded if name.split(".")[0] in {"flax", "optax", "orbax", "typer", "matplotlib"}]
+    assert not [
+        name
+        for name in loaded
+        if name.split(".")[0] in {"flax", "optax", "orbax", "typer", "matplotlib", "safetensors", "gguf", "tokenizers"}
+    ]
     assert not [name for name in loaded if name.startswith("jax.experimental.pallas")]
 
 

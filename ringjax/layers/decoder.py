@@ -136,6 +136,16 @@ def layers_of(block: DecoderLayer | LayerGroup) -> list[DecoderLayer]:
     return [getattr(block, f"layer_{place}") for place in range(len(vars(block))) if hasattr(block, f"layer_{place}")]
 
 
+def layer_path(config: DecoderConfig, layer: int) -> tuple[tuple[str, ...], int | None]:
+    """Where layer number i is in a Decoder's state: its path, and its index there or None where it is no stack."""
+    kinds = len(config.period)
+    period, place = divmod(layer, kinds)
+    if kinds == 1:
+        return ("blocks",), period
+    stacked = period < config.num_layers // kinds
+    return ("blocks" if stacked else "rest", f"layer_{place}"), period if stacked else None
+
+
 class Decoder(nnx.Module):
     """A decoder of the Llama architecture and its kin: RMSNorm, RoPE, grouped-query ring attention, a gated MLP.
 
