@@ -44,7 +44,7 @@ def fill(config: DecoderConfig, mesh: jax.sharding.Mesh | None, tensors: Iterabl
         shardings: dict[Path, Any] = dict.fromkeys(abstract, here)
     else:
         flat = nnx.to_flat_state(partition_shardings(state, place))
-        shardings = {path: x[...] if isinstance(x, nnx.Variable) else x for path, x in flat}
+        shardings = {path: jax.tree.leaves(x)[0] for path, x in flat}
 
     filled: dict[Path, jax.Array] = {}
     for tensor in wanted:

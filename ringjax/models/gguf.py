@@ -10,6 +10,7 @@ import numpy as np
 from ..layers.decoder_config import LayerKind
 from ..layers.rope_scaling import FrequencyDivisors, LinearScaling, RopeConfig, RopeScaling, YarnScaling
 from .errors import ModelError, need
+from .gguf_header import read_header
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 _FREQUENCIES = "rope_freqs.weight"
@@ -19,49 +20,56 @@ _SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
 
 
 class GgufFile:
-    """Metadata and tensors of a file, neither read before they are asked for."""
+    """Metadata and tensors of a file; a tensor is read when it is asked for, and only then."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._gguf = need("gguf")
         try:
-            self._reader = self._gguf.GGUFReader(path)
-        except Exception as error:  # bytes that are no GGUF raise whatever they happen to break
-            raise ModelError(f"{path} must be a GGUF file that the gguf package reads. Got: {error}.") from error
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+            self._header = read_header(path)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ModelError(f"{path} must be a whole GGUF file of version 2 or 3. Got: {error}.") from error
         self._taken: set[str] = set()
 
     def take(self, key: str, *default: Any) -> Any:
         """A value of the metadata; without a default it must be there."""
         self._taken.add(key)
-        field = self._reader.fields.get(key)
-        if field is not None:
-            return field.contents()
+        value = self._header.metadata.get(key)
+        if value is not None:
+            return value
         if default:
             return default[0]
         raise ModelError(f"{self.path} must have the key {key!r}. Got none.")
 
     def left_over(self, prefix: str) -> dict[str, Any]:
         """What nobody took."""
-        names = [name for name in self._reader.fields if name.startswith(prefix) and name not in self._taken]
-        return {name: self._reader.fields[name].contents() for name in names}
+        given = self._header.metadata.items()
+        return {name: value for name, value in given if name.startswith(prefix) and name not in self._taken}
 
     def names(self) -> Collection[str]:
-        return set(self._tensors)
+        return self._header.tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts from the innermost
+        return self._header.tensors[name].shape[::-1]  # GGUF counts from the innermost
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+        """A tensor, dequantised to float32."""
+        gguf, info = need("gguf"), self._header.tensors[name]
         try:
-            x = self._gguf.dequantize(tensor.data, tensor.tensor_type)
+            kind = gguf.GGMLQuantizationType(info.type)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{name} must have a type that the gguf package knows. Got type {info.type}.") from error
+        *rows, columns = self.shape(name)
+        shape = (*rows, columns // block * size)
+        if columns % block or info.start + math.prod(shape) > self.path.stat().st_size:
+            raise ModelError(f"{self.path} must be whole. It ends before {name} does.")
+        data = np.memmap(self.path, np.uint8, "r", offset=info.start, shape=shape)
+        try:
+            return gguf.dequantize(data, kind).reshape(self.shape(name))
         except Exception as error:
-            kind = getattr(tensor.tensor_type, "name", tensor.tensor_type)
             raise ModelError(
-                f"{name} must have a type that the gguf package dequantises. Got {kind}: {error}."
+                f"{name} must have a type that the gguf package dequantises. Got {kind.name}: {error}."
             ) from error
-        return x.reshape(self.shape(name))
 
 
 class Weights:

@@ -36,7 +36,8 @@ class SafetensorsSource:
     def __init__(self, folder: Path):
         opened = need("safetensors").safe_open
         files = _weight_files(folder)
-        self._folder, self._where, self._files = folder, {}, {}
+        self._where: dict[str, str] = {}
+        self._files: dict[str, Any] = {}
         for name in sorted(set(files)):
             try:
                 file = opened(folder / name, framework="numpy")
@@ -60,6 +61,14 @@ class SafetensorsSource:
         if code not in _DTYPES:
             raise ModelError(f"{name} must have a dtype of {', '.join(_DTYPES)}. Got {code}.")
         return self._files[self._where[name]].get_tensor(name)
+
+    def drop_copy(self, name: str, original: str) -> None:
+        """Forget a tensor, if it is there, that must be a copy of another one."""
+        if name not in self._where or original not in self._where:
+            return
+        if self.shape(name) != self.shape(original) or not np.array_equal(self.read(name), self.read(original)):
+            raise ModelError(f"{name} must equal {original}: config.json says that they are tied. Got another table.")
+        del self._where[name]
 
     def _slice(self, name: str) -> Any:
         return self._files[self._where[name]].get_slice(name)

@@ -70,6 +70,8 @@ def load(
     if where.is_dir():
         family, fields = read_config(read_json(where / CONFIG), str(where / CONFIG))
         scheme, source = family.scheme, SafetensorsSource(where)
+        if fields["tie_embeddings"] is True:
+            source.drop_copy(f"{scheme.output}.weight", f"{scheme.embedding}.weight")
     elif where.is_file():
         fields, source = open_gguf(where)
         scheme = GGUF
