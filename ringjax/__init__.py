@@ -1,6 +1,7 @@
 """ringjax: exact attention over a sequence that is sharded across devices.
 
-``ringjax.nnx`` and ``ringjax.linen``, the layers, are imported when they are first asked for: they need Flax.
+``ringjax.nnx`` and ``ringjax.linen``, the layers, and ``ringjax.models``, pretrained weights for them, are imported
+when they are first asked for: they need Flax.
 """
 
 import importlib
@@ -27,9 +28,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import linen as linen
+    from . import models as models
     from . import nnx as nnx
 else:  # a __getattr__ that a type checker sees would allow it any name
-    _LAZY = ("linen", "nnx")
+    _LAZY = ("linen", "models", "nnx")
 
     def __getattr__(name: str) -> ModuleType:
         if name in _LAZY:

@@ -18,6 +18,7 @@ from ..config import RingConfig
 from . import checks
 from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Placement, Role
 from .rope import Rotation, rotate, rotation
+from .rope_scaling import RopeScaling, rope_scaling
 
 Initializer = Callable[..., jax.Array]
 
@@ -41,11 +42,13 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     out_features: int
-    use_bias: bool
+    use_bias: bool | Literal["qkv"]
     qk_norm: bool
     use_sinks: bool
     norm_eps: float
     rope_theta: float | None
+    rotary_dim: int | None
+    rope_scaling: RopeScaling | None
     scale: float | None
     is_causal: bool
     local_window_size: int | tuple[int | None, int | None] | None
@@ -57,8 +60,9 @@ class AttentionSpec:
         checked: dict[str, Any] = {}
         for name in ("in_features", "num_heads", "num_kv_heads", "head_dim", "out_features"):
             checked[name] = checks.positive_integer(name, getattr(self, name))
-        for name in ("use_bias", "qk_norm", "use_sinks", "is_causal"):
+        for name in ("qk_norm", "use_sinks", "is_causal"):
             checks.flag(name, getattr(self, name))
+        checked["use_bias"] = checks.bias("use_bias", self.use_bias)
         checked["norm_eps"] = checks.positive_number("norm_eps", self.norm_eps)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -66,8 +70,19 @@ class AttentionSpec:
             )
         if self.rope_theta is not None:
             checked["rope_theta"] = checks.positive_number("rope_theta", self.rope_theta, ", or None for no RoPE")
-            if self.head_dim % 2:
-                raise ValueError(f"head_dim must be even for RoPE (rope_theta=None turns it off). Got {self.head_dim}.")
+            checked["rotary_dim"] = checks.rotary_dim("rotary_dim", self.rotary_dim, self.head_dim)
+            rope_scaling("rope_scaling", self.rope_scaling)
+            if self.head_dim % 2 and self.rotary_dim is None:
+                raise ValueError(
+                    "head_dim must be even for RoPE (rope_theta=None turns it off, rotary_dim limits it). "
+                    f"Got {self.head_dim}."
+                )
+        else:
+            for name in ("rotary_dim", "rope_scaling"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} must be None where rope_theta is None: there is no RoPE. Got {getattr(self, name)!r}."
+                    )
         if self.scale is not None:
             checked["scale"] = check_scale(self.scale, self.head_dim)
         checked["logits_soft_cap"] = check_soft_cap(self.logits_soft_cap)
@@ -126,7 +141,7 @@ class AttentionSpec:
 
         out_shape = (self.num_heads, size, self.out_features)
         out = {"kernel": ParamInfo(out_shape, "out_kernel", (TENSOR, None, FSDP), self.num_heads * size)}
-        if self.use_bias:
+        if self.use_bias is True:
             out["bias"] = ParamInfo((self.out_features,), "bias", (None,))
         table = {
             "query": projection(self.num_heads),
@@ -186,14 +201,24 @@ def layer_rotation(
     """The RoPE rotation of the tokens of x [B, T, E]; None without RoPE."""
     if spec.rope_theta is None:
         return None
+    length = None
     if positions is None:
         positions = placement.positions(x.shape[1])
+        length = x.shape[1] * (placement.ring_size if placement.inside else 1)
     allowed = ((x.shape[1],), x.shape[:2])
     if positions.shape not in allowed:
         raise ValueError(
             f"positions must have shape [T] or [B, T], {allowed[0]} or {allowed[1]}. Got {positions.shape}."
         )
-    return rotation(positions, spec.head_dim, spec.rope_theta, x.dtype if spec.dtype is None else spec.dtype)
+    return rotation(
+        positions,
+        spec.head_dim,
+        spec.rope_theta,
+        x.dtype if spec.dtype is None else spec.dtype,
+        rotary_dim=spec.rotary_dim,
+        scaling=spec.rope_scaling,
+        length=length,
+    )
 
 
 def apply_attention(

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,24 @@ def positive_number(name: str, value: Any, otherwise: str = "") -> float:
     raise ValueError(f"{name} must be a positive number{otherwise}. Got {value!r}.")
 
 
+def finite_number(name: str, value: Any, otherwise: str = "") -> float:
+    """The same of any sign."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(float(value)):
+        return float(value)
+    raise ValueError(f"{name} must be a finite number{otherwise}. Got {value!r}.")
+
+
+def rotary_dim(name: str, value: Any, head_dim: int | None = None) -> int | None:
+    """How many features of a head turn: even, at most its size where that is known; None is all."""
+    if value is None:
+        return None
+    number = positive_integer(name, value)
+    if number % 2 or (head_dim is not None and number > head_dim):
+        most = "" if head_dim is None else f" of at most head_dim, {head_dim},"
+        raise ValueError(f"{name} must be an even number of features{most} or None. Got {value!r}.")
+    return number
+
+
 def flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -37,6 +55,15 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}. Got {value!r}.")
+
+
+def bias(name: str, value: Any) -> bool | Literal["qkv"]:
+    """Which projections of attention have a bias."""
+    if isinstance(value, bool):
+        return value
+    if value == "qkv":
+        return "qkv"
+    raise ValueError(f"{name} must be True, False or 'qkv'. Got {value!r}.")
 
 
 def ring_config(name: str, value: Any) -> RingConfig:

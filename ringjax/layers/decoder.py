@@ -3,7 +3,7 @@
 Public as ringjax.nnx. Letters: B batch, T length, E embedding, M width of the MLP, V vocabulary, C devices on the ring.
 """
 
-import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,111 +14,31 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import partial
-from ..arguments import check_soft_cap, check_window
-from ..config import RingConfig
-from ..layout import Layout, as_layout
 from . import checks
 from .attention import ParamInfo, layer_rotation, rms_norm
-from .loss import chunked_loss
+from .decoder_config import DecoderConfig
+from .loss import chunked_loss, soft_cap
 from .nnx_attention import RingAttention, Weights, partition_shardings, partition_specs, settle
-from .placement import BATCH, FSDP, SEQUENCE, TENSOR, AxisNames, Distribution, Mesh, Placement, Role, as_axes
+from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Distribution, Mesh, Placement, Role
 from .rope import Rotation
 
 # What the ring made is kept; all else in a layer is computed again in backward, without one more hop.
 _KEEP = ("ring_out", "ring_lse")
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes and options of a Decoder.
-
-    Attributes:
-      vocab_size, num_layers, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim: sizes; num_heads a multiple of
-        num_kv_heads, head_dim even.
-      rope_theta: base of the rotary embedding, which turns the pairs (x_i, x_{i + H/2}) of a head, see
-        :class:`ringjax.nnx.RingAttention`.
-      local_window_size: None, w or (left, right): a token attends to itself and to the w (left) tokens before it only.
-      logits_soft_cap: of the attention logits.
-      tie_embeddings: the output projection is the embedding table.
-      norm_eps: of every RMSNorm.
-      loss_chunk: tokens of one shard, of each sequence of the batch, whose logits exist at a time in the loss.
-      remat: recompute layers in backward, all but what the ring returned.
-      dtype, param_dtype: of the computation and of the parameters, by name.
-      axis_name: mesh axis of the sequence.
-      batch_axis_name: mesh axis or axes of the batch.
-      head_axis_name: mesh axis of heads, MLP width and vocabulary (tensor parallelism).
-      layout: "contiguous", "zigzag", "striped" or a Layout object.
-      num_shards: C, the number of shards for which the tokens are dealt; None is the number of devices on the ring. A
-        ring of another number of devices raises, but one of a single device takes tokens in ring order of any C.
-        Without a mesh a layout other than "contiguous" requires it: 1 for tokens in natural order.
-      ring: tuning of the ring, the ``config`` of ring_attention.
-    """
-
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    rope_theta: float = 10000.0
-    local_window_size: int | tuple[int | None, int | None] | None = None
-    logits_soft_cap: float | None = None
-    tie_embeddings: bool = True
-    norm_eps: float = 1e-5
-    loss_chunk: int = 512
-    remat: bool = True
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    axis_name: str = "sp"
-    batch_axis_name: AxisNames = None
-    head_axis_name: str | None = None
-    layout: str | Layout = "zigzag"
-    num_shards: int | None = None
-    ring: RingConfig = RingConfig()
-
-    def __post_init__(self) -> None:
-        checked: dict[str, Any] = {}
-        for name in (
-            "vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "loss_chunk",
-        ):  # fmt: skip
-            checked[name] = checks.positive_integer(name, getattr(self, name))
-        for name in ("rope_theta", "norm_eps"):
-            checked[name] = checks.positive_number(name, getattr(self, name))
-        for name in ("tie_embeddings", "remat"):
-            checks.flag(name, getattr(self, name))
-        for name in ("dtype", "param_dtype"):
-            checks.one_of(name, getattr(self, name), checks.FLOATS)
-        checked["axis_name"] = checks.required_axes("axis_name", self.axis_name)
-        for name in ("batch_axis_name", "head_axis_name"):
-            checked[name] = checks.axes(name, getattr(self, name))
-        if self.num_shards is not None:
-            checked["num_shards"] = checks.positive_integer("num_shards", self.num_shards)
-        checked["logits_soft_cap"] = check_soft_cap(self.logits_soft_cap)
-        check_window(self.local_window_size, True)
-        if isinstance(self.local_window_size, list):  # of a file; a config must be hashable
-            checked["local_window_size"] = tuple(self.local_window_size)
-        as_layout(self.layout)
-        checks.ring_config("ring", self.ring)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_heads. Got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (RoPE turns pairs). Got {self.head_dim}.")
-        axes = [*as_axes(self.batch_axis_name), *as_axes(self.axis_name), *as_axes(self.head_axis_name)]
-        if len(set(axes)) != len(axes):
-            raise ValueError(f"axis_name, batch_axis_name and head_axis_name must name different axes. Got {axes}.")
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + down(silu(gate(norm(x))) * up(norm(x))) (SwiGLU, arXiv:2002.05202)."""
+    """x + attention(norm(x)), then x + down(silu(gate(norm(x))) * up(norm(x))) (SwiGLU, arXiv:2002.05202).
 
-    def __init__(self, config: DecoderConfig, *, mesh: Mesh | None, rngs: nnx.Rngs):
+    With post_norms, norm(attention(...)) and norm(down(...)) are added. ``place`` is the layer's in a period of the
+    pattern.
+    """
+
+    def __init__(self, config: DecoderConfig, place: int = 0, *, mesh: Mesh | None, rngs: nnx.Rngs):
         embed, width = config.embed_dim, config.mlp_dim
+        window, rope = config.period[place]
         inner = nnx.initializers.lecun_normal()
         # Each layer adds two of these to the stream: with this variance their sum does not grow with depth.
         outer = nnx.initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")
@@ -127,9 +47,16 @@ class DecoderLayer(nnx.Module):
             embed,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            rope_theta=config.rope_theta,
+            use_bias=config.attention_bias,
+            rope_theta=rope.theta,
+            rotary_dim=rope.rotary_dim,
+            rope_scaling=rope.scaling,
+            qk_norm=config.qk_norm,
+            use_sinks=config.use_sinks,
+            norm_eps=config.norm_eps,
+            scale=config.attention_scale,
             is_causal=True,
-            local_window_size=config.local_window_size,
+            local_window_size=window,
             logits_soft_cap=config.logits_soft_cap,
             layout=config.layout,
             num_shards=config.num_shards,
@@ -146,15 +73,23 @@ class DecoderLayer(nnx.Module):
         )
 
         def weights(**table: ParamInfo) -> Weights:
-            inits = {"kernel": inner, "out_kernel": outer}
+            inits = {"kernel": inner, "out_kernel": outer, "bias": nnx.initializers.zeros}
             return Weights(table, self.attention.distribution.here(), inits, param_dtype=config.param_dtype, rngs=rngs)
 
-        self.attention_norm = weights(scale=ParamInfo((embed,), "ones", (None,)))
-        self.mlp_norm = weights(scale=ParamInfo((embed,), "ones", (None,)))
-        self.gate = weights(kernel=ParamInfo((embed, width), "kernel", (FSDP, TENSOR), embed))
-        self.up = weights(kernel=ParamInfo((embed, width), "kernel", (FSDP, TENSOR), embed))
-        self.down = weights(kernel=ParamInfo((width, embed), "out_kernel", (TENSOR, FSDP), width))
-        self.norm_eps = config.norm_eps
+        def projection(kernel: ParamInfo, out: Role) -> Weights:
+            bias = {"bias": ParamInfo(kernel.shape[1:], "bias", (out,))} if config.mlp_bias else {}
+            return weights(kernel=kernel, **bias)
+
+        norm = ParamInfo((embed,), "ones", (None,))
+        self.attention_norm = weights(scale=norm)
+        self.mlp_norm = weights(scale=norm)
+        if config.post_norms:
+            self.attention_post_norm = weights(scale=norm)
+            self.mlp_post_norm = weights(scale=norm)
+        self.gate = projection(ParamInfo((embed, width), "kernel", (FSDP, TENSOR), embed), TENSOR)
+        self.up = projection(ParamInfo((embed, width), "kernel", (FSDP, TENSOR), embed), TENSOR)
+        self.down = projection(ParamInfo((width, embed), "out_kernel", (TENSOR, FSDP), width), None)
+        self.config = config
 
     def __call__(
         self,
@@ -165,26 +100,62 @@ class DecoderLayer(nnx.Module):
         positions: jax.Array | None,
         segment_ids: jax.Array | None,
     ) -> jax.Array:
-        def kernel(part: Weights, *roles: Role) -> jax.Array:
-            return placement.constrain(part.arrays()["kernel"].astype(x.dtype), *roles)
+        def project(x: jax.Array, part: Weights, *roles: Role) -> jax.Array:
+            arrays = part.arrays()
+            y = x @ placement.constrain(arrays["kernel"].astype(x.dtype), *roles)
+            return y + arrays["bias"].astype(x.dtype)[None, None] if "bias" in arrays else y
 
-        y = rms_norm(x, self.attention_norm.arrays()["scale"], self.norm_eps)
-        x = x + self.attention.within(y, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids)
-        y = rms_norm(x, self.mlp_norm.arrays()["scale"], self.norm_eps)
-        wide = jax.nn.silu(y @ kernel(self.gate, None, TENSOR)) * (y @ kernel(self.up, None, TENSOR))
+        def norm(x: jax.Array, name: str) -> jax.Array:
+            return rms_norm(x, getattr(self, name).arrays()["scale"], self.config.norm_eps)
+
+        y = norm(x, "attention_norm")
+        y = self.attention.within(y, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids)
+        x = x + (norm(y, "attention_post_norm") if self.config.post_norms else y)
+        y = norm(x, "mlp_norm")
+        act = _ACTIVATIONS[self.config.activation]
+        wide = act(project(y, self.gate, None, TENSOR)) * project(y, self.up, None, TENSOR)
         wide = placement.constrain(wide, BATCH, SEQUENCE, TENSOR)
-        return placement.constrain(x + wide @ kernel(self.down, TENSOR, None), BATCH, SEQUENCE, None)
+        y = project(wide, self.down, TENSOR, None)
+        if self.config.post_norms:
+            y = norm(placement.constrain(y, BATCH, SEQUENCE, None), "mlp_post_norm")
+        return placement.constrain(x + y, BATCH, SEQUENCE, None)
+
+
+class LayerGroup(nnx.Module):
+    """The first layers of a period of the pattern, one after the other: layer_0, layer_1, ..."""
+
+    def __init__(self, config: DecoderConfig, count: int, *, mesh: Mesh | None, rngs: nnx.Rngs):
+        for place in range(count):
+            setattr(self, f"layer_{place}", DecoderLayer(config, place, mesh=mesh, rngs=rngs))
+
+
+def layers_of(block: DecoderLayer | LayerGroup) -> list[DecoderLayer]:
+    """The layers of a period, in order."""
+    if isinstance(block, DecoderLayer):
+        return [block]
+    return [getattr(block, f"layer_{place}") for place in range(len(vars(block))) if hasattr(block, f"layer_{place}")]
+
+
+def layer_path(config: DecoderConfig, layer: int) -> tuple[tuple[str, ...], int | None]:
+    """Where layer number i is in a Decoder's state: its path, and its index there or None where it is no stack."""
+    kinds = len(config.period)
+    period, place = divmod(layer, kinds)
+    if kinds == 1:
+        return ("blocks",), period
+    stacked = period < config.num_layers // kinds
+    return ("blocks" if stacked else "rest", f"layer_{place}"), period if stacked else None
 
 
 class Decoder(nnx.Module):
-    """A decoder of the Llama architecture: RMSNorm, RoPE, grouped-query ring attention, SwiGLU.
+    """A decoder of the Llama architecture and its kin: RMSNorm, RoPE, grouped-query ring attention, a gated MLP.
 
     Tokens, targets, segment ids and masks [B, T] are in the ring order that :func:`ringjax.to_ring_order` makes for
     ``config.layout`` and ``config.num_shards``. They and all activations are sharded over ``config.batch_axis_name``
-    and ``config.axis_name``. Layers are stacked and scanned, so compile time does not grow with depth. Parameters
-    name their mesh axes in their metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP
-    width and vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one
-    device.
+    and ``config.axis_name``. Layers are stacked and scanned, so compile time does not grow with depth; where
+    ``config.layer_pattern`` has several kinds, whole periods of it are, and the layers after the last whole period
+    follow one by one. Parameters name their mesh axes in their metadata: embedding features over the batch and sequence
+    axes (FSDP), heads, MLP width and vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and
+    without a mesh on one device.
 
     Every token id lies in [0, V), padding and masked tokens included. Ids that can be seen are checked. Under ``jit``
     they cannot be: an id outside makes the logits of every token that attends to it NaN, and so the loss.
@@ -202,10 +173,15 @@ class Decoder(nnx.Module):
         self.config = config
         self.mesh = mesh
 
-        @nnx.split_rngs(splits=config.num_layers)
+        kinds = len(config.period)
+        periods, rest = divmod(config.num_layers, kinds)
+
+        @nnx.split_rngs(splits=periods)
         @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
-        def stack(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, mesh=mesh, rngs=rngs)
+        def stack(rngs: nnx.Rngs) -> DecoderLayer | LayerGroup:
+            if kinds == 1:
+                return DecoderLayer(config, mesh=mesh, rngs=rngs)
+            return LayerGroup(config, kinds, mesh=mesh, rngs=rngs)
 
         def weights(**table: ParamInfo) -> Weights:
             # Table rows have a norm of about 1 / 50 sqrt(E), as is usual; the first RMSNorm brings them to sqrt(E).
@@ -215,6 +191,8 @@ class Decoder(nnx.Module):
         rows = ParamInfo((config.vocab_size, config.embed_dim), "kernel", (TENSOR, FSDP))
         self.embedding = weights(kernel=rows)
         self.blocks = stack(rngs)
+        if rest:
+            self.rest = LayerGroup(config, rest, mesh=mesh, rngs=rngs)
         self.norm = weights(scale=ParamInfo((config.embed_dim,), "ones", (None,)))
         if not config.tie_embeddings:
             self.output = weights(kernel=rows)
@@ -255,6 +233,7 @@ class Decoder(nnx.Module):
             table = placement.constrain(model._output_table().astype(x.dtype), TENSOR, None)
             wide = partial.wide(x.dtype)
             logits = jnp.einsum("bte,ve->btv", x, table, preferred_element_type=wide)
+            logits = soft_cap(logits, model.config.output_soft_cap)
             return placement.from_natural(placement.constrain(logits, BATCH, SEQUENCE, TENSOR), 1)
 
         def out_specs(placement: Placement) -> PartitionSpec:
@@ -298,7 +277,15 @@ class Decoder(nnx.Module):
             mask: Any,
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
             x = model._features(placement, tokens, segments, positions)
-            total = chunked_loss(placement, x, model._output_table(), targets, mask, model.config.loss_chunk)
+            total = chunked_loss(
+                placement,
+                x,
+                model._output_table(),
+                targets,
+                mask,
+                chunk=model.config.loss_chunk,
+                output_soft_cap=model.config.output_soft_cap,
+            )
             count = jnp.float32(tokens.size) if mask is None else jnp.sum(mask.astype(jnp.float32))
             return total / jnp.where(count > 0, count, 1), {"tokens": count}
 
@@ -351,23 +338,48 @@ class Decoder(nnx.Module):
         # Ids outside the vocabulary give NaN, never the row of another token.
         rows = table.at[checks.as_index(tokens)].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         x = rows.astype(self.config.dtype)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         x = placement.constrain(x, BATCH, SEQUENCE, None)
-        graphdef, layers = nnx.split(self.blocks)
-        rotated_by = layer_rotation(self.blocks.attention.spec, placement, x, positions)
-        if rotated_by is not None:
-            cos, sin = rotated_by
-            roles = (BATCH if cos.shape[0] > 1 else None, SEQUENCE, None, None)
-            rotated_by = placement.constrain(cos, *roles), placement.constrain(sin, *roles)
+        rotations = self._rotations(placement, x, positions)
+        policy = jax.checkpoint_policies.save_only_these_names(*_KEEP)
 
-        def layer(x: jax.Array, arrays: Any) -> tuple[jax.Array, None]:
-            block = nnx.merge(graphdef, arrays)
-            return block(x, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids), None
+        def run(block: DecoderLayer | LayerGroup, x: jax.Array) -> jax.Array:
+            """The layers of a period, each of which keeps its input and what the ring returned."""
+            for each in layers_of(block):
+                rotated_by = rotations[_rope_of(each)]
+                graphdef, arrays = nnx.split(each)
 
-        if self.config.remat:
-            policy = jax.checkpoint_policies.save_only_these_names(*_KEEP)
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(layer, x, layers)
+                def layer(x: jax.Array, arrays: Any, graphdef: Any = graphdef, by: Any = rotated_by) -> jax.Array:
+                    layer = nnx.merge(graphdef, arrays)
+                    return layer(x, placement, rotated_by=by, positions=positions, segment_ids=segment_ids)
+
+                if self.config.remat:
+                    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+                x = layer(x, arrays)
+            return x
+
+        graphdef, stacked = nnx.split(self.blocks)
+        x, _ = jax.lax.scan(lambda x, arrays: (run(nnx.merge(graphdef, arrays), x), None), x, stacked)
+        if hasattr(self, "rest"):
+            x = run(self.rest, x)
         return rms_norm(x, self.norm.arrays()["scale"], self.config.norm_eps)
+
+    def _rotations(
+        self, placement: Placement, x: jax.Array, positions: jax.Array | None
+    ) -> dict[tuple[Any, ...], Rotation | None]:
+        """The rotation of every RoPE that a layer has, computed once."""
+        made: dict[tuple[Any, ...], Rotation | None] = {}
+        for layer in layers_of(self.blocks):
+            rope = _rope_of(layer)
+            if rope in made:
+                continue
+            by = layer_rotation(layer.attention.spec, placement, x, positions)
+            if by is not None:
+                roles = (BATCH if by[0].shape[0] > 1 else None, SEQUENCE, None, None)
+                by = placement.constrain(by[0], *roles), placement.constrain(by[1], *roles)
+            made[rope] = by
+        return made
 
     def _check(self, tokens: jax.Array, **others: jax.Array | None) -> None:
         for name, x in {"tokens": tokens, **others}.items():
@@ -385,6 +397,11 @@ class Decoder(nnx.Module):
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise ValueError(f"targets must be integers. Got dtype {targets.dtype}.")
         checks.ids("targets", targets, self.config.vocab_size, counted=others.get("loss_mask"))
+
+
+def _rope_of(layer: DecoderLayer) -> tuple[Any, ...]:
+    spec = layer.attention.spec
+    return spec.rope_theta, spec.rotary_dim, spec.rope_scaling
 
 
 def param_specs(config: DecoderConfig, mesh: Mesh) -> nnx.State:

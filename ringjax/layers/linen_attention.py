@@ -1,7 +1,7 @@
 """Flax Linen's RingAttention: declares the parameters and calls the equation it shares with ringjax.nnx. Needs flax."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from ..layout import Layout
 from . import checks
 from .attention import AttentionSpec, Initializer, ParamInfo, checked_initializers, initial_value, run_layer
 from .placement import AxisNames, Distribution, Mesh, Placement, fit_spec
+from .rope_scaling import RopeScaling
 
 
 class Weights(nn.Module):
@@ -52,9 +53,9 @@ class RingAttention(nn.Module):
     reads them); without one they are plain arrays.
 
     Attributes:
-      num_heads, num_kv_heads, head_dim, out_features, use_bias, rope_theta, qk_norm, use_sinks, norm_eps, scale,
-        is_causal, local_window_size, logits_soft_cap, layout, axis_name, batch_axis_name, head_axis_name, mesh,
-        num_shards, config, dtype, param_dtype, kernel_init, out_kernel_init, bias_init: as in
+      num_heads, num_kv_heads, head_dim, out_features, use_bias, rope_theta, rotary_dim, rope_scaling, qk_norm,
+        use_sinks, norm_eps, scale, is_causal, local_window_size, logits_soft_cap, layout, axis_name, batch_axis_name,
+        head_axis_name, mesh, num_shards, config, dtype, param_dtype, kernel_init, out_kernel_init, bias_init: as in
         :class:`ringjax.nnx.RingAttention`, RoPE's pairs of the weights too. The number of input features is that of
         the first input. ``init`` outside a mesh is a call without a mesh: give num_shards, or set the mesh.
     """
@@ -63,8 +64,10 @@ class RingAttention(nn.Module):
     num_kv_heads: int | None = None
     head_dim: int | None = None
     out_features: int | None = None
-    use_bias: bool = False
+    use_bias: bool | Literal["qkv"] = False
     rope_theta: float | None = 10000.0
+    rotary_dim: int | None = None
+    rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
     use_sinks: bool = False
     norm_eps: float = 1e-6
@@ -106,6 +109,8 @@ class RingAttention(nn.Module):
             use_sinks=self.use_sinks,
             norm_eps=self.norm_eps,
             rope_theta=self.rope_theta,
+            rotary_dim=self.rotary_dim,
+            rope_scaling=self.rope_scaling,
             scale=self.scale,
             is_causal=self.is_causal,
             local_window_size=self.local_window_size,

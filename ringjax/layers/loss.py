@@ -11,10 +11,22 @@ from . import checks
 from .placement import BATCH, SEQUENCE, TENSOR, Placement
 
 
+def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """cap tanh(logits / cap); None is no cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 def chunked_loss(
-    placement: Placement, x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array | None, chunk: int
+    placement: Placement,
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array | None,
+    *,
+    chunk: int,
+    output_soft_cap: float | None = None,
 ) -> jax.Array:
-    r"""sum_t weight_t (logsumexp_v(x_t . table_v) - x_t . table_{target_t}), float32 or better.
+    r"""sum_t weight_t (logsumexp_v(z_tv) - z_{t target_t}), z_tv = cap(x_t . table_v), float32 or better.
 
     Every shard of the sequence is cut into chunks; a scan takes one chunk of every shard at a time and its backward
     computes the logits of that chunk once more. So B * C * chunk * V logits exist at a time, C shards together.
@@ -27,6 +39,7 @@ def chunked_loss(
       weights: [B, T] or None for 1. What is not 0 counts: a target outside [0, V) gives NaN then; one of weight 0 may
         be anything.
       chunk: tokens of one shard and sequence at a time.
+      output_soft_cap: the cap, or None.
     """
     batch, length = targets.shape
     # A length that does not divide has no local parts (one shard): its chunks are whole on every device.
@@ -55,6 +68,7 @@ def chunked_loss(
     def step(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         x, targets, weights = part
         logits = jnp.einsum("gbcte,gcve->gbctv", x, copies.astype(x.dtype), preferred_element_type=wide)
+        logits = soft_cap(logits, output_soft_cap)
         logits = placement.constrain(logits, BATCH, None, SEQUENCE, None, TENSOR)
         words = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, None, None, :]
         # A masked sum, not a gather: it stays local where the vocabulary is sharded.

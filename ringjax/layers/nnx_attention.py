@@ -1,7 +1,7 @@
 """RingAttention for Flax NNX: declares the parameters and calls the shared equation. Public as ringjax.nnx."""
 
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from .attention import (
 )
 from .placement import AxisNames, Distribution, Mesh, Placement, fit_spec
 from .rope import Rotation
+from .rope_scaling import RopeScaling
 
 
 class Weights(nnx.Module):
@@ -105,8 +106,10 @@ class RingAttention(nnx.Module):
       num_kv_heads: K, key/value heads, a divisor of N; default N.
       head_dim: H; default in_features / num_heads.
       out_features: default in_features.
-      use_bias: biases on all four projections.
+      use_bias: biases on all four projections, or with "qkv" on all but the output's.
       rope_theta: base of the rotary embedding (pairs as above); None for none.
+      rotary_dim: R, even: the first R features of a head turn, in pairs (x_i, x_{i + R/2}); None is all of them.
+      rope_scaling: of RoPE's frequencies, for sequences longer than the model was trained for.
       qk_norm: RMSNorm with a learned scale on every query and key head, before RoPE.
       use_sinks: one learned logit per query head in the softmax's denominator, starting at 0.
       norm_eps: of qk_norm.
@@ -135,8 +138,10 @@ class RingAttention(nnx.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         out_features: int | None = None,
-        use_bias: bool = False,
+        use_bias: bool | Literal["qkv"] = False,
         rope_theta: float | None = 10000.0,
+        rotary_dim: int | None = None,
+        rope_scaling: RopeScaling | None = None,
         qk_norm: bool = False,
         use_sinks: bool = False,
         norm_eps: float = 1e-6,
@@ -169,6 +174,8 @@ class RingAttention(nnx.Module):
             use_sinks=use_sinks,
             norm_eps=norm_eps,
             rope_theta=rope_theta,
+            rotary_dim=rotary_dim,
+            rope_scaling=rope_scaling,
             scale=scale,
             is_causal=is_causal,
             local_window_size=local_window_size,

@@ -1,0 +1,7 @@
+"""Pretrained models: weights and tokenizers of Hugging Face directories and GGUF files. Needs ringjax[models]."""
+
+from .errors import ModelError as ModelError
+from .loading import load as load
+from .saving import save as save
+from .tokens import Tokenizer as Tokenizer
+from .tokens import tokenizer as tokenizer

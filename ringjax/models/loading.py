@@ -1,0 +1,84 @@
+"""A file of somebody else's model -> a Decoder on a mesh."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..config import RingConfig
+from ..layers import checks
+from ..layers.decoder import Decoder
+from ..layers.decoder_config import DecoderConfig
+from ..layers.placement import AxisNames
+from ..layout import Layout
+from .errors import ModelError
+from .families import read_config
+from .fill import fill
+from .gguf import open_gguf
+from .huggingface import CONFIG, SafetensorsSource, read_json
+from .names import GGUF, tensors
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    layout: str | Layout = "zigzag",
+    num_shards: int | None = None,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    axis_name: str = "sp",
+    batch_axis_name: AxisNames = None,
+    head_axis_name: str | None = None,
+    loss_chunk: int = 512,
+    remat: bool = True,
+    ring: RingConfig | None = None,
+) -> Decoder:
+    """A pretrained decoder, read tensor by tensor straight to where its shards belong.
+
+    Its logits are those of the library that wrote the file, in the order of the tokens: ring order of the layout for
+    num_shards. Peak memory of the host is about one tensor; a GGUF's tensors are dequantised.
+
+    Args:
+      path: a Hugging Face directory (config.json, model.safetensors or several files and their index), or a GGUF file.
+      mesh: where the parameters go; None is the mesh of the context, or one device if there is none.
+      layout, num_shards, dtype, param_dtype, axis_name, batch_axis_name, head_axis_name, loss_chunk, remat, ring: as in
+        :class:`ringjax.nnx.DecoderConfig`.
+
+    Raises:
+      ModelError: a file that is damaged or misses something, tensors that are not those of the configuration, and
+        whatever the configuration asks for that is not supported. One sentence that names it.
+      ValueError: an option that is not what it must be.
+    """
+    where = Path(path)
+    options: dict[str, Any] = {
+        "layout": layout,
+        "num_shards": num_shards,
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "axis_name": axis_name,
+        "batch_axis_name": batch_axis_name,
+        "head_axis_name": head_axis_name,
+        "loss_chunk": loss_chunk,
+        "remat": remat,
+        "ring": RingConfig() if ring is None else ring,
+    }
+    DecoderConfig(8, 1, 8, 1, 1, 8, 8, **options)  # the caller's mistakes first, by their names
+    for name in ("dtype", "param_dtype"):
+        checks.floating(name, options[name])
+    if where.is_dir():
+        family, fields = read_config(read_json(where / CONFIG), str(where / CONFIG))
+        scheme, source = family.scheme, SafetensorsSource(where)
+        if fields["tie_embeddings"] is True:
+            source.drop_copy(f"{scheme.output}.weight", f"{scheme.embedding}.weight")
+    elif where.is_file():
+        fields, source = open_gguf(where)
+        scheme = GGUF
+    else:
+        raise ModelError(f"path must be a directory or a GGUF file. Got {where}, where there is none.")
+    try:
+        config = DecoderConfig(**fields, **options)
+    except ValueError as error:
+        raise ModelError(f"{where}: {error}") from error
+    return fill(config, mesh, tensors(config, scheme), source)
