@@ -5,6 +5,7 @@ from .layers.decoder import param_shardings as param_shardings
 from .layers.decoder import param_specs as param_specs
 from .layers.decoder_config import DecoderConfig as DecoderConfig
 from .layers.decoder_config import LayerKind as LayerKind
+from .layers.decoding import DecoderCache as DecoderCache
 from .layers.nnx_attention import RingAttention as RingAttention
 from .layers.nnx_attention import partition_shardings as partition_shardings
 from .layers.nnx_attention import partition_specs as partition_specs

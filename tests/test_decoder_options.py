@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from test_decoder import SMALL, T, assert_close, batch, change, make, ring_mesh, ring_order
 
-from ringjax.layers.decoder import layer_path
+from ringjax.layers.decoder_layer import layer_path
 from ringjax.layers.rope import rotation
 from ringjax.nnx import (
     Decoder,

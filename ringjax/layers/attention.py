@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .. import partial
 from ..arguments import check_scale, check_soft_cap, check_window
+from ..cache import KVCache
 from ..config import RingConfig
 from . import checks
 from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Placement, Role
@@ -21,6 +22,7 @@ from .rope import Rotation, rotate, rotation
 from .rope_scaling import RopeScaling, rope_scaling
 
 Initializer = Callable[..., jax.Array]
+LayerArrays = Mapping[str, Mapping[str, jax.Array]]  # of a layer, by part and name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +224,7 @@ def layer_rotation(
 
 
 def apply_attention(
-    weights: Mapping[str, Mapping[str, jax.Array]],
+    weights: LayerArrays,
     x: jax.Array,
     spec: AttentionSpec,
     placement: Placement,
@@ -233,12 +235,66 @@ def apply_attention(
     seq_lengths: jax.Array | None = None,
 ) -> jax.Array:
     """out = attention(rope(x W_q), rope(x W_k), x W_v) W_o on sequence-sharded activations x [B, T, E]."""
+    query, key, value = _project_in(weights, x, spec, placement, rotated_by)
+    attended = placement.attend(
+        query,
+        key,
+        value,
+        is_causal=spec.is_causal,
+        query_seq_lengths=seq_lengths,
+        key_value_seq_lengths=seq_lengths,
+        segment_ids=segment_ids,
+        positions=positions,
+        **_options(weights, spec),
+    )
+    return _project_out(weights, attended, placement)
+
+
+def apply_cached_attention(
+    weights: LayerArrays,
+    x: jax.Array,
+    spec: AttentionSpec,
+    placement: Placement,
+    cache: KVCache,
+    *,
+    rotated_by: Rotation | None,
+    counts: jax.Array | None,
+    prompt: bool,
+) -> tuple[jax.Array, KVCache]:
+    """The same of the tokens behind those that are cached, and the cache with them.
+
+    ``counts`` [B]: how many of the T tokens each row has, the first ones; None: all. ``prompt``: they are the first
+    ones, and dealt over the ring.
+    """
+    query, key, value = _project_in(weights, x, spec, placement, rotated_by)
+    options = _options(weights, spec)
+    if prompt:
+        attended, cache = placement.prefill(query, key, value, cache, counts, is_causal=True, **options)
+    else:
+        attended, cache = placement.decode(query, key, value, cache, counts, **options)
+    return _project_out(weights, attended, placement), cache
+
+
+def _options(weights: LayerArrays, spec: AttentionSpec) -> dict[str, Any]:
+    """Of ring_attention and cached_attention alike."""
+    return {
+        "scale": spec.scale,
+        "local_window_size": spec.local_window_size,
+        "logits_soft_cap": spec.logits_soft_cap,
+        "sinks": weights["sinks"]["logit"] if spec.use_sinks else None,
+        "config": spec.config,
+    }
+
+
+def _project_in(
+    weights: LayerArrays, x: jax.Array, spec: AttentionSpec, placement: Placement, rotated_by: Rotation | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value of each head."""
     dtype = jnp.result_type(x, weights["query"]["kernel"]) if spec.dtype is None else jnp.dtype(spec.dtype)
     x = placement.constrain(x.astype(dtype), BATCH, SEQUENCE, None)
 
     def project(name: str) -> jax.Array:
-        # The FSDP part of a kernel is gathered here, in the compute dtype; activations never move for it.
-        kernel = placement.constrain(weights[name]["kernel"].astype(dtype), None, TENSOR, None)
+        kernel = placement.gather(weights[name]["kernel"].astype(dtype), FSDP, TENSOR, None)
         y = placement.constrain(jnp.einsum("bte,enh->btnh", x, kernel), BATCH, SEQUENCE, TENSOR, None)
         return y + _spread(weights[name]["bias"].astype(dtype), 4) if "bias" in weights[name] else y
 
@@ -248,29 +304,19 @@ def apply_attention(
         key = rms_norm(key, weights["key_norm"]["scale"], spec.norm_eps)
     if rotated_by is not None:
         query, key = rotate(query, rotated_by), rotate(key, rotated_by)
-    attended = placement.attend(
-        query,
-        key,
-        value,
-        scale=spec.scale,
-        is_causal=spec.is_causal,
-        local_window_size=spec.local_window_size,
-        query_seq_lengths=seq_lengths,
-        key_value_seq_lengths=seq_lengths,
-        segment_ids=segment_ids,
-        positions=positions,
-        logits_soft_cap=spec.logits_soft_cap,
-        sinks=weights["sinks"]["logit"] if spec.use_sinks else None,
-        config=spec.config,
-    )
+    return query, key, value
+
+
+def _project_out(weights: LayerArrays, attended: jax.Array, placement: Placement) -> jax.Array:
+    dtype = attended.dtype
     attended = placement.constrain(attended, BATCH, SEQUENCE, TENSOR, None)
-    kernel = placement.constrain(weights["out"]["kernel"].astype(dtype), TENSOR, None, None)
+    kernel = placement.gather(weights["out"]["kernel"].astype(dtype), TENSOR, None, FSDP)
     out = placement.constrain(jnp.einsum("btnh,nhe->bte", attended, kernel), BATCH, SEQUENCE, None)
     return out + _spread(weights["out"]["bias"].astype(dtype), 3) if "bias" in weights["out"] else out
 
 
 def run_layer(
-    weights: Mapping[str, Mapping[str, jax.Array]],
+    weights: LayerArrays,
     x: jax.Array,
     spec: AttentionSpec,
     placement: Placement,

@@ -105,7 +105,7 @@ def ids(name: str, given: Any, size: int, counted: Any = None) -> None:
     Args:
       counted: which of them matter (not 0), or None for all.
     """
-    if not _visible(given) or not (counted is None or _visible(counted)):
+    if not visible(given) or not (counted is None or visible(counted)):
         return
     seen = np.asarray(given)
     wrong = seen[((seen < 0) | (seen >= size)) & (True if counted is None else np.asarray(counted) != 0)]
@@ -121,5 +121,6 @@ def as_index(ids: jax.Array) -> jax.Array:
     return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
 
 
-def _visible(x: Any) -> bool:
+def visible(x: Any) -> bool:
+    """Whether the values can be seen: not under jit, nor on other hosts."""
     return not isinstance(x, Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)

@@ -3,7 +3,6 @@
 Public as ringjax.nnx. Letters: B batch, T length, E embedding, M width of the MLP, V vocabulary, C devices on the ring.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -14,136 +13,21 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import partial
+from ..arguments import as_integers
+from ..cache import KVCache
+from ..layout import to_ring_order
 from . import checks
 from .attention import ParamInfo, layer_rotation, rms_norm
 from .decoder_config import DecoderConfig
+from .decoder_layer import DecoderLayer, LayerGroup, layers_of
+from .decoding import DecoderCache, empty_cache
 from .loss import chunked_loss, soft_cap
-from .nnx_attention import RingAttention, Weights, partition_shardings, partition_specs, settle
-from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Distribution, Mesh, Placement, Role
+from .nnx_attention import Weights, partition_shardings, partition_specs, settle
+from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Distribution, Mesh, Placement
 from .rope import Rotation
 
 # What the ring made is kept; all else in a layer is computed again in backward, without one more hop.
 _KEEP = ("ring_out", "ring_lse")
-
-
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + down(silu(gate(norm(x))) * up(norm(x))) (SwiGLU, arXiv:2002.05202).
-
-    With post_norms, norm(attention(...)) and norm(down(...)) are added. ``place`` is the layer's in a period of the
-    pattern.
-    """
-
-    def __init__(self, config: DecoderConfig, place: int = 0, *, mesh: Mesh | None, rngs: nnx.Rngs):
-        embed, width = config.embed_dim, config.mlp_dim
-        window, rope = config.period[place]
-        inner = nnx.initializers.lecun_normal()
-        # Each layer adds two of these to the stream: with this variance their sum does not grow with depth.
-        outer = nnx.initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")
-        self.attention = RingAttention(
-            config.num_heads,
-            embed,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            use_bias=config.attention_bias,
-            rope_theta=rope.theta,
-            rotary_dim=rope.rotary_dim,
-            rope_scaling=rope.scaling,
-            qk_norm=config.qk_norm,
-            use_sinks=config.use_sinks,
-            norm_eps=config.norm_eps,
-            scale=config.attention_scale,
-            is_causal=True,
-            local_window_size=window,
-            logits_soft_cap=config.logits_soft_cap,
-            layout=config.layout,
-            num_shards=config.num_shards,
-            config=config.ring,
-            axis_name=config.axis_name,
-            batch_axis_name=config.batch_axis_name,
-            head_axis_name=config.head_axis_name,
-            mesh=mesh,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            kernel_init=inner,
-            out_kernel_init=outer,
-            rngs=rngs,
-        )
-
-        def weights(**table: ParamInfo) -> Weights:
-            inits = {"kernel": inner, "out_kernel": outer, "bias": nnx.initializers.zeros}
-            return Weights(table, self.attention.distribution.here(), inits, param_dtype=config.param_dtype, rngs=rngs)
-
-        def projection(kernel: ParamInfo, out: Role) -> Weights:
-            bias = {"bias": ParamInfo(kernel.shape[1:], "bias", (out,))} if config.mlp_bias else {}
-            return weights(kernel=kernel, **bias)
-
-        norm = ParamInfo((embed,), "ones", (None,))
-        self.attention_norm = weights(scale=norm)
-        self.mlp_norm = weights(scale=norm)
-        if config.post_norms:
-            self.attention_post_norm = weights(scale=norm)
-            self.mlp_post_norm = weights(scale=norm)
-        self.gate = projection(ParamInfo((embed, width), "kernel", (FSDP, TENSOR), embed), TENSOR)
-        self.up = projection(ParamInfo((embed, width), "kernel", (FSDP, TENSOR), embed), TENSOR)
-        self.down = projection(ParamInfo((width, embed), "out_kernel", (TENSOR, FSDP), width), None)
-        self.config = config
-
-    def __call__(
-        self,
-        x: jax.Array,
-        placement: Placement,
-        *,
-        rotated_by: Rotation | None,
-        positions: jax.Array | None,
-        segment_ids: jax.Array | None,
-    ) -> jax.Array:
-        def project(x: jax.Array, part: Weights, *roles: Role) -> jax.Array:
-            arrays = part.arrays()
-            y = x @ placement.constrain(arrays["kernel"].astype(x.dtype), *roles)
-            return y + arrays["bias"].astype(x.dtype)[None, None] if "bias" in arrays else y
-
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return rms_norm(x, getattr(self, name).arrays()["scale"], self.config.norm_eps)
-
-        y = norm(x, "attention_norm")
-        y = self.attention.within(y, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids)
-        x = x + (norm(y, "attention_post_norm") if self.config.post_norms else y)
-        y = norm(x, "mlp_norm")
-        act = _ACTIVATIONS[self.config.activation]
-        wide = act(project(y, self.gate, None, TENSOR)) * project(y, self.up, None, TENSOR)
-        wide = placement.constrain(wide, BATCH, SEQUENCE, TENSOR)
-        y = project(wide, self.down, TENSOR, None)
-        if self.config.post_norms:
-            y = norm(placement.constrain(y, BATCH, SEQUENCE, None), "mlp_post_norm")
-        return placement.constrain(x + y, BATCH, SEQUENCE, None)
-
-
-class LayerGroup(nnx.Module):
-    """The first layers of a period of the pattern, one after the other: layer_0, layer_1, ..."""
-
-    def __init__(self, config: DecoderConfig, count: int, *, mesh: Mesh | None, rngs: nnx.Rngs):
-        for place in range(count):
-            setattr(self, f"layer_{place}", DecoderLayer(config, place, mesh=mesh, rngs=rngs))
-
-
-def layers_of(block: DecoderLayer | LayerGroup) -> list[DecoderLayer]:
-    """The layers of a period, in order."""
-    if isinstance(block, DecoderLayer):
-        return [block]
-    return [getattr(block, f"layer_{place}") for place in range(len(vars(block))) if hasattr(block, f"layer_{place}")]
-
-
-def layer_path(config: DecoderConfig, layer: int) -> tuple[tuple[str, ...], int | None]:
-    """Where layer number i is in a Decoder's state: its path, and its index there or None where it is no stack."""
-    kinds = len(config.period)
-    period, place = divmod(layer, kinds)
-    if kinds == 1:
-        return ("blocks",), period
-    stacked = period < config.num_layers // kinds
-    return ("blocks" if stacked else "rest", f"layer_{place}"), period if stacked else None
 
 
 class Decoder(nnx.Module):
@@ -294,6 +178,162 @@ class Decoder(nnx.Module):
 
         return self._on_auto_axes(run, out_specs, tokens, segment_ids, positions, targets, loss_mask)
 
+    def empty_cache(
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: jax.typing.DTypeLike | None = None,
+        max_new_tokens: int = 1,
+    ) -> DecoderCache:
+        """Caches without tokens for `prefill` and `decode`, sharded over the ring.
+
+        Args:
+          batch_size: B, a multiple of the devices on the batch axes.
+          capacity: tokens that a row has room for. Layers with a window keep the window only.
+          dtype: of keys and values: the decoder's, which is the default.
+          max_new_tokens: the most tokens that one call of `decode` is given.
+
+        Raises:
+          ValueError: naming the argument, what is required and what was given.
+          NotImplementedError: rope_scaling is DynamicScaling.
+        """
+        dtype = jnp.dtype(self.config.dtype if dtype is None else dtype)
+        if dtype != jnp.dtype(self.config.dtype):
+            raise ValueError(f"dtype must be that of the decoder, {self.config.dtype}. Got {dtype.name}.")
+        return empty_cache(self.config, self._placement(), batch_size, capacity, dtype, max_new_tokens)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], cache: DecoderCache, *, lengths: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        """Reads prompts into a cache, in place of what it held; the prompts are dealt over the ring.
+
+        Args:
+          tokens: int [B, T] in natural order, each row padded at its end by any id. A program is compiled for each T:
+            pad to few lengths.
+          cache: of `empty_cache` or of earlier prompts.
+          lengths: int [B], 1 to T, tokens of each row; None: all T.
+
+        Returns:
+          (logits, cache): float32 [B, V] of what follows the last token of each row, and the cache to decode with.
+
+        Raises:
+          ValueError: for shapes that do not fit, prompts longer than the cache, and ids outside the vocabulary.
+        """
+        lengths = self._check_cached(tokens, cache, "lengths", lengths, before=0)
+        placement = self._placement().sharded_like(tokens).dealt_as(cache.blocks[0])
+        shards = placement.ring_size
+
+        def run(model: "Decoder", tokens: Any, cache: DecoderCache, lengths: Any) -> Any:
+            dealt = to_ring_order(tokens, layout=cache.blocks[0].layout, num_shards=shards, pad_value=0)
+            positions = placement.positions(dealt.shape[1])
+            x, cache = model._cached_features(placement, dealt, positions, cache, lengths, prompt=True)
+            return model._last_logits(placement, x, positions[None] == lengths[:, None] - 1), cache
+
+        return self._with_cache(run, placement, tokens, cache, lengths)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], cache: DecoderCache, *, counts: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        """Writes tokens behind those of the cache: usually one per row, sometimes a few.
+
+        One program for all lengths: nothing in it depends on how many tokens there are.
+
+        Args:
+          tokens: int [B, T] in their order.
+          cache: of `prefill`, or empty.
+          counts: int [B], how many of the T tokens each row has, the first ones; the others are padding. None: all.
+
+        Returns:
+          (logits, cache): float32 [B, V] of what follows the last token of each row; of a row with a count of 0, of
+          nothing.
+
+        Raises:
+          ValueError: for shapes that do not fit, a cache that is full, where it can be seen, and ids outside the
+            vocabulary.
+        """
+        counts = self._check_cached(tokens, cache, "counts", counts, before=cache.lengths)
+        placement = self._placement().sharded_like(tokens).decoding()
+
+        def run(model: "Decoder", tokens: Any, cache: DecoderCache, counts: Any) -> Any:
+            index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            positions = cache.lengths[:, None] + index
+            x, cache = model._cached_features(placement, tokens, positions, cache, counts, prompt=False)
+            return model._last_logits(placement, x, index == counts[:, None] - 1), cache
+
+        return self._with_cache(run, placement, tokens, cache, counts)
+
+    def _check_cached(
+        self, tokens: jax.Array, cache: DecoderCache, name: str, counts: Any, *, before: Any
+    ) -> Int[Array, " B"]:
+        self._check(tokens)
+        if not isinstance(cache, DecoderCache):
+            raise ValueError(f"cache must be of empty_cache. Got {type(cache).__name__}.")
+        batch, length = tokens.shape
+        if cache.lengths.shape != (batch,):
+            raise ValueError(f"tokens must have the {cache.lengths.shape[0]} rows of the cache. Got {batch}.")
+        counts = jnp.full((batch,), length, jnp.int32) if counts is None else as_integers(name, counts)
+        if counts.shape != (batch,):
+            raise ValueError(f"{name} must have shape [B] = ({batch},). Got {counts.shape}.")
+        wanted = before + counts
+        if cache.capacity is not None and checks.visible(wanted) and int(np.max(wanted)) > cache.capacity:
+            raise ValueError(
+                f"tokens: a row must fit the cache's capacity of {cache.capacity}. Got {int(np.max(wanted))} tokens."
+            )
+        return counts
+
+    def _with_cache(
+        self, run: Any, placement: Placement, tokens: jax.Array, cache: DecoderCache, counts: jax.Array
+    ) -> Any:
+        """run(model, ...) with all mesh axes of Auto type; the model goes in as an argument."""
+        graphdef, state = nnx.split(self)
+        of_cache = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, cache)
+        of_logits = placement.spec((tokens.shape[0], self.config.vocab_size), BATCH, TENSOR)
+        on_arrays = lambda state, *rest: run(nnx.merge(graphdef, state), *rest)  # noqa: E731
+        return placement.with_auto_axes(on_arrays, (of_logits, of_cache), state, tokens, cache, counts)
+
+    def _cached_features(
+        self,
+        placement: Placement,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: DecoderCache,
+        counts: jax.Array,
+        *,
+        prompt: bool,
+    ) -> tuple[jax.Array, DecoderCache]:
+        """What the output table is multiplied with, [B, T, E], and the grown cache."""
+        x = self._embedded(placement, tokens)
+        rotations = self._rotations(placement, x, positions)
+
+        def run(
+            block: DecoderLayer | LayerGroup, x: jax.Array, caches: tuple[KVCache, ...]
+        ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+            grown = []
+            for layer, own in zip(layers_of(block), caches, strict=True):
+                by = rotations[_rope_of(layer)]
+                x, own = layer.cached(x, placement, own, rotated_by=by, counts=counts, prompt=prompt)
+                grown.append(own)
+            return x, tuple(grown)
+
+        graphdef, stacked = nnx.split(self.blocks)
+        body = lambda x, each: run(nnx.merge(graphdef, each[0]), x, each[1])  # noqa: E731
+        x, blocks = jax.lax.scan(body, x, (stacked, cache.blocks))
+        rest = cache.rest
+        if rest:
+            x, rest = run(self.rest, x, rest)
+        x = rms_norm(x, self.norm.arrays()["scale"], self.config.norm_eps)
+        return x, DecoderCache(blocks=blocks, rest=rest)
+
+    def _last_logits(self, placement: Placement, x: jax.Array, last: jax.Array) -> jax.Array:
+        """Logits [B, V] of one token per row, ``last`` [B, T]; 0 where there is none."""
+        wide = partial.wide(x.dtype)
+        # A sum, not a gather: of tokens that are dealt, nothing but this one goes over the wire.
+        one = jnp.sum(jnp.where(last[:, :, None], x, jnp.zeros_like(x)).astype(wide), axis=1).astype(x.dtype)
+        table = placement.gather(self._output_table().astype(x.dtype), TENSOR, FSDP)
+        logits = jnp.einsum("be,ve->bv", one, table, preferred_element_type=wide)
+        return placement.constrain(soft_cap(logits, self.config.output_soft_cap), BATCH, TENSOR)
+
     def _placement(self) -> Placement:
         config = self.config
         placement = Distribution.of(
@@ -330,17 +370,21 @@ class Decoder(nnx.Module):
     def _output_table(self) -> jax.Array:
         return (self.embedding if self.config.tie_embeddings else self.output).arrays()["kernel"]
 
-    def _features(
-        self, placement: Placement, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
-    ) -> jax.Array:
-        """What the output table is multiplied with: [B, T, E]."""
-        table = placement.constrain(self.embedding.arrays()["kernel"], TENSOR, None)
+    def _embedded(self, placement: Placement, tokens: jax.Array) -> jax.Array:
+        """The embeddings of tokens, [B, T, E]."""
+        table = placement.gather(self.embedding.arrays()["kernel"], TENSOR, FSDP)
         # Ids outside the vocabulary give NaN, never the row of another token.
         rows = table.at[checks.as_index(tokens)].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         x = rows.astype(self.config.dtype)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
-        x = placement.constrain(x, BATCH, SEQUENCE, None)
+        return placement.constrain(x, BATCH, SEQUENCE, None)
+
+    def _features(
+        self, placement: Placement, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
+    ) -> jax.Array:
+        """What the output table is multiplied with: [B, T, E]."""
+        x = self._embedded(placement, tokens)
         rotations = self._rotations(placement, x, positions)
         policy = jax.checkpoint_policies.save_only_these_names(*_KEEP)
 

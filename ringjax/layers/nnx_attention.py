@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..cache import KVCache
 from ..config import RingConfig
 from ..layout import Layout
 from . import checks
@@ -18,6 +19,7 @@ from .attention import (
     Initializer,
     ParamInfo,
     apply_attention,
+    apply_cached_attention,
     checked_initializers,
     initial_value,
     run_layer,
@@ -251,4 +253,26 @@ class RingAttention(nnx.Module):
             rotated_by=rotated_by,
             positions=positions,
             segment_ids=segment_ids,
+        )
+
+    def within_cached(
+        self,
+        inputs: jax.Array,
+        placement: Placement,
+        cache: KVCache,
+        *,
+        rotated_by: Rotation | None,
+        counts: jax.Array | None,
+        prompt: bool,
+    ) -> tuple[jax.Array, KVCache]:
+        """The same while prompts are read and tokens written."""
+        return apply_cached_attention(
+            self.arrays(),
+            inputs,
+            self.spec,
+            placement,
+            cache,
+            rotated_by=rotated_by,
+            counts=counts,
+            prompt=prompt,
         )

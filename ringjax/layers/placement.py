@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .._compat import axis_is_bound
 from ..attention import ring_attention
+from ..cache import KVCache, cached_attention
 from ..layout import Contiguous, Layout, as_layout, ring_positions
 from . import checks
 
@@ -133,6 +134,7 @@ class Placement:
     inside: bool  # the ring's axis is bound: arrays are local shards
     ring_size: int  # devices on the ring
     num_shards: int | None  # for which the tokens are dealt; None: nothing says
+    whole: bool = False  # decoding: the few new tokens are on every device of the ring, in their order
 
     def names(self, roles: tuple[Role, ...]) -> Names:
         """The mesh axes of every dimension, whatever its size: what a parameter's metadata say on every mesh."""
@@ -140,7 +142,7 @@ class Placement:
         axes = {
             None: (),
             BATCH: batch,
-            SEQUENCE: sequence,
+            SEQUENCE: () if self.whole else sequence,
             TENSOR: as_axes(self.told.head_axis_name),
             FSDP: batch + sequence,
         }
@@ -164,6 +166,24 @@ class Placement:
         if in_context or self.told.mesh is None:
             return jax.lax.with_sharding_constraint(x, spec)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.told.mesh, spec))
+
+    def gather(self, kernel: jax.Array, *roles: Role) -> jax.Array:
+        """A kernel for use. Its FSDP part is gathered; activations never move for it.
+
+        While decoding it stays: one token's activations are less than the kernel.
+        """
+        kept: list[Role] = [None if role == FSDP and not self.whole else role for role in roles]
+        return self.constrain(kernel, *kept)
+
+    def decoding(self) -> "Placement":
+        """The same for the tokens of a decoding step."""
+        return dataclasses.replace(self, whole=True)
+
+    def dealt_as(self, cache: KVCache) -> "Placement":
+        """The same for a prompt that is dealt as the cache is."""
+        return dataclasses.replace(
+            self, told=dataclasses.replace(self.told, layout=cache.layout), num_shards=self.ring_size
+        )
 
     def require_num_shards(self) -> None:
         """Refuses to guess the order of the tokens. Call it wherever the result depends on that order."""
@@ -212,23 +232,50 @@ class Placement:
                 query,
                 key,
                 value,
-                axis_name=self.told.axis_name,
-                mesh=self.told.mesh if jax.sharding.get_abstract_mesh().empty else None,
-                batch_axis_name=self.told.batch_axis_name,
-                head_axis_name=self.told.head_axis_name,
                 layout=self.told.layout,
+                **self._where(),
                 **options,
             )
 
-        # No mesh: a ring of one, on whatever device the arrays are. With one shard every layout is the natural order.
-        def ring_of_one(_: jax.Array) -> Any:
-            return ring_attention(query, key, value, axis_name=self.told.axis_name, layout="contiguous", **options)
+        # With one shard every layout is the natural order.
+        return self._alone(
+            lambda: ring_attention(query, key, value, axis_name=self.told.axis_name, layout="contiguous", **options)
+        )
 
-        run = ring_of_one
-        for axis in as_axes(self.told.axis_name):
-            run = jax.vmap(run, axis_name=axis, axis_size=1, in_axes=None, out_axes=0)
-        out = run(jnp.zeros(()))
-        return out.reshape(out.shape[len(as_axes(self.told.axis_name)) :])
+    def decode(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, cache: KVCache, counts: Any, **options: Any
+    ) -> tuple[jax.Array, KVCache]:
+        """Appends the new keys and values, then cached_attention."""
+
+        def run(**where: Any) -> tuple[jax.Array, KVCache]:
+            grown = cache.append(key, value, counts=counts, **where)
+            return cached_attention(query, grown, counts=counts, **where, **options), grown
+
+        return run(**self._where()) if self.sizes else self._alone(lambda: run(axis_name=self.told.axis_name))
+
+    def prefill(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, cache: KVCache, lengths: Any, **options: Any
+    ) -> tuple[jax.Array, KVCache]:
+        """ring_attention of a prompt that is dealt as the cache is, and the cache with its keys and values."""
+        out = self.attend(query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths, **options)
+        fill = lambda **where: cache.fill(key, value, lengths=lengths, **where)  # noqa: E731
+        return out, fill(**self._where()) if self.sizes else self._alone(lambda: fill(axis_name=self.told.axis_name))
+
+    def _where(self) -> dict[str, Any]:
+        return {
+            "axis_name": self.told.axis_name,
+            "mesh": self.told.mesh if jax.sharding.get_abstract_mesh().empty else None,
+            "batch_axis_name": self.told.batch_axis_name,
+            "head_axis_name": self.told.head_axis_name,
+        }
+
+    def _alone(self, run: Callable[[], Any]) -> Any:
+        """Without a mesh: a ring of one, on whatever device the arrays are."""
+        axes = as_axes(self.told.axis_name)
+        alone: Callable[..., Any] = lambda _: run()  # noqa: E731
+        for axis in axes:
+            alone = jax.vmap(alone, axis_name=axis, axis_size=1, in_axes=None, out_axes=0)
+        return jax.tree.map(lambda x: x.reshape(x.shape[len(axes) :]), alone(jnp.zeros(())))
 
     def with_auto_axes(self, run: Callable[..., Any], out_specs: Any, *args: Any) -> Any:
         """Call run(*args) with every mesh axis of Auto type, so that ``constrain`` and XLA decide the shardings.

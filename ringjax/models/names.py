@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ..layers.decoder import layer_path
 from ..layers.decoder_config import DecoderConfig
+from ..layers.decoder_layer import layer_path
 
 Path = tuple[str, ...]
 

@@ -1,0 +1,160 @@
+"""One layer of the decoder, and the group of layers that a pattern repeats."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..cache import KVCache
+from .attention import ParamInfo, rms_norm
+from .decoder_config import DecoderConfig
+from .nnx_attention import RingAttention, Weights
+from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Mesh, Placement, Role
+from .rope import Rotation
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + down(silu(gate(norm(x))) * up(norm(x))) (SwiGLU, arXiv:2002.05202).
+
+    With post_norms, norm(attention(...)) and norm(down(...)) are added. ``place`` is the layer's in a period of the
+    pattern.
+    """
+
+    def __init__(self, config: DecoderConfig, place: int = 0, *, mesh: Mesh | None, rngs: nnx.Rngs):
+        embed, width = config.embed_dim, config.mlp_dim
+        window, rope = config.period[place]
+        inner = nnx.initializers.lecun_normal()
+        # Each layer adds two of these to the stream: with this variance their sum does not grow with depth.
+        outer = nnx.initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")
+        self.attention = RingAttention(
+            config.num_heads,
+            embed,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            use_bias=config.attention_bias,
+            rope_theta=rope.theta,
+            rotary_dim=rope.rotary_dim,
+            rope_scaling=rope.scaling,
+            qk_norm=config.qk_norm,
+            use_sinks=config.use_sinks,
+            norm_eps=config.norm_eps,
+            scale=config.attention_scale,
+            is_causal=True,
+            local_window_size=window,
+            logits_soft_cap=config.logits_soft_cap,
+            layout=config.layout,
+            num_shards=config.num_shards,
+            config=config.ring,
+            axis_name=config.axis_name,
+            batch_axis_name=config.batch_axis_name,
+            head_axis_name=config.head_axis_name,
+            mesh=mesh,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            kernel_init=inner,
+            out_kernel_init=outer,
+            rngs=rngs,
+        )
+
+        def weights(**table: ParamInfo) -> Weights:
+            inits = {"kernel": inner, "out_kernel": outer, "bias": nnx.initializers.zeros}
+            return Weights(table, self.attention.distribution.here(), inits, param_dtype=config.param_dtype, rngs=rngs)
+
+        def projection(kernel: ParamInfo, out: Role) -> Weights:
+            bias = {"bias": ParamInfo(kernel.shape[1:], "bias", (out,))} if config.mlp_bias else {}
+            return weights(kernel=kernel, **bias)
+
+        norm = ParamInfo((embed,), "ones", (None,))
+        self.attention_norm = weights(scale=norm)
+        self.mlp_norm = weights(scale=norm)
+        if config.post_norms:
+            self.attention_post_norm = weights(scale=norm)
+            self.mlp_post_norm = weights(scale=norm)
+        self.gate = projection(ParamInfo((embed, width), "kernel", (FSDP, TENSOR), embed), TENSOR)
+        self.up = projection(ParamInfo((embed, width), "kernel", (FSDP, TENSOR), embed), TENSOR)
+        self.down = projection(ParamInfo((width, embed), "out_kernel", (TENSOR, FSDP), width), None)
+        self.config = config
+
+    def __call__(
+        self,
+        x: jax.Array,
+        placement: Placement,
+        *,
+        rotated_by: Rotation | None,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+    ) -> jax.Array:
+        def attend(y: jax.Array) -> tuple[jax.Array, None]:
+            within = self.attention.within
+            return within(y, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids), None
+
+        return self._around(attend, x, placement)[0]
+
+    def cached(
+        self,
+        x: jax.Array,
+        placement: Placement,
+        cache: KVCache,
+        *,
+        rotated_by: Rotation | None,
+        counts: jax.Array | None,
+        prompt: bool,
+    ) -> tuple[jax.Array, KVCache]:
+        """The layer while prompts are read and tokens written."""
+
+        def attend(y: jax.Array) -> tuple[jax.Array, KVCache]:
+            within = self.attention.within_cached
+            return within(y, placement, cache, rotated_by=rotated_by, counts=counts, prompt=prompt)
+
+        return self._around(attend, x, placement)
+
+    def _around(self, attend: Callable[[jax.Array], Any], x: jax.Array, placement: Placement) -> tuple[jax.Array, Any]:
+        """All but attention; and what attention returned beside its result."""
+
+        def project(x: jax.Array, part: Weights, *roles: Role) -> jax.Array:
+            arrays = part.arrays()
+            y = x @ placement.gather(arrays["kernel"].astype(x.dtype), *roles)
+            return y + arrays["bias"].astype(x.dtype)[None, None] if "bias" in arrays else y
+
+        def norm(x: jax.Array, name: str) -> jax.Array:
+            return rms_norm(x, getattr(self, name).arrays()["scale"], self.config.norm_eps)
+
+        y, kept = attend(norm(x, "attention_norm"))
+        x = x + (norm(y, "attention_post_norm") if self.config.post_norms else y)
+        y = norm(x, "mlp_norm")
+        act = _ACTIVATIONS[self.config.activation]
+        wide = act(project(y, self.gate, FSDP, TENSOR)) * project(y, self.up, FSDP, TENSOR)
+        wide = placement.constrain(wide, BATCH, SEQUENCE, TENSOR)
+        y = project(wide, self.down, TENSOR, FSDP)
+        if self.config.post_norms:
+            y = norm(placement.constrain(y, BATCH, SEQUENCE, None), "mlp_post_norm")
+        return placement.constrain(x + y, BATCH, SEQUENCE, None), kept
+
+
+class LayerGroup(nnx.Module):
+    """The first layers of a period of the pattern, one after the other: layer_0, layer_1, ..."""
+
+    def __init__(self, config: DecoderConfig, count: int, *, mesh: Mesh | None, rngs: nnx.Rngs):
+        for place in range(count):
+            setattr(self, f"layer_{place}", DecoderLayer(config, place, mesh=mesh, rngs=rngs))
+
+
+def layers_of(block: DecoderLayer | LayerGroup) -> list[DecoderLayer]:
+    """The layers of a period, in order."""
+    if isinstance(block, DecoderLayer):
+        return [block]
+    return [getattr(block, f"layer_{place}") for place in range(len(vars(block))) if hasattr(block, f"layer_{place}")]
+
+
+def layer_path(config: DecoderConfig, layer: int) -> tuple[tuple[str, ...], int | None]:
+    """Where layer number i is in a Decoder's state: its path, and its index there or None where it is no stack."""
+    kinds = len(config.period)
+    period, place = divmod(layer, kinds)
+    if kinds == 1:
+        return ("blocks",), period
+    stacked = period < config.num_layers // kinds
+    return ("blocks" if stacked else "rest", f"layer_{place}"), period if stacked else None
