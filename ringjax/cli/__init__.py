@@ -5,14 +5,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, demo, inspect, train, tune
+from . import bench, demo, generate, inspect, train, tune
 
 
 class _InOrder(TyperGroup):
     """Lists the commands as a newcomer meets them; Typer would put a command with commands of its own first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=["train", "demo", "bench", "tune", "inspect"].index)
+        return sorted(super().list_commands(ctx), key=["train", "generate", "demo", "bench", "tune", "inspect"].index)
 
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command()(train.train)
+app.command()(generate.generate)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.command()(tune.tune)

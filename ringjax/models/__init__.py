@@ -1,6 +1,9 @@
 """Pretrained models: weights and tokenizers of Hugging Face directories and GGUF files. Needs ringjax[models]."""
 
 from .errors import ModelError as ModelError
+from .generation import Sampling as Sampling
+from .generation import Stats as Stats
+from .generation import generate as generate
 from .loading import load as load
 from .saving import save as save
 from .tokens import Tokenizer as Tokenizer

@@ -1,0 +1,197 @@
+"""Writing text with a decoder: prompts into a cache, then token by token. Ids in, ids out; text is the caller's."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from ..layers import checks
+from ..layers.decoder import Decoder
+from ..layers.decoding import DecoderCache
+
+_SHORTEST = 64  # prompts are padded to this times a power of two, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: the logits are divided by it; 0 takes the most probable token.
+      top_p: only the most probable tokens whose probabilities sum to at most this, and always one, are drawn from.
+      seed: of the draws. Row b's draw for the token at position p depends on the seed, b and p alone.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("temperature", 0.0), ("top_p", None)):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name == "temperature" and not (number and 0 <= value < float("inf")):
+                raise ValueError(f"temperature must be a number of at least {least:g}. Got {value!r}.")
+            if name == "top_p" and not (number and 0 < value <= 1):
+                raise ValueError(f"top_p must be a number above 0 and at most 1. Got {value!r}.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be an integer from 0 to 2^32 - 1. Got {self.seed!r}.")
+
+
+@dataclasses.dataclass
+class Stats:
+    """What a generation took, filled in as it goes on."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0  # compilation included where the program is new
+    new_tokens: int = 0
+    decode_seconds: float = 0.0  # without the first step, which compiles
+    timed_tokens: int = 0
+    cache_bytes: int = 0  # per device
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else float("nan")
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second, of all rows together."""
+        return self.timed_tokens / self.decode_seconds if self.decode_seconds else float("nan")
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    stop_ids: Sequence[int] = (),
+    capacity: int | None = None,
+    stats: Stats | None = None,
+) -> Iterator[list[int | None]]:
+    """Continues prompts, a token per row and step.
+
+    The same tokens on any number of devices, up to ties within rounding.
+
+    Args:
+      decoder: on any mesh.
+      prompts: ids of each row, at least one each; rows may differ in length.
+      max_new_tokens: the most tokens per row.
+      sampling: how they are drawn.
+      stop_ids: a row ends with one of these, which is still given.
+      capacity: of the cache; default: what the longest row needs.
+      stats: is filled in.
+
+    Yields:
+      For each step the new id of each row, None for rows that have ended.
+
+    Raises:
+      ValueError: for prompts that are empty or longer than the cache, and ids outside the vocabulary.
+    """
+    checks.positive_integer("max_new_tokens", max_new_tokens)
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(f"prompts must hold at least one id each. Got lengths {[len(p) for p in prompts]}.")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    capacity = longest + max_new_tokens if capacity is None else checks.positive_integer("capacity", capacity)
+    if longest + max_new_tokens > capacity:
+        raise ValueError(
+            f"capacity must have room for the longest prompt and max_new_tokens, {longest} + {max_new_tokens} tokens. "
+            f"Got {capacity}."
+        )
+    return _generate(decoder, prompts, lengths, max_new_tokens, sampling, set(stop_ids), capacity, stats or Stats())
+
+
+def _generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    lengths: np.ndarray,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: set[int],
+    capacity: int,
+    stats: Stats,
+) -> Iterator[list[int | None]]:
+    padded = min(_bucket(int(lengths.max())), capacity)
+    tokens = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    checks.ids("prompts", tokens, decoder.config.vocab_size)
+    cache = decoder.empty_cache(len(prompts), capacity)
+    stats.cache_bytes = shard_bytes(cache)
+    start = time.perf_counter()
+    chosen, cache = _first(decoder, tokens, cache, lengths, sampling)
+    ids = np.asarray(chosen)
+    stats.prompt_tokens, stats.prefill_seconds = int(lengths.sum()), time.perf_counter() - start
+    going = np.ones(len(prompts), bool)
+    for step in range(max_new_tokens):
+        stats.new_tokens += int(going.sum())
+        yield [int(i) if there else None for i, there in zip(ids, going, strict=True)]
+        going &= ~np.isin(ids, list(stop_ids))
+        if step + 1 == max_new_tokens or not going.any():
+            return
+        start = time.perf_counter()
+        # Rows that have ended take no room in the cache.
+        chosen, cache = _next(decoder, ids[:, None].astype(np.int32), cache, going.astype(np.int32), sampling)
+        ids = np.asarray(chosen)
+        if step:
+            stats.decode_seconds += time.perf_counter() - start
+            stats.timed_tokens += int(going.sum())
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a device's shards of all arrays."""
+    shards = ((x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * itemsize for shape, itemsize in shards)
+
+
+def _bucket(length: int) -> int:
+    size = _SHORTEST
+    while size < length:
+        size *= 2
+    return size
+
+
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnums=2)
+def _first(decoder: Decoder, tokens: Any, cache: DecoderCache, lengths: Any, sampling: Sampling) -> Any:
+    logits, cache = decoder.prefill(tokens, cache, lengths=lengths)
+    return draw(logits, cache.lengths, sampling), cache
+
+
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnums=2)
+def _next(decoder: Decoder, tokens: Any, cache: DecoderCache, counts: Any, sampling: Sampling) -> Any:
+    logits, cache = decoder.decode(tokens, cache, counts=counts)
+    return draw(logits, cache.lengths, sampling), cache
+
+
+def draw(logits: Float[Array, "B V"], positions: Int32[Array, " B"], sampling: Sampling) -> Int32[Array, " B"]:
+    """The next token of each row, which will stand at ``positions``."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / jnp.asarray(sampling.temperature, logits.dtype)
+    if sampling.top_p < 1:
+        logits = jnp.where(_within(logits, sampling.top_p), logits, -jnp.inf)
+    seed = jax.random.key(sampling.seed)
+
+    def of_row(row: Array, position: Array, logits: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(seed, row), position), logits)
+
+    return jax.vmap(of_row)(jnp.arange(logits.shape[0]), positions, logits).astype(jnp.int32)
+
+
+def _within(logits: Array, top_p: float) -> Array:
+    """The most probable tokens whose probabilities sum to at most top_p, and always the first."""
+    ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    weights = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(weights, axis=-1) - weights
+    count = jnp.maximum(jnp.sum(before + weights <= jnp.asarray(top_p, logits.dtype), axis=-1), 1)
+    least = jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)
+    return logits >= least
