@@ -8,16 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from test_models_gguf import BYTES, smol
 from tpu import needs_libtpu
+
+import ringjax
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
+def examples() -> list[str]:
+    """The Python blocks of the README."""
+    return re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
 def example() -> str:
-    """The one Python block of the README."""
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    return code
+    """The one that shows ring attention."""
+    ring, _ = examples()
+    return ring
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -29,9 +38,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bringjax\.((?:nnx\.|linen\.)?[A-Za-z_]+)", TEXT))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bringjax\.((?:nnx\.|linen\.|models\.)?[A-Za-z_]+)", TEXT))))
 def test_names_in_the_readme_exist(name: str):
-    for module in ("ringjax.nnx", "ringjax.linen"):
+    for module in ("ringjax.nnx", "ringjax.linen", "ringjax.models"):
         importlib.import_module(module)
     assert callable(functools.reduce(getattr, name.split("."), importlib.import_module("ringjax")))
 
@@ -52,6 +61,23 @@ def test_example_would_fail_on_a_wrong_result():
     wrong = example().replace("is_causal=True, layout", "layout", 1)
     assert wrong != example()
     assert "AssertionError" in run(wrong).stderr
+
+
+def test_example_of_a_pretrained_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a file of the same form and name, small enough to be compiled in seconds."""
+    _, code = examples()
+    (name,) = set(re.findall(r'"(\S+\.gguf)"', code))
+    letters = [*BYTES[:100], "th"]
+    smol(
+        tmp_path / name,
+        **{"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["t h"], "tokenizer.ggml.tokens": letters},
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {"jax": jax, "ringjax": ringjax}
+    exec(code, names)
+    assert names["logits"].shape == (1, len("the capital of france is"), 128)
+    assert names["text"] in letters
+    assert sorted(path.name for path in (tmp_path / "smollm2").iterdir()) == ["config.json", "model.safetensors"]
 
 
 @needs_libtpu
