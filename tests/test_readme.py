@@ -67,15 +67,16 @@ def test_example_of_a_pretrained_model_runs(tmp_path: Path, monkeypatch: pytest.
     """With a file of the same form and name, small enough to be compiled in seconds."""
     _, code = examples()
     (name,) = set(re.findall(r'"(\S+\.gguf)"', code))
-    letters = [*BYTES[:100], "th"]
+    letters = [*BYTES[:100], "th", "Ġ"]
     smol(
         tmp_path / name,
         **{"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["t h"], "tokenizer.ggml.tokens": letters},
     )
     monkeypatch.chdir(tmp_path)
-    names = {"jax": jax, "ringjax": ringjax}
+    # It goes on from the first example, with its names.
+    names = {"jax": jax, "ringjax": ringjax, "ring": {"layout": "zigzag", "num_shards": 8}}
     exec(code, names)
-    assert names["logits"].shape == (1, len("the capital of france is"), 128)
+    assert names["logits"].shape == (1, len("he capital of france is"), 128)  # "th" is one token
     assert names["text"] in letters
     assert sorted(path.name for path in (tmp_path / "smollm2").iterdir()) == ["config.json", "model.safetensors"]
 
