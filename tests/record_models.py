@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 from safetensors.numpy import save_file
 
 from ringjax import models

@@ -81,11 +81,7 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[Any, float, int | None]], dict
 
 @functools.partial(jax.jit, static_argnums=0)
 def program(graphdef: Any, state: Any, tokens: Any, targets: Any, mask: Any) -> Any:
-    def loss(state: Any) -> Any:
-        model = nnx.merge(graphdef, state)
-        return model.loss(tokens, targets, loss_mask=mask)[0], model(tokens)
-
-    return jax.value_and_grad(loss, has_aux=True)(state)
+    return jax.value_and_grad(lambda s: nnx.merge(graphdef, s).loss(tokens, targets, loss_mask=mask)[0])(state)
 
 
 def dense(case: str, params: Any) -> Any:
@@ -123,15 +119,17 @@ def wanted(case: str) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_options_equal_dense(case: str, num_shards: int):
     # Recomputation is what test_decoder.py is about, and doubles what is compiled: once here, with a pattern.
-    config = change(num_shards=num_shards, remat=num_shards == 1, **CASES[case][0])
+    remat = num_shards == 1 and "Gemma" in case
+    config = change(num_shards=num_shards, remat=remat, **CASES[case][0])
     order = ring_order(T, config.layout, num_shards)
     decoder = make(config, None if num_shards == 1 else ring_mesh(num_shards))
     graphdef, state = nnx.split(decoder)
-    (loss, logits), grads = program(graphdef, state, *(x[:, order] for x in batch()))
+    loss, grads = program(graphdef, state, *(x[:, order] for x in batch()))
     (want, want_logits), want_grads = wanted(case)
     assert_close(loss, want)
-    assert_close(np.asarray(logits)[:, np.argsort(order)], want_logits)
     assert_close(nnx.to_pure_dict(grads), want_grads)
+    if num_shards == 1:  # logits of the same stack of layers, with the cap of their own
+        assert_close(jax.jit(lambda d, t: d(t))(decoder, batch()[0]), want_logits)
 
 
 def test_a_pattern_is_stacked_and_what_is_left_is_not():

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from test_models import FOLDER, config_of, mesh_of
 
 from ringjax import models
-from ringjax.models import ModelError, huggingface, saving
+from ringjax.models import ModelError, fill, huggingface, saving
 from ringjax.nnx import DecoderConfig, param_shardings
 
 NAME = "smollm2"  # tied, bfloat16
@@ -60,15 +60,15 @@ def test_parameters_lie_where_the_decoder_has_them(kind: AxisType):
 def test_the_mesh_of_the_context_is_taken():
     with jax.set_mesh(mesh_of(4)):
         decoder = models.load(FOLDER / NAME)
-        assert len(decoder.embedding.kernel[...].sharding.device_set) == 4
+        assert len(decoder.embedding.arrays()["kernel"].sharding.device_set) == 4
 
 
 def test_one_tensor_is_read_at_a_time(monkeypatch: pytest.MonkeyPatch):
     """And put where it belongs before the next one is."""
     events = []
-    read, put = huggingface.SafetensorsSource.read, models.fill._put
+    read, put = huggingface.SafetensorsSource.read, fill._put
     monkeypatch.setattr(huggingface.SafetensorsSource, "read", lambda self, n: events.append("read") or read(self, n))
-    monkeypatch.setattr(models.fill, "_put", lambda *given: events.append("put") or put(*given))
+    monkeypatch.setattr(fill, "_put", lambda *given: events.append("put") or put(*given))
     models.load(FOLDER / NAME)
     assert events == ["read", "put"] * len(tensors(FOLDER / NAME))
 

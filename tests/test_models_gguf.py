@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from ringjax import models
 from ringjax.models import ModelError
+from ringjax.models.gguf import GgufFile
 from ringjax.nnx import DecoderConfig, FrequencyDivisors, YarnScaling
 
 _LAYER = {
@@ -195,7 +196,7 @@ def test_quantised_tensors(kind: str, tmp_path: Path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    got = models.gguf.GgufFile(path).read(name)
+    got = GgufFile(path).read(name)
     assert got.dtype == np.float32
     error = {"F16": 2e-3, "BF16": 1e-2, "Q8_0": 1e-2, "Q4_0": 0.15}[kind]
     np.testing.assert_allclose(got, tensors[name], atol=error)
@@ -306,6 +307,7 @@ def test_sentence_piece_tokenizers(prefixed: bool, pieces: list[str], tmp_path: 
     [
         (dict(model="bert", tokens=["a"]), "tokenizer.ggml.model must be gpt2 or llama. Got 'bert'"),
         (dict(model="gpt2", pre="tekken", **DIGITS), "tokenizer.ggml.pre must be one of .*smollm.* Got 'tekken'"),
+        (dict(model="gpt2", tokens=["a"], merges=["a b"]), "must describe a tokenizer in tokenizer.ggml. Got: "),
         (dict(model="gpt2", tokens=["a"]), "must have the key 'tokenizer.ggml.merges'"),
         ({}, "must have the key 'tokenizer.ggml.model'"),
     ],

@@ -8,13 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from test_models_gguf import BYTES, smol
 from tpu import needs_libtpu
+
+import ringjax
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+# What needs a pretrained model goes on from the first block alone.
+(PRETRAINED,) = (block for block in BLOCKS if "ringjax.models.load" in block)
 
 
 def example() -> str:
@@ -31,9 +37,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bringjax\.((?:nnx\.|linen\.)?[A-Za-z_]+)", TEXT))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bringjax\.((?:nnx\.|linen\.|models\.)?[A-Za-z_]+)", TEXT))))
 def test_names_in_the_readme_exist(name: str):
-    for module in ("ringjax.nnx", "ringjax.linen"):
+    for module in ("ringjax.nnx", "ringjax.linen", "ringjax.models"):
         importlib.import_module(module)
     assert callable(functools.reduce(getattr, name.split("."), importlib.import_module("ringjax")))
 
@@ -47,7 +53,7 @@ def test_example_is_short_and_checks_itself():
 
 def test_examples_run_one_after_another():
     assert len(BLOCKS) > 1
-    result = run("\n".join(BLOCKS))
+    result = run("\n".join(block for block in BLOCKS if block != PRETRAINED))
     assert result.returncode == 0, result.stderr
 
 
@@ -55,6 +61,24 @@ def test_example_would_fail_on_a_wrong_result():
     wrong = example().replace("is_causal=True, layout", "layout", 1)
     assert wrong != example()
     assert "AssertionError" in run(wrong).stderr
+
+
+def test_example_of_a_pretrained_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a file of the same form and name, small enough to be compiled in seconds."""
+    code = PRETRAINED
+    (name,) = set(re.findall(r'"(\S+\.gguf)"', code))
+    letters = [*BYTES[:100], "th", "Ġ"]
+    smol(
+        tmp_path / name,
+        **{"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["t h"], "tokenizer.ggml.tokens": letters},
+    )
+    monkeypatch.chdir(tmp_path)
+    # It goes on from the first example, with its names.
+    names = {"jax": jax, "ringjax": ringjax, "ring": {"layout": "zigzag", "num_shards": 8}}
+    exec(code, names)
+    assert names["logits"].shape == (1, len("he capital of france is"), 128)  # "th" is one token
+    assert names["text"] in letters
+    assert sorted(path.name for path in (tmp_path / "smollm2").iterdir()) == ["config.json", "model.safetensors"]
 
 
 @needs_libtpu

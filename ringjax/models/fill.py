@@ -33,7 +33,7 @@ def fill(config: DecoderConfig, mesh: jax.sharding.Mesh | None, tensors: Iterabl
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0))))
     wanted = list(tensors)
-    abstract = dict(nnx.to_flat_state(state))
+    abstract: dict[Any, Any] = dict(nnx.to_flat_state(state))
     shapes = {t: abstract[t.path].shape[0 if t.index is None else 1 :] for t in wanted}
     _check(wanted, shapes, source)
 
@@ -41,7 +41,7 @@ def fill(config: DecoderConfig, mesh: jax.sharding.Mesh | None, tensors: Iterabl
     if place.empty:
         device = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
         here = jax.sharding.SingleDeviceSharding(device)
-        shardings: dict[Path, Any] = dict.fromkeys(abstract, here)
+        shardings: dict[Any, Any] = dict.fromkeys(abstract, here)
     else:
         flat = nnx.to_flat_state(partition_shardings(state, place))
         shardings = {path: jax.tree.leaves(x)[0] for path, x in flat}

@@ -24,8 +24,17 @@ def build(file: GgufFile) -> tuple[Any, int | None, list[int]]:
     """(tokenizer, bos, eos) of a file.
 
     Raises:
-      ModelError: for a kind of tokenizer that is not supported.
+      ModelError: for a kind of tokenizer that is not supported, or metadata that make none.
     """
+    try:
+        return _build(file)
+    except ModelError:
+        raise
+    except Exception as error:  # the package raises Exception itself
+        raise ModelError(f"{file.path} must describe a tokenizer in tokenizer.ggml. Got: {error}.") from error
+
+
+def _build(file: GgufFile) -> tuple[Any, int | None, list[int]]:
     take = lambda key, *default: file.take(f"tokenizer.ggml.{key}", *default)  # noqa: E731
     kind, tokens, kinds = take("model"), take("tokens"), take("token_type", None)
     package = need("tokenizers")
