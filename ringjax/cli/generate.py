@@ -56,7 +56,11 @@ def generate(
     from ..models.generation import Sampling
 
     say = lambda text: typer.echo(text, err=True)  # noqa: E731  the text alone is on stdout
-    out = lambda text: (sys.stdout.write(text), sys.stdout.flush())  # noqa: E731
+
+    def out(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
     try:
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         run(

@@ -291,7 +291,7 @@ def _project_in(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query, key and value of each head."""
     dtype = jnp.result_type(x, weights["query"]["kernel"]) if spec.dtype is None else jnp.dtype(spec.dtype)
-    x = placement.constrain(x.astype(dtype), BATCH, SEQUENCE, None)
+    x = placement.stream(x.astype(dtype))
 
     def project(name: str) -> jax.Array:
         kernel = placement.gather(weights[name]["kernel"].astype(dtype), FSDP, TENSOR, None)
@@ -311,7 +311,7 @@ def _project_out(weights: LayerArrays, attended: jax.Array, placement: Placement
     dtype = attended.dtype
     attended = placement.constrain(attended, BATCH, SEQUENCE, TENSOR, None)
     kernel = placement.gather(weights["out"]["kernel"].astype(dtype), TENSOR, None, FSDP)
-    out = placement.constrain(jnp.einsum("btnh,nhe->bte", attended, kernel), BATCH, SEQUENCE, None)
+    out = placement.stream(jnp.einsum("btnh,nhe->bte", attended, kernel))
     return out + _spread(weights["out"]["bias"].astype(dtype), 3) if "bias" in weights["out"] else out
 
 

@@ -220,7 +220,7 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: for shapes that do not fit, prompts longer than the cache, and ids outside the vocabulary.
         """
-        lengths = self._check_cached(tokens, cache, "lengths", lengths, before=0)
+        lengths = self._check_cached(tokens, cache, "lengths", lengths, grows=False)
         placement = self._placement().sharded_like(tokens).dealt_as(cache.blocks[0])
         shards = placement.ring_size
 
@@ -252,7 +252,7 @@ class Decoder(nnx.Module):
           ValueError: for shapes that do not fit, a cache that is full, where it can be seen, and ids outside the
             vocabulary.
         """
-        counts = self._check_cached(tokens, cache, "counts", counts, before=cache.lengths)
+        counts = self._check_cached(tokens, cache, "counts", counts, grows=True)
         placement = self._placement().sharded_like(tokens).decoding()
 
         def run(model: "Decoder", tokens: Any, cache: DecoderCache, counts: Any) -> Any:
@@ -264,7 +264,7 @@ class Decoder(nnx.Module):
         return self._with_cache(run, placement, tokens, cache, counts)
 
     def _check_cached(
-        self, tokens: jax.Array, cache: DecoderCache, name: str, counts: Any, *, before: Any
+        self, tokens: jax.Array, cache: DecoderCache, name: str, counts: Any, *, grows: bool
     ) -> Int[Array, " B"]:
         self._check(tokens)
         if not isinstance(cache, DecoderCache):
@@ -275,7 +275,7 @@ class Decoder(nnx.Module):
         counts = jnp.full((batch,), length, jnp.int32) if counts is None else as_integers(name, counts)
         if counts.shape != (batch,):
             raise ValueError(f"{name} must have shape [B] = ({batch},). Got {counts.shape}.")
-        wanted = before + counts
+        wanted = cache.lengths + counts if grows else counts
         if cache.capacity is not None and checks.visible(wanted) and int(np.max(wanted)) > cache.capacity:
             raise ValueError(
                 f"tokens: a row must fit the cache's capacity of {cache.capacity}. Got {int(np.max(wanted))} tokens."
@@ -378,7 +378,7 @@ class Decoder(nnx.Module):
         x = rows.astype(self.config.dtype)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
-        return placement.constrain(x, BATCH, SEQUENCE, None)
+        return placement.stream(x)
 
     def _features(
         self, placement: Placement, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None

@@ -129,10 +129,10 @@ class DecoderLayer(nnx.Module):
         act = _ACTIVATIONS[self.config.activation]
         wide = act(project(y, self.gate, FSDP, TENSOR)) * project(y, self.up, FSDP, TENSOR)
         wide = placement.constrain(wide, BATCH, SEQUENCE, TENSOR)
-        y = project(wide, self.down, TENSOR, FSDP)
+        y = placement.stream(project(wide, self.down, TENSOR, FSDP))
         if self.config.post_norms:
-            y = norm(placement.constrain(y, BATCH, SEQUENCE, None), "mlp_post_norm")
-        return placement.constrain(x + y, BATCH, SEQUENCE, None), kept
+            y = norm(y, "mlp_post_norm")
+        return placement.stream(x + y), kept
 
 
 class LayerGroup(nnx.Module):

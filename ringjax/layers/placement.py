@@ -20,11 +20,12 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 Names = tuple[str | tuple[str, ...] | None, ...]
 
 # What a dimension of an array can be; a Placement says which mesh axes share it. None: whole on every device.
-Role = Literal["batch", "sequence", "tensor", "fsdp"] | None
+Role = Literal["batch", "sequence", "tensor", "fsdp", "features"] | None
 BATCH: Final = "batch"
 SEQUENCE: Final = "sequence"
 TENSOR: Final = "tensor"
 FSDP: Final = "fsdp"
+FEATURES: Final = "features"
 
 
 def as_axes(names: AxisNames) -> tuple[str, ...]:
@@ -145,6 +146,7 @@ class Placement:
             SEQUENCE: () if self.whole else sequence,
             TENSOR: as_axes(self.told.head_axis_name),
             FSDP: batch + sequence,
+            FEATURES: sequence if self.whole else (),
         }
         return tuple(_entry(axes[role]) for role in roles)
 
@@ -174,6 +176,10 @@ class Placement:
         """
         kept: list[Role] = [None if role == FSDP and not self.whole else role for role in roles]
         return self.constrain(kernel, *kept)
+
+    def stream(self, x: jax.Array) -> jax.Array:
+        """Pins activations [B, T, E]. While decoding the features are dealt, as the kernels' FSDP part is."""
+        return self.constrain(x, BATCH, SEQUENCE, FEATURES)
 
     def decoding(self) -> "Placement":
         """The same for the tokens of a decoding step."""

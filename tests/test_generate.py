@@ -1,0 +1,224 @@
+"""Decoding with a sharded cache: logits of the decoder that sees everything at once, the same tokens on every ring."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from test_decoder import V, change, cube, make, ring_mesh
+from test_models_gguf import BYTES, smol
+
+from ringjax import models
+from ringjax.models import generation
+from ringjax.models.generation import Sampling, Stats, draw, generate
+from ringjax.nnx import DynamicScaling, LayerKind
+
+LENGTHS = np.array([11, 7], np.int32)
+WIDE = {
+    "plain": change(),
+    # Two kinds of layers and one left over; everything that meets the cache.
+    "everything": change(
+        num_layers=3,
+        layer_pattern=(LayerKind(local_window_size=4), LayerKind()),
+        qk_norm=True,
+        use_sinks=True,
+        attention_bias=True,
+        logits_soft_cap=3.0,
+        output_soft_cap=5.0,
+    ),
+}
+
+
+def natural(config: Any) -> Any:
+    """For one device, with tokens in natural order."""
+    return dataclasses.replace(config, num_shards=1)
+
+
+def text(length: int = 24) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, V, (2, length), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("plain", None),
+        ("everything", None),
+        ("everything", 3),
+        ("plain", 8),
+        ("everything", "cube"),
+        ("plain", "typed"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_logits_are_those_of_the_whole_text(name: str, mesh: Any):
+    """Ragged prompts, then one and two tokens at a time."""
+    axes: dict[str, Any] = {}
+    where = mesh
+    if isinstance(mesh, int):
+        where = ring_mesh(mesh)
+    elif mesh in ("cube", "typed"):
+        where = cube(AxisType.Explicit if mesh == "typed" else AxisType.Auto)
+        axes = {"batch_axis_name": "data", "head_axis_name": "tensor"}
+    tokens = text()
+    want = np.asarray(jax.jit(lambda d, t: d(t))(make(natural(WIDE[name])), tokens))
+    config = natural(WIDE[name]) if mesh is None else dataclasses.replace(WIDE[name], **axes)
+    decoder = make(config, where)
+
+    def run() -> None:
+        cache = decoder.empty_cache(2, 24, max_new_tokens=2)
+        prefill = jax.jit(lambda decoder, *rest: decoder.prefill(*rest[:2], lengths=rest[2]))
+        decode = jax.jit(lambda decoder, *rest: decoder.decode(*rest[:2], counts=rest[2]), donate_argnums=2)
+        logits, cache = prefill(decoder, tokens[:, :13], cache, LENGTHS)
+        seen = LENGTHS.copy()
+        for counts in (None, [1, 1], [2, 1], [1, 2], [2, 2], [0, 1], [1, 1]):
+            if counts is not None:
+                new = np.stack([tokens[row, n : n + 2] for row, n in enumerate(seen)])
+                logits, cache = decode(decoder, new, cache, np.array(counts, np.int32))
+                seen += np.array(counts, np.int32)
+            for row, length in enumerate(seen):
+                if counts is None or counts[row]:
+                    np.testing.assert_allclose(np.asarray(logits)[row], want[row, length - 1], atol=2e-5, rtol=2e-5)
+        assert cache.lengths.tolist() == seen.tolist()
+
+    if mesh == "typed":
+        with jax.set_mesh(where):
+            run()
+    else:
+        run()
+
+
+PROMPTS = ([1, 5, 9, 2, 7, 7, 3], [4, 4, 20])
+
+
+def written(mesh: Any, config: Any = None, **options: Any) -> list[list[int | None]]:
+    config = WIDE["everything"] if config is None else config
+    decoder = make(natural(config) if mesh is None else config, mesh)
+    return list(generate(decoder, PROMPTS, max_new_tokens=12, **options))
+
+
+def test_the_same_tokens_on_every_ring():
+    """Greedy and drawn; and as if each row were alone."""
+    greedy, drawn = written(None), written(None, sampling=Sampling(temperature=1.0, top_p=0.9, seed=3))
+    assert len(greedy) == 12 and greedy != drawn
+    for shards, layout in ((2, "zigzag"), (8, "contiguous")):
+        config = dataclasses.replace(WIDE["everything"], layout=layout)
+        assert written(ring_mesh(shards), config) == greedy
+        assert written(ring_mesh(shards), config, sampling=Sampling(temperature=1.0, top_p=0.9, seed=3)) == drawn
+    alone = generate(make(natural(WIDE["everything"])), PROMPTS[:1], max_new_tokens=12)
+    assert [row for (row,) in alone] == [first for first, _ in greedy]
+
+
+def test_rows_end_at_their_stops():
+    greedy = written(None)
+    stop = greedy[2][0]
+    steps = written(None, stop_ids=[stop])
+    first = [row[0] for row in steps]
+    end = first.index(stop)
+    assert first[: end + 1] == [row[0] for row in greedy][: end + 1] and set(first[end + 1 :]) <= {None}
+    if stop not in [row[1] for row in greedy]:
+        assert [row[1] for row in steps] == [row[1] for row in greedy]
+
+
+def test_one_program_decodes_at_every_length():
+    before = generation._next._cache_size()
+    decoder, stats = make(natural(WIDE["plain"])), Stats()
+    for length in (3, 9, 30):
+        list(generate(decoder, [[1] * length], max_new_tokens=4, capacity=64, stats=stats))
+    assert generation._next._cache_size() == before + 1
+    assert stats.prompt_tokens == 30 and stats.new_tokens == 12 and stats.decode_rate > 0 and stats.cache_bytes > 0
+
+
+def test_drawing():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 400))
+    positions = jnp.arange(400, dtype=jnp.int32)
+    count = lambda **options: np.bincount(draw(logits, positions, Sampling(**options)), minlength=4) / 400  # noqa: E731
+    assert count().tolist() == [1, 0, 0, 0]
+    np.testing.assert_allclose(count(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.08)
+    np.testing.assert_allclose(count(temperature=1.0, top_p=0.81), [0.625, 0.375, 0, 0], atol=0.08)
+    assert count(temperature=1.0, top_p=0.1).tolist() == [1, 0, 0, 0], "one is always left"
+    assert count(temperature=1e-4).tolist() == [1, 0, 0, 0]
+    one, other = (draw(logits, positions, Sampling(temperature=1.0, seed=seed)) for seed in (0, 1))
+    assert (one != other).any()
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "no prompt": (lambda d: generate(d, []), "prompts must hold at least one id each"),
+    "an empty prompt": (lambda d: generate(d, [[1], []]), r"prompts must .* Got lengths \[1, 0\]"),
+    "no room": (
+        lambda d: generate(d, [[1] * 9], max_new_tokens=4, capacity=12), r"capacity must have room .* 9 \+ 4 .* Got 12"
+    ),
+    "ids": (lambda d: list(generate(d, [[V]])), "prompts must be in"),
+    "temperature": (lambda d: Sampling(temperature=-1.0), "temperature must be a number of at least 0"),
+    "top_p": (lambda d: Sampling(top_p=0.0), "top_p must be a number above 0 and at most 1. Got 0.0"),
+    "seed": (lambda d: Sampling(seed=-1), "seed must be an integer"),
+    "a full cache": (
+        lambda d: d.decode(np.ones((1, 5), np.int32), d.empty_cache(1, 4, max_new_tokens=5)),
+        "tokens: a row must fit the cache's capacity of 4. Got 5",
+    ),
+    "a long prompt": (
+        lambda d: d.prefill(np.ones((1, 5), np.int32), d.empty_cache(1, 4)), "tokens: a row must fit .* of 4. Got 5"
+    ),
+    "rows": (lambda d: d.decode(np.ones((2, 1), np.int32), d.empty_cache(1, 4)), "tokens must have the 1 rows"),
+    "no cache": (lambda d: d.decode(np.ones((2, 1), np.int32), {}), "cache must be of empty_cache. Got dict"),
+    "dtype": (lambda d: d.empty_cache(1, 4, dtype="bfloat16"), "dtype must be that of the decoder, float32. Got bfl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_name_the_argument(name: str):
+    call, words = WRONG[name]
+    with pytest.raises(ValueError, match=words):
+        call(make(natural(WIDE["plain"])))
+
+
+def test_rotations_that_change_with_the_length_are_refused():
+    scaling = DynamicScaling(factor=2.0, original_length=8)
+    decoder = make(natural(change(rope_scaling=scaling)))
+    with pytest.raises(NotImplementedError, match="rope_scaling: DynamicScaling"):
+        decoder.empty_cache(1, 16)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ringjax", "generate", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_streams_text_and_says_what_it_took(tmp_path: Path):
+    letters = [*BYTES[:100], "th", "Ġ"]
+    vocabulary = {"model": "gpt2", "merges": ["t h"], "tokens": letters}
+    path = smol(tmp_path / "m.gguf", **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()})
+    got = command("--model", path, "--prompt", "the capital", "--max-new-tokens", 5, "--devices", 2)
+    assert got.returncode == 0, got.stderr
+    words = models.tokenizer(path)
+    decoder = models.load(path, layout="contiguous")
+    ids = [
+        step[0] for step in generate(decoder, [words.encode("the capital")], max_new_tokens=5, stop_ids=words.eos_ids)
+    ]
+    assert got.stdout == words.decode([i for i in ids if i is not None]) + "\n"
+    assert "on 2 cpu devices" in got.stderr and "decode 5 tokens" in got.stderr and "per device" in got.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "nowhere", "--prompt", "x"), "nowhere"),
+        (("--model", "nowhere", "--prompt", "x", "--devices", "0"), "--devices must be at least 1. Got 0"),
+        (("--model", "nowhere", "--prompt", "x", "--top-p", "2"), "--top-p must be a number above 0"),
+        (("--model", "nowhere", "--no-such-flag"), "No such option: --no-such-flag"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(arguments: tuple[str, ...], words: str):
+    got = command(*arguments)
+    assert got.returncode == 2 and words in got.stderr and "Traceback" not in got.stderr
