@@ -141,7 +141,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray], dict[str, Any
             "rope.freq_base_swa": 1e3,
             "rope.scaling.type": "linear",
             "rope.scaling.factor": 8.0,
-            "attention.sliding_window_pattern": 3,
+            "attention.sliding_window_pattern": 2,
         },
         {},
         dict(attention_scale=0.25),
@@ -165,13 +165,13 @@ def test_the_same_model_as_the_directory(name: str, tmp_path: Path):
     assert meaning(decoder.config) == meaning(want)
     ours, theirs = state_of(decoder), state_of(models.load(FOLDER / name))
     if name == "qwen2":  # recorded with a pattern, which GGUF cannot say: the same layers in one stack
-        layers = [f"['layer_{i}']" for i in range(3)]
+        layers = [f"['layer_{i}']" for i in range(2)]
         theirs = {
             key.replace(layers[0], ""): np.concatenate([theirs[key.replace(layers[0], layer)] for layer in layers])
             if layers[0] in key
             else value
             for key, value in theirs.items()
-            if layers[1] not in key and layers[2] not in key
+            if layers[1] not in key
         }
     assert set(ours) == set(theirs)
     for key, value in ours.items():
