@@ -183,6 +183,8 @@ def test_windows_count_the_token_itself():
             dict(rope_scaling={"type": "linear", "factor": 0.1}),
             "factor must be at least 1. Got 0.1",
         ),
+        ("Qwen2ForCausalLM", dict(num_hidden_layers="4"), "must have values as Qwen2ForCausalLM has them. Got: "),
+        ("Gemma3ForCausalLM", dict(sliding_window_pattern="6"), "must have values as Gemma3ForCausalLM has them"),
         ("MistralForCausalLM", dict(sliding_window=0), "sliding_window must be a positive integer. Got 0"),
         ("Qwen2ForCausalLM", dict(layer_types=["full_attention"]), "layer_types must name 4 layers"),
         (

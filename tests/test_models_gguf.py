@@ -231,6 +231,10 @@ def test_refuses_damaged_files(tmp_path: Path):
     [
         ({"expert_count": 8}, "llama.expert_count must be 0: mixtures of experts are not supported"),
         ({"attention.causal": False}, "llama.attention.causal must be absent: ringjax does not honour it. Got False"),
+        (
+            {"rope.scaling.type": "linear", "rope.scaling.factor": 0.5},
+            "must have values as its architecture has them. Got: factor must be at least 1",
+        ),
         ({"rope.dimension_count": 8}, "llama.rope.dimension_count must be the size of a head, 16. Got 8"),
         ({"rope.scaling.type": "longrope"}, "rope.scaling.type must be none, linear or yarn. Got 'longrope'"),
         ({"feed_forward_length": 47}, r"ffn_.*.weight must have shape \(.*47.*\). Got \(.*48.*\)"),

@@ -40,7 +40,7 @@ def fill(config: DecoderConfig, mesh: jax.sharding.Mesh | None, tensors: Iterabl
 
     place = jax.sharding.get_mesh() if mesh is None else mesh
     if place.empty:
-        device = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
+        (device,) = jnp.zeros(()).devices()  # where arrays go by default
         here = jax.sharding.SingleDeviceSharding(device)
         shardings: dict[Any, Any] = dict.fromkeys(abstract, here)
     else:
