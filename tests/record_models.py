@@ -62,7 +62,7 @@ CASES = {
     "mistral": (transformers.MistralConfig(**SIZES, sliding_window=8), "float16"),
     "qwen2": (
         transformers.Qwen2Config(
-            **(SIZES | dict(head_dim=8, num_hidden_layers=3)),
+            **(SIZES | dict(head_dim=8)),
             use_sliding_window=True,
             sliding_window=8,
             max_window_layers=1,
@@ -71,16 +71,14 @@ CASES = {
     ),
     "qwen3": (transformers.Qwen3Config(**SIZES, tie_word_embeddings=True), "bfloat16"),
     "gemma2": (
-        transformers.Gemma2Config(
-            **(SIZES | dict(num_hidden_layers=3)), **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
-        ),
+        transformers.Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
         "float32",
     ),
     "gemma3": (
         transformers.Gemma3TextConfig(
-            **(SIZES | dict(num_hidden_layers=4)),
+            **(SIZES | dict(num_hidden_layers=3)),
             **GEMMA,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
             rope_parameters={"full_attention": FAR, "sliding_attention": NEAR},
         ),
         "bfloat16",

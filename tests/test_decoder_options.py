@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[Any, float, int | None]], dict
             num_layers=3,
             layer_pattern=(Kind(local_window_size=(5, 0), rope=RopeConfig(theta=50.0)), Kind()),
             rope_theta=900.0,
-            rope_scaling=LinearScaling(factor=4.0),
+            rope_scaling=YarnScaling(factor=4.0, original_length=12, beta_fast=3.0, beta_slow=0.5, truncate=False),
             post_norms=True,
             qk_norm=True,
             attention_scale=0.6,
@@ -49,26 +49,17 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[Any, float, int | None]], dict
         ),
         [
             (dense_decoder.base_frequencies(50.0, H), 1.0, 5),
-            ([f / 4 for f in dense_decoder.base_frequencies(900.0, H)], 1.0, None),
+            (dense_decoder.yarn(900.0, H, 4.0, 12, 3.0, 0.5, whole=False), 0.1 * math.log(4.0) + 1, None),
         ],
         dict(scale=0.6, logits_soft_cap=2.0, output_soft_cap=1.5, gelu=True, embedding_scale=4.0),
     ),
-    "as gpt-oss: sinks, all biases, YaRN, untied": (
+    "as gpt-oss: sinks, all biases, untied; part of a head turns, with a base that grows": (
         dict(
+            num_layers=1,
             use_sinks=True,
             attention_bias=True,
             mlp_bias=True,
-            rope_theta=30.0,
-            rope_scaling=YarnScaling(factor=4.0, original_length=12, beta_fast=3.0, beta_slow=0.5, truncate=False),
             tie_embeddings=False,
-        ),
-        [(dense_decoder.yarn(30.0, H, 4.0, 12, 3.0, 0.5, whole=False), 0.1 * math.log(4.0) + 1, None)],
-        {},
-    ),
-    "as Qwen2: biases of q, k and v; part of a head turns, with a base that grows": (
-        dict(
-            num_layers=1,
-            attention_bias="qkv",
             rotary_dim=6,
             rope_scaling=DynamicScaling(factor=2.0, original_length=10),
             layout="striped",

@@ -162,6 +162,8 @@ def test_refuses_damaged_files(folder: Path, tmp_path: Path):
 def test_refuses_options_by_their_names():
     with pytest.raises(ValueError, match="^layout must be one of"):
         models.load(FOLDER / NAME, layout="spiral")
+    with pytest.raises(ValueError, match="^mesh must be a jax.sharding.Mesh of devices"):
+        models.load(FOLDER / NAME, mesh=mesh_of(2).abstract_mesh)
     with pytest.raises(ValueError, match="^param_dtype must be one of"):
         models.load(FOLDER / NAME, param_dtype="int8")
 

@@ -141,7 +141,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray], dict[str, Any
             "rope.freq_base_swa": 1e3,
             "rope.scaling.type": "linear",
             "rope.scaling.factor": 8.0,
-            "attention.sliding_window_pattern": 3,
+            "attention.sliding_window_pattern": 2,
         },
         {},
         dict(attention_scale=0.25),
@@ -165,13 +165,13 @@ def test_the_same_model_as_the_directory(name: str, tmp_path: Path):
     assert meaning(decoder.config) == meaning(want)
     ours, theirs = state_of(decoder), state_of(models.load(FOLDER / name))
     if name == "qwen2":  # recorded with a pattern, which GGUF cannot say: the same layers in one stack
-        layers = [f"['layer_{i}']" for i in range(3)]
+        layers = [f"['layer_{i}']" for i in range(2)]
         theirs = {
             key.replace(layers[0], ""): np.concatenate([theirs[key.replace(layers[0], layer)] for layer in layers])
             if layers[0] in key
             else value
             for key, value in theirs.items()
-            if layers[1] not in key and layers[2] not in key
+            if layers[1] not in key
         }
     assert set(ours) == set(theirs)
     for key, value in ours.items():
@@ -231,6 +231,10 @@ def test_refuses_damaged_files(tmp_path: Path):
     [
         ({"expert_count": 8}, "llama.expert_count must be 0: mixtures of experts are not supported"),
         ({"attention.causal": False}, "llama.attention.causal must be absent: ringjax does not honour it. Got False"),
+        (
+            {"rope.scaling.type": "linear", "rope.scaling.factor": 0.5},
+            "must have values as its architecture has them. Got: factor must be at least 1",
+        ),
         ({"rope.dimension_count": 8}, "llama.rope.dimension_count must be the size of a head, 16. Got 8"),
         ({"rope.scaling.type": "longrope"}, "rope.scaling.type must be none, linear or yarn. Got 'longrope'"),
         ({"feed_forward_length": 47}, r"ffn_.*.weight must have shape \(.*47.*\). Got \(.*48.*\)"),

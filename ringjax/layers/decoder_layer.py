@@ -139,6 +139,7 @@ class LayerGroup(nnx.Module):
     """The first layers of a period of the pattern, one after the other: layer_0, layer_1, ..."""
 
     def __init__(self, config: DecoderConfig, count: int, *, mesh: Mesh | None, rngs: nnx.Rngs):
+        self.count = count
         for place in range(count):
             setattr(self, f"layer_{place}", DecoderLayer(config, place, mesh=mesh, rngs=rngs))
 
@@ -147,7 +148,7 @@ def layers_of(block: DecoderLayer | LayerGroup) -> list[DecoderLayer]:
     """The layers of a period, in order."""
     if isinstance(block, DecoderLayer):
         return [block]
-    return [getattr(block, f"layer_{place}") for place in range(len(vars(block))) if hasattr(block, f"layer_{place}")]
+    return [getattr(block, f"layer_{place}") for place in range(block.count)]
 
 
 def layer_path(config: DecoderConfig, layer: int) -> tuple[tuple[str, ...], int | None]:

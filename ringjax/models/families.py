@@ -107,7 +107,12 @@ def read_config(given: Mapping[str, Any], file: str = "config.json") -> tuple[Fa
     if fields["num_kv_heads"] is None:
         raise ModelError(f"{file} must have the key 'num_key_value_heads'. Got none.")
     keys.require("attention_dropout", 0.0, (0, 0.0), "there is no dropout")
-    fields |= family.read(keys, fields)
+    try:
+        fields |= family.read(keys, fields)
+    except ModelError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # a word where a number belongs, or a 0
+        raise ModelError(f"{file} must have values as {family.architecture} has them. Got: {error}.") from error
     keys.take("max_position_embeddings", None)  # of RoPE's scalings; else it says nothing
     keys.finish(family.architecture)
     return family, fields

@@ -1,5 +1,6 @@
 """Tensors of a file -> a Decoder, one at a time and each straight to where its shards belong."""
 
+import functools
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ def fill(config: DecoderConfig, mesh: jax.sharding.Mesh | None, tensors: Iterabl
 
     place = jax.sharding.get_mesh() if mesh is None else mesh
     if place.empty:
-        device = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
+        (device,) = jnp.zeros(()).devices()  # where arrays go by default
         here = jax.sharding.SingleDeviceSharding(device)
         shardings: dict[Any, Any] = dict.fromkeys(abstract, here)
     else:
@@ -54,7 +55,7 @@ def fill(config: DecoderConfig, mesh: jax.sharding.Mesh | None, tensors: Iterabl
             filled[tensor.path] = _put(value, leaf.dtype, sharding)
             continue
         if tensor.path not in filled:
-            filled[tensor.path] = _zeros(leaf.shape, leaf.dtype, sharding)
+            filled[tensor.path] = _zeros(leaf.shape, leaf.dtype, sharding)()
         layer = _put(value[None], leaf.dtype, sharding)
         filled[tensor.path] = _write(filled[tensor.path], layer, np.int32(tensor.index))
     for path, leaf in abstract.items():
@@ -86,9 +87,9 @@ def _put(value: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, part)
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    make: Callable[[], jax.Array] = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-    return make()
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 def _written(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:

@@ -102,7 +102,16 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], Weights]:
       ModelError: an architecture or a key that is not supported, or a file that is none.
     """
     file = GgufFile(path)
-    name = file.take("general.architecture")
+    try:
+        return _read(file)
+    except ModelError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # a word where a number belongs, or a 0
+        raise ModelError(f"{path} must have values as its architecture has them. Got: {error}.") from error
+
+
+def _read(file: GgufFile) -> tuple[dict[str, Any], Weights]:
+    path, name = file.path, file.take("general.architecture")
     if name not in ARCHITECTURES:
         raise ModelError(f"{path}: general.architecture must be one of {', '.join(ARCHITECTURES)}. Got {name!r}.")
 

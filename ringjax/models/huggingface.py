@@ -117,10 +117,9 @@ def write_safetensors(
         with open(folder / file_name, "wb") as file:
             _write_header(file, header)
             for entry in header.values():
-                data = np.ascontiguousarray(next(arrays)).tobytes()
-                if len(data) != entry["data_offsets"][1] - entry["data_offsets"][0]:
-                    raise AssertionError(f"a tensor of {entry} came with {len(data)} bytes")
-                file.write(data)
+                data = np.ascontiguousarray(next(arrays)).reshape(-1).view(np.uint8)
+                assert data.size == entry["data_offsets"][1] - entry["data_offsets"][0]
+                file.write(data.data)
     if count > 1:
         where = {name: file for file, header in zip(names, shards, strict=True) for name in header}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})

@@ -64,6 +64,8 @@ def load(
         "remat": remat,
         "ring": RingConfig() if ring is None else ring,
     }
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh of devices, or None. Got {mesh!r}.")
     DecoderConfig(8, 1, 8, 1, 1, 8, 8, **options)  # the caller's mistakes first, by their names
     for name in ("dtype", "param_dtype"):
         checks.floating(name, options[name])

@@ -52,7 +52,9 @@ class Tokenizer:
         if self.template is None:
             raise ModelError("the tokenizer must have a chat template. Got none.")
         jinja2, sandbox = need("jinja2"), need("jinja2.sandbox")
-        world = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        world = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         world.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
 
         def refuse(reason: str) -> None:
