@@ -128,11 +128,12 @@ def test_rows_end_at_their_stops():
 
 
 def test_one_program_decodes_at_every_length():
-    before = generation._next._cache_size()
+    step: Any = generation._next
+    before = step._cache_size()
     decoder, stats = make(natural(WIDE["plain"])), Stats()
     for length in (3, 9, 30):
         list(generate(decoder, [[1] * length], max_new_tokens=4, capacity=64, stats=stats))
-    assert generation._next._cache_size() == before + 1
+    assert step._cache_size() == before + 1
     assert stats.prompt_tokens == 30 and stats.new_tokens == 12 and stats.decode_rate > 0 and stats.cache_bytes > 0
 
 

@@ -40,9 +40,10 @@ def generate(
         DtypeName.float32
     ),
 ) -> None:  # fmt: skip
-    """Continues a text with a pretrained model, on a cache that is sharded over the ring.
+    """Continues a text with a pretrained model.
 
-    Streams the text, then says what it took. Needs pip install
+    Streams the text, from a cache that is sharded over the ring, then says
+    what it took. Needs pip install
     "ringjax[models]"; nothing is downloaded.
     """
     if devices is not None and devices < 1:
