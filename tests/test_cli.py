@@ -41,7 +41,10 @@ def command_of(name: str) -> Any:
 
 def test_help_names_the_commands():
     """Each in one line that is not cut off."""
-    for group, names in ((), ["train", "generate", "demo", "bench", "tune", "inspect"]), (("bench",), ["cpu", "gpu", "tpu-static"]):
+    for group, names in (
+        ((), ["train", "generate", "demo", "bench", "tune", "inspect"]),
+        (("bench",), ["cpu", "gpu", "tpu-static"]),
+    ):
         result = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"})
         assert result.exit_code == 0
         rows = [words(line) for line in result.output.partition("Commands")[2].splitlines()]

@@ -43,8 +43,7 @@ def generate(
     """Continues a text with a pretrained model.
 
     Streams the text, from a cache that is sharded over the ring, then says
-    what it took. Needs pip install
-    "ringjax[models]"; nothing is downloaded.
+    what it took. Needs pip install "ringjax[models]"; nothing is downloaded.
     """
     if devices is not None and devices < 1:
         fail(ValueError(f"--devices must be at least 1. Got {devices}."))
