@@ -91,10 +91,9 @@ def parse_shape(text: str) -> Shape:
     """The shape that "B,T,N,K,H" names."""
     try:
         shape = Shape(*(int(part) for part in text.split(",")))
-        fits = min(dataclasses.astuple(shape)) >= 1 and shape.heads % shape.kv_heads == 0
     except (ValueError, TypeError):  # no number, or not five
-        fits = False
-    if not fits:
+        shape = None
+    if shape is None or min(dataclasses.astuple(shape)) < 1 or shape.heads % shape.kv_heads:
         raise UsageError(f"--shape must be B,T,N,K,H: five positive integers, N a multiple of K. Got {text!r}.")
     return shape
 

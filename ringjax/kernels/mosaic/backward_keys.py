@@ -204,6 +204,8 @@ class _Program:
 
         def products(refs: Any) -> None:
             dk_acc, dv_acc, logits_acc, dp_acc, dq_acc = refs
+            ds: Any = None  # of no use where neither dk nor dq is wanted
+            tile_before: Any = None
             if not self.ahead:
                 self._products(place, logits_acc, slot)
             multiply_dp = lambda: plgpu.wgmma(dp_acc, s.v_smem.at[place.own], dout_smem.transpose((1, 0)))  # noqa: E731
