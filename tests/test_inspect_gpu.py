@@ -109,7 +109,7 @@ def test_a_missing_plugin_is_one_line(monkeypatch):
         'error: the CUDA plugin of JAX, the GPU compiler, is not installed: pip install "ringjax[cuda]"\n'
     )
     result = CliRunner().invoke(app, [*command[:2], "h100:9", *command[3:]])
-    assert result.exit_code == 2 and result.stderr.startswith("error: topology must have 1 to 8 GPUs a host")
+    assert result.exit_code == 2 and result.stderr.startswith("error: --topology must have 1 to 8 GPUs a host")
 
 
 @pytest.mark.parametrize("version", ["12", "13"])
