@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 from . import _compat
 from .exchange import gather_tokens, merge_ranks, to_ranks_order
 from .layout import Layout, Runs
-from .local import Call, ring_spec, vary_alike
+from .local import Call, ring_spec, vary_alike, without_absent
 from .mask import Mask, Tokens
 from .ring import ring
 from .schedule import Schedule
@@ -118,7 +118,7 @@ def attend_cached(call: Call, way: Way, cached: Cached, *, rolls: bool) -> tuple
     spec = ring_spec(call, Schedule(num_shards, (offsets,)))
     result: Any = ring(spec, query, key, value, cached.sinks if way == "keys" else None, mask)
     out, lse = result
-    out = _without_absent(out, present)
+    out = without_absent(out, present)
     if way == "queries":
         out, lse = (to_ranks_order(x, axis, layout) for x in (out, lse))
     if way != "keys":
@@ -127,12 +127,6 @@ def attend_cached(call: Call, way: Way, cached: Cached, *, rolls: bool) -> tuple
         return out, lse
     lost = lost[:, None, None]
     return jnp.where(lost[..., None], jnp.nan, out), jnp.where(lost, jnp.nan, lse)
-
-
-def _without_absent(out: Array, present: Array) -> Array:
-    """The output of an absent query is 0 whatever the arrays are: its cotangent, even NaN, reaches nothing."""
-    there = jnp.arange(out.shape[1], dtype=jnp.int32)[None] < present[:, None]
-    return jnp.where(there[:, :, None, None], out, jax.lax.stop_gradient(out))
 
 
 class Shards(NamedTuple):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ._compat import axis_is_bound, take
 from .layout import Layout, ring_order
-from .partial import NO_LOGIT, attends_to_nothing, wide
+from .partial import finite_lse, normalise, weigh, wide
 
 
 def merge_over_axis(
@@ -54,15 +54,11 @@ def merge_ranks(
     """
     dtype = wide(lse.dtype)
     lse = lse.astype(dtype)
-    attended = ~attends_to_nothing(lse)  # NaN counts as attended: it must show
-    # The maximum cancels in the result, so it needs no gradient; finite even where every lse is -inf.
-    top = jax.lax.pmax(jax.lax.stop_gradient(jnp.where(attended, lse, NO_LOGIT)), axis_name)
+    top = jax.lax.pmax(finite_lse(lse), axis_name)
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks.astype(dtype).reshape((1,) * (lse.ndim - 1) + (-1,)), lse.shape)
         top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
-    # Replace -inf before the exponential: a where() after it would still give NaN gradients.
-    weight = jnp.where(attended, jnp.exp(jnp.where(attended, lse - top, 0.0)), 0.0)
-    weighed = jnp.where(attended[..., None], out.astype(dtype), 0.0) * weight[..., None]
+    weighed, weight = weigh(out, lse, top)
     both = jnp.concatenate([weighed, weight[..., None]], axis=-1)
     if scatter:
         both = jax.lax.psum_scatter(both, axis_name, scatter_dimension=1, tiled=True)
@@ -73,10 +69,8 @@ def merge_ranks(
     acc, total = both[..., :-1], both[..., -1]
     if sinks is not None:
         total = total + jnp.exp(sinks[:, : top.shape[1]] - top)  # the same for all tokens
-    some = total != 0
-    safe = jnp.where(some, total, 1.0)
-    # log(some) is 0 or -inf, without a gradient: that of log(total) would be NaN where total is 0.
-    return (acc / safe[..., None]).astype(out.dtype), top + jnp.log(safe) + jnp.log(some.astype(dtype))
+    merged, lse = normalise(acc, total, top)
+    return merged.astype(out.dtype), lse
 
 
 def gather_tokens(tree: Any, axis_name: str, layout: Layout) -> Any:

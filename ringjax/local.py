@@ -77,9 +77,13 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     out, lse = result
     if mask.queries.length is None or arrays.q_lengths is None:
         return out, lse
-    # The output of an absent query is 0 whatever the arrays are: its cotangent, even NaN, reaches nothing.
-    present = jnp.arange(q_length, dtype=jnp.int32)[None] < mask.queries.length[:, None]
-    return jnp.where(present[:, :, None, None], out, jax.lax.stop_gradient(out)), lse
+    return without_absent(out, mask.queries.length), lse
+
+
+def without_absent(out: Array, present: Array) -> Array:
+    """The output of an absent query is 0 whatever the arrays are: its cotangent, even NaN, reaches nothing."""
+    there = jnp.arange(out.shape[1], dtype=jnp.int32)[None] < present[:, None]
+    return jnp.where(there[:, :, None, None], out, jax.lax.stop_gradient(out))
 
 
 def vary_alike(call: Call, tree: T) -> tuple[T, frozenset[str]]:

@@ -147,16 +147,28 @@ def merge_partials(
             )
     dtype = wide(pairs[0][1].dtype)
     lses = jnp.stack([lse.astype(dtype) for _, lse in pairs])
-    attended = ~attends_to_nothing(lses)  # NaN counts as attended: it must show
-    # The maximum cancels in the result, so its gradient is zero; finite even where every lse is -inf.
-    top = jax.lax.stop_gradient(jnp.max(jnp.where(attended, lses, NO_LOGIT), axis=0, keepdims=True))
+    top = jnp.max(finite_lse(lses), axis=0)
+    weighed, weights = weigh(jnp.stack([out.astype(dtype) for out, _ in pairs]), lses, top[None])
+    out, lse = normalise(jnp.sum(weighed, axis=0), jnp.sum(weights, axis=0), top)
+    return out.astype(pairs[0][0].dtype), lse
+
+
+def finite_lse(lse: Array) -> Array:
+    """For the maximum over disjoint sets of keys, which cancels in the result and so needs no gradient."""
+    return jax.lax.stop_gradient(jnp.where(attends_to_nothing(lse), NO_LOGIT, lse))
+
+
+def weigh(out: Array, lse: Array, top: Array) -> tuple[Array, Array]:
+    """out and 1 times exp(lse - top): what is summed over disjoint sets of keys, in the dtype of lse."""
+    attended = ~attends_to_nothing(lse)  # NaN counts as attended: it must show
     # Replace -inf before the exponential: a where() after it would still give NaN gradients.
-    weights = jnp.where(attended, jnp.exp(jnp.where(attended, lses - top, 0.0)), 0.0)
-    total = jnp.sum(weights, axis=0, keepdims=True)
+    weight = jnp.where(attended, jnp.exp(jnp.where(attended, lse - top, 0.0)), 0.0)
+    return jnp.where(attended[..., None], out.astype(lse.dtype), 0.0) * weight[..., None], weight
+
+
+def normalise(acc: Array, total: Array, top: Array) -> tuple[Array, Array]:
+    """Output and log-sum-exp of these sums; over no keys 0 and -inf, without a gradient."""
     some = total != 0
     safe = jnp.where(some, total, 1.0)
-    outs = jnp.where(attended[..., None], jnp.stack([out.astype(dtype) for out, _ in pairs]), 0.0)
-    out = jnp.sum(outs * (weights / safe)[..., None], axis=0)
     # log(some) is 0 or -inf, without a gradient: that of log(total) would be NaN where total is 0.
-    lse = (top + jnp.log(safe) + jnp.log(some.astype(dtype)))[0]
-    return out.astype(pairs[0][0].dtype), lse
+    return acc / safe[..., None], top + jnp.log(safe) + jnp.log(some.astype(total.dtype))
