@@ -146,11 +146,22 @@ def merge_partials(
                 f"Got out {out.shape} and lse {lse.shape}; the first out is {pairs[0][0].shape}."
             )
     dtype = wide(pairs[0][1].dtype)
-    lses = jnp.stack([lse.astype(dtype) for _, lse in pairs])
-    top = jnp.max(finite_lse(lses), axis=0)
-    weighed, weights = weigh(jnp.stack([out.astype(dtype) for out, _ in pairs]), lses, top[None])
-    out, lse = normalise(jnp.sum(weighed, axis=0), jnp.sum(weights, axis=0), top)
+    out, lse = combine(jnp.stack([out for out, _ in pairs]), jnp.stack([lse.astype(dtype) for _, lse in pairs]))
     return out.astype(pairs[0][0].dtype), lse
+
+
+def combine(
+    outs: Float[Array, "P *b H"], lses: Float[Array, "P *b"], sinks: Array | None = None
+) -> tuple[Float[Array, "*b H"], Float[Array, "*b"]]:
+    """The same of stacked results, in the dtype of ``lses``; ``sinks`` are one more logit each, and broadcast."""
+    top = jnp.max(finite_lse(lses), axis=0)
+    if sinks is not None:
+        top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
+    weighed, weights = weigh(outs, lses, top[None])
+    total = jnp.sum(weights, axis=0)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    return normalise(jnp.sum(weighed, axis=0), total, top)
 
 
 def finite_lse(lse: Array) -> Array:

@@ -13,7 +13,7 @@ from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.tiles import Key
 
 SMALL = ["--shape", "1,256,4,2,16", "--dtype", "float32", "--implementation", "xla", "--reference", "xla"]
-SMALL += ["--rounds", "2", "--ceiling", "64", "--num-shards", "4"]
+SMALL += ["--cached", "2,64,4,2,16", "--rounds", "2", "--ceiling", "64", "--num-shards", "4"]
 
 
 def invoke(*arguments: object) -> Result:
@@ -31,14 +31,18 @@ def test_command_measures_everything_and_writes_it(tmp_path):
     assert kinds[4:] == [("full", "fwd"), ("causal", "fwd"), ("causal", "fwd+bwd")], "the ring's loop, then packed"
     assert all(row["ours_ms"] > 0 and row["reference_ms"] > 0 and row["ratio"] > 0 for row in record["rows"])
     assert len(record["zigzag"]["rank_ms"]) == 4 and record["zigzag"]["slowest_over_mean"] >= 1
+    one, two = record["cached"]
+    assert (one["num_devices"], two["num_devices"]) == (1, 2) and min(one["ratio"], two["bandwidth_share"]) > 0
     text = docs.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| 2 x 64 x 4/2 x 16 |") == 2
     assert text.count("| 1 x 256 x 4/2 x 16") == 7 and "fwd: median" in text and "C = 4" in text
     assert "4 blocks / one call" in result.stdout and "tiles of" not in result.stdout
 
 
 def test_the_title_names_the_table_of_tiles_that_are_used(table: Path, monkeypatch: pytest.MonkeyPatch):
     zigzag = gpu.Measurement((), lambda times: {"slowest_over_mean": 1.0, "sum_over_one_call": 1.0})
+    monkeypatch.setattr(gpu, "_against_caches", lambda *_: [])
     monkeypatch.setattr(gpu, "compile_measurements", lambda measurements: [zigzag])
     monkeypatch.setattr(gpu, "in_turns", lambda programs, rounds: [[1.0] * rounds for _ in programs])
     figures = table.with_name("figures.json")
@@ -67,6 +71,7 @@ def test_ratios_are_of_rounds_and_work_is_counted():
             [*SMALL, "--shape", "1,100,1,1,8"],
             "--shape: T must be a multiple of 8, and at least 32. Got 1 x 100 x 1 x 8.",
         ),
+        (["--cached", "1,2,3"], "--cached must be B,T,N,K,H: five positive integers, N a multiple of K. Got '1,2,3'."),
         (["--shape", "1,2,3"], "--shape must be B,T,N,K,H: five positive integers, N a multiple of K. Got '1,2,3'."),
         (["--shape", "1,256,3,2,16"], "N a multiple of K. Got '1,256,3,2,16'."),
         (["--shape", "1,256,x,2,16"], "N a multiple of K. Got '1,256,x,2,16'."),

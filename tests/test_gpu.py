@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import Problem
+from caches import run as run_cached
 
 import ringjax
 
@@ -124,6 +126,36 @@ def test_every_feature(name: str, head_size: int, implementation: str, dtype: An
         case, inputs, num_shards=1, implementation=implementation, interpret=False, block_q=None, block_kv=None
     )
     assert_as_good_as_dense(case, inputs, result, implementation)
+
+
+# One token and some, of heads that share keys or not: few enough for the kernel that splits keys, and too many for it.
+DECODED = {
+    "one token": Problem(shards=1, layout="striped"),
+    "one token, window, MQA": Problem(
+        shards=1, layout="striped", options=(("window", (600, 0)), ("num_kv_heads", 1), ("sinks", True))
+    ),
+    "some tokens, rows of fewer": Problem(
+        shards=1, layout="striped", queries=4, counts=(0, 3), options=(("sinks", True), ("soft_cap", 1.5))
+    ),
+    "a chunk": Problem(shards=1, layout="striped", queries=70),
+    "two devices": Problem(shards=2, layout="striped", queries=2, options=(("sinks", True),)),
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("name", "head_size", "implementation", "dtype"),
+    on_kernels(*((name, size, BF16) for name in DECODED for size in (64, 128)), ("one token", 256, BF16)),
+)
+def test_attention_to_a_cache(name: str, head_size: int, implementation: str, dtype: Any) -> None:
+    problem = dataclasses.replace(
+        DECODED[name], head_size=head_size, capacity_asked=2048, lengths=(1901, 130), implementation=implementation,
+        dtype=dtype,
+    )  # fmt: skip
+    if problem.shards > len(jax.devices()):
+        pytest.skip("needs two GPUs: collectives between them")
+    inputs = problem.inputs()
+    assert_as_good_as_dense(problem.case, inputs, run_cached(problem, inputs, as_users=True), implementation)
 
 
 @needs_gpu

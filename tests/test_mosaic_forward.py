@@ -60,6 +60,10 @@ CASES = {
     "ragged": Case(q_length=301, k_length=333, causal=True, carry=True, finish=False),
     "ragged, full": Case(q_length=301, k_length=333, scale=0.0),
     "tiny": Case(q_length=3, k_length=5, causal=True),
+    # Few queries: heads are rows, keys are split.
+    "one query": Case(q_length=1, k_length=2000, lengths=True, sinks=True, soft_cap=5.0),
+    "few queries": Case(q_length=20, k_length=333, causal=True, left=100, size=64, v_size=64),
+    "few queries of long heads": Case(q_length=7, k_length=512, causal=True, runs=4, size=256, v_size=256),
     "heads of 64": Case(size=64, v_size=64, segments=True, carry=True),
     "heads of 256": Case(size=256, v_size=256, causal=True, carry=True, finish=False),
     "odd heads": Case(size=96, v_size=40, dtype=jnp.float16, kv_heads=4),

@@ -34,6 +34,7 @@ RACE = "RACE DETECTED"  # as JAX prints it; what it keeps of races is of the las
 @dataclasses.dataclass(frozen=True)
 class Case:
     q_length: int = 256
+    q_start: int = 0  # position of the first query
     blocks: int = 2  # of keys, each a hop
     block_length: int = 128
     size: int = 64
@@ -75,6 +76,22 @@ CASES = {
     ),
     "an absent NaN": Case(bad_value=180, bad_key=180, k_present=170),
     "a NaN among the logits": Case(causal=True, layout="striped", bad_key=99),
+    # Few queries: heads are rows, keys are split.
+    "one query": Case(q_length=1, blocks=1, block_length=1024),
+    "one query, ragged": Case(q_length=1, blocks=1, block_length=600, k_present=500, sinks=True, size=128, v_size=128),
+    "few queries": Case(q_length=5, q_start=595, blocks=1, block_length=600, causal=True, soft_cap=2.0, window=300),
+    "few queries, as arrays": Case(q_length=5, q_start=400, blocks=1, block_length=600, causal=True, as_arrays=True),
+    "few queries, packed": Case(
+        q_length=7, q_start=500, blocks=1, block_length=600, causal=True, segments=True, q_present=4, sinks=True
+    ),
+    "few queries, long heads": Case(
+        q_length=3, q_start=300, blocks=1, block_length=320, causal=True, size=256, v_size=256
+    ),
+    "nothing is there": Case(q_length=2, blocks=1, block_length=600, k_present=0),
+    "few queries and a NaN": Case(q_length=9, q_start=92, blocks=1, block_length=600, causal=True, bad_value=96),
+    "few queries and an absent NaN": Case(
+        q_length=4, blocks=1, block_length=600, k_present=300, bad_value=310, bad_key=310
+    ),
 }
 
 
@@ -93,12 +110,15 @@ def run(case: Case, q: Any, k: Any, v: Any, segments: Any, sinks: Any) -> Any:
     scale = case.size**-0.5 if case.scale is None else case.scale
     params = KernelParams(scale, case.soft_cap, device_kind="NVIDIA H100", interpret=True)
     layout, of_queries = as_layout(case.layout), as_layout("contiguous").runs(jnp.int32(0), case.q_length, 1)
+    of_queries = dataclasses.replace(of_queries, base=of_queries.base + case.q_start)
     carry: Any = None
     for hop in range(case.blocks):
         runs = layout.runs(jnp.int32(hop), case.block_length, case.blocks)
         at = runs.at(jnp.arange(case.block_length, dtype=jnp.int32))
         mask = Mask(
-            queries=tokens(case, of_queries, segments and segments[0], case.q_present),
+            queries=tokens(
+                case, of_queries, segments and segments[0], case.q_present and case.q_start + case.q_present
+            ),
             keys=tokens(case, runs, segments and segments[1], case.k_present),
             left=case.window,
             right=0 if case.causal else None,
@@ -139,12 +159,16 @@ def test_matches_the_oracle_without_races(
     case = CASES[name]
     monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", 2)
     q, k, v, sinks = draw(case)
-    segments = tuple(jnp.arange(n, dtype=jnp.int32)[None] * 3 // n for n in (q.shape[1], k.shape[1]))
+    segments = tuple(jnp.arange(n, dtype=jnp.int32)[None] * 3 // n for n in (case.q_start + q.shape[1], k.shape[1]))
     options: dict[str, Any] = {"is_causal": case.causal, "logits_soft_cap": case.soft_cap, "scale": case.scale}
     if case.window is not None:
         options["local_window_size"] = (case.window, 0)
     if case.segments:
-        options["segment_ids"] = tuple(np.asarray(x) for x in segments)
+        options["segment_ids"] = tuple(np.asarray(x)[:, -n:] for x, n in zip(segments, (q.shape[1], 0), strict=True))
+    if case.q_start:
+        options["positions"] = tuple(
+            first + np.arange(n)[None] for first, n in ((case.q_start, q.shape[1]), (0, k.shape[1]))
+        )
     for name, present in (("query_seq_lengths", case.q_present), ("key_value_seq_lengths", case.k_present)):
         if present is not None:
             options[name] = np.array([present])
@@ -161,9 +185,11 @@ def test_matches_the_oracle_without_races(
     for bad in (case.bad_value, case.bad_key):
         if bad is None:
             continue
-        at = np.arange(case.q_length)
+        at = case.q_start + np.arange(case.q_length)
         present = bad < (case.k_present or k.shape[1])
-        attends = present & (at >= bad) & (at < (case.q_present or case.q_length))
+        attends = (
+            present & (at >= bad if case.causal else at >= 0) & (at - case.q_start < (case.q_present or case.q_length))
+        )
         assert np.isnan(got[0, attends][..., 3]).all(), "NaN where it is attended to"
         assert np.isfinite(got[0, ~attends]).all(), "and nowhere else"
         if bad == case.bad_key:

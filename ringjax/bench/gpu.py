@@ -6,12 +6,10 @@ can do at most, a matrix product, is measured in the same run.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ import numpy as np
 from rich.console import Console
 
 import ringjax
-from ringjax.bench import document
+from ringjax.bench import cached, document
+from ringjax.bench.timing import Measurement, Shape, Timed, compile_all, compile_measurements, in_turns
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.base import Block, Kernel, KernelParams
 from ringjax.kernels.choose import BY_NAME
@@ -34,26 +33,16 @@ BEGIN, END = "<!-- ringjax bench gpu: begin -->", "<!-- ringjax bench gpu: end -
 PASSES = ("fwd", "fwd+bwd")
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """[batch, length, heads, head_size] of the query; key and value have ``kv_heads``."""
-
-    batch: int
-    length: int
-    heads: int
-    kv_heads: int
-    head_size: int
-
-    def __str__(self) -> str:
-        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
-        return f"{self.batch} x {self.length} x {heads} x {self.head_size}"
-
-
 SHAPES = (
     Shape(1, 8192, 32, 32, 128),
     Shape(1, 32768, 16, 16, 128),
     Shape(1, 32768, 32, 8, 128),
     Shape(4, 8192, 16, 16, 64),
+)
+
+
+CACHED = tuple(
+    Shape(batch, length, 32, 8, 128) for batch, length in ((8, 131072), (1, 524288), (32, 8192), (8, 524288))
 )
 
 
@@ -63,6 +52,7 @@ class Request:
 
     Attributes:
       shapes: of the calls.
+      cached: of caches against which one token is decoded, on two devices as well where there are two.
       dtype: of query, key and value.
       implementation: the block kernel, "pallas_gpu", "pallas_triton" or "xla".
       reference: implementation of ``jax.nn.dot_product_attention``, "cudnn" or "xla".
@@ -72,6 +62,7 @@ class Request:
     """
 
     shapes: tuple[Shape, ...]
+    cached: tuple[Shape, ...]
     dtype: str
     implementation: str
     reference: str
@@ -87,14 +78,14 @@ class Request:
                 raise UsageError(f"--shape: T must be a multiple of {unit}, and at least 32. Got {shape}.")
 
 
-def parse_shape(text: str) -> Shape:
+def parse_shape(text: str, flag: str = "--shape") -> Shape:
     """The shape that "B,T,N,K,H" names."""
     try:
         shape = Shape(*(int(part) for part in text.split(",")))
     except (ValueError, TypeError):  # no number, or not five
         shape = None
     if shape is None or min(dataclasses.astuple(shape)) < 1 or shape.heads % shape.kv_heads:
-        raise UsageError(f"--shape must be B,T,N,K,H: five positive integers, N a multiple of K. Got {text!r}.")
+        raise UsageError(f"{flag} must be B,T,N,K,H: five positive integers, N a multiple of K. Got {text!r}.")
     return shape
 
 
@@ -110,23 +101,6 @@ class Row:
     ratio: float
     tflops: float
     reference_tflops: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """What is timed: a function, compiled or still to be, and its arguments."""
-
-    run: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-    def milliseconds(self, calls: int) -> float:
-        """Of one call, of so many that are queued one behind the other."""
-        start = time.perf_counter()
-        result = None
-        for _ in range(calls):
-            result = self.run(*self.arguments)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) * 1e3 / calls
 
 
 def draw(shape: Shape, dtype: Any, seed: int = 0) -> tuple[jax.Array, ...]:
@@ -152,53 +126,6 @@ def _ours(config: ringjax.RingConfig, **options: Any) -> Callable[..., Any]:
         return ringjax.ring_attention(q, k, v, segment_ids=segments, mesh=mesh, config=config, **options)
 
     return attend
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """Programs to be timed in turns, and what their times mean: from one list of times for each to a result."""
-
-    programs: tuple[Timed, ...]
-    conclude: Callable[[list[list[float]]], Any]
-
-    def result(self, rounds: int) -> Any:
-        return self.conclude(in_turns(self.programs, rounds))
-
-
-def compile_all(programs: Sequence[Timed]) -> list[Timed]:
-    """The compiler works on several at once, and not on what is compiled already.
-
-    Programs of one function, whose arguments look alike, share the result.
-    """
-    unique = {id(program.run): program for program in programs}
-
-    def compiled(program: Timed) -> Any:
-        if isinstance(program.run, jax.stages.Compiled):
-            return program.run
-        return jax.jit(program.run).lower(*program.arguments).compile()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        runs = dict(zip(unique, pool.map(compiled, unique.values()), strict=True))
-    return [Timed(runs[id(program.run)], program.arguments) for program in programs]
-
-
-def compile_measurements(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """All their programs at once."""
-    rest = iter(compile_all([program for measurement in measurements for program in measurement.programs]))
-    return [dataclasses.replace(m, programs=tuple(next(rest) for _ in m.programs)) for m in measurements]
-
-
-def in_turns(programs: Sequence[Timed], rounds: int, budget_ms: float = 60.0) -> list[list[float]]:
-    """Times of every program in every round. As many calls a time as fit into the budget, at least two."""
-    calls = []
-    for program in programs:
-        program.milliseconds(1)
-        calls.append(max(2, min(50, int(budget_ms / max(program.milliseconds(2), 1e-3)))))
-    times: list[list[float]] = [[] for _ in programs]
-    for _ in range(rounds):
-        for index, program in enumerate(programs):
-            times[index].append(program.milliseconds(calls[index]))
-    return times
 
 
 def flops(shape: Shape, mask: str, direction: str) -> float:
@@ -336,6 +263,10 @@ def _document(record: dict[str, Any]) -> list[str]:
         ratios = [row.ratio for row in rows if row.direction == direction and ":" not in row.what]
         if ratios:
             lines.append(f"{direction}: median {statistics.median(ratios):.3f}, least {min(ratios):.3f} times as fast.")
+    cells = [cached.Row(**row).cells() for row in record["cached"]]
+    if cells:
+        lines += ["", "One token against a cache whose rows are full; lengths are given.", ""]
+        lines += document.markdown(cached.COLUMNS, cells, num_left=1)
     zigzag = record["zigzag"]
     if zigzag:
         lines += [
@@ -344,6 +275,21 @@ def _document(record: dict[str, Any]) -> list[str]:
             f"{zigzag['slowest_over_mean']:.3f} x the mean, all together {zigzag['sum_over_one_call']:.3f} x one call.",
         ]
     return lines
+
+
+def _against_caches(
+    request: Request, config: ringjax.RingConfig, bandwidth: float, say: Callable[[str], None]
+) -> list[cached.Row]:
+    """One after another: several caches may not fit."""
+    common: Any = {"dtype": jnp.dtype(request.dtype), "bandwidth": bandwidth}
+    make: list[Callable[..., Measurement]] = [functools.partial(cached.one_token, reference=request.reference)]
+    make += [cached.on_two_devices] * (len(jax.devices()) > 1)
+    rows = []
+    for measure, shape in itertools.product(make, request.cached):
+        (measurement,) = compile_measurements([measure(shape, config, **common)])
+        rows.append(measurement.result(request.rounds))
+        say("  ".join(rows[-1].cells()))
+    return rows
 
 
 def run(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
@@ -360,6 +306,8 @@ def run(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     )
     say(title)
     long = max(shapes, key=lambda shape: (shape.length, shape.heads == shape.kv_heads))
+    bandwidth = cached.copy_bandwidth(rounds, min(request.ceiling**2 * 32, 2**31 - 2**20))
+    tokens = _against_caches(request, config, bandwidth, say)
     *of_rows, of_zigzag = compile_measurements(
         [
             *(m for shape in shapes for m in attention(shape, config, dtype=dtype, reference=request.reference)),
@@ -374,7 +322,14 @@ def run(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
         say("  ".join(_cells(rows[-1])))
     zigzag = of_zigzag.result(rounds)
     say(f"zigzag: slowest / mean {zigzag['slowest_over_mean']:.3f}, sum / one call {zigzag['sum_over_one_call']:.3f}")
-    return {"title": title, "ceiling_tflops": top, "rows": [dataclasses.asdict(row) for row in rows], "zigzag": zigzag}
+    return {
+        "title": title,
+        "ceiling_tflops": top,
+        "copy_bytes_per_second": bandwidth,
+        "cached": [dataclasses.asdict(row) for row in tokens],
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "zigzag": zigzag,
+    }
 
 
 def _user_table(device_kind: str, implementation: str, dtype: Any) -> str:

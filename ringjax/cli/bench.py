@@ -106,6 +106,14 @@ def gpu(
             help="Sequences, tokens, query heads, key/value heads, size of a head. Repeatable; default: four shapes.",
         ),
     ] = None,
+    cached: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="B,S,N,K,H",
+            help="A cache of S tokens, against which one is decoded; with two GPUs also over both. Repeatable; "
+            "default: four.",
+        ),
+    ] = None,
     dtype: Dtype = DtypeName.bfloat16,
     implementation: Annotated[GpuImplementation, typer.Option(help="Block kernel.")] = GpuImplementation.pallas_gpu,
     reference: Annotated[
@@ -134,6 +142,7 @@ def gpu(
     with refusals():
         request = command.Request(
             shapes=tuple(map(command.parse_shape, shape or ())) or command.SHAPES,
+            cached=tuple(command.parse_shape(x, "--cached") for x in cached or ()) or command.CACHED,
             dtype=dtype,
             implementation=implementation,
             reference=reference,

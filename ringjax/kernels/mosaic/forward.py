@@ -94,28 +94,34 @@ def forward(
     else:
         acc = shape_like(carry_shape(tiles, reference.shape, v_size), jnp.float32, reference)
         result = (acc, row, row)
+    changed, results = launch(static, inputs, updated, result)
+    if finish:
+        out, lse = results
+        return Finished(out=jnp.swapaxes(out, 1, 2)[:, :, :q_length, :v_size], lse=lse[:, :, :q_length])
+    return Partial(*changed, *results)
+
+
+def launch(static: Static, inputs: Inputs, updated: tuple[Array, ...], result: Any) -> tuple[Any, ...]:
+    """Runs the kernel: what it changed in place, and its other results, which are of the types ``result``."""
+    tiles = static.tiles
     kernel = _Kernel(static, jax.tree.structure(inputs), len(updated), len(result))
-    scratch = kernel.scratch(q.shape[3], v_padded, dtype)
+    scratch = kernel.scratch(inputs.q.shape[3], inputs.v.shape[3], inputs.q.dtype)
     kernel = dataclasses.replace(kernel, allocated=jax.tree.structure(scratch, is_leaf=_is_type))
-    changed, results = gpu_kernel(
+    return gpu_kernel(
         kernel,
         jax.tree.leaves(inputs),
         updated,
         out_type=result,
         scratch_types=jax.tree.leaves(scratch, is_leaf=_is_type),
-        grid=(num_blocks,),
+        grid=(static.num_blocks,),
         grid_names=("block",),
         num_threads=tiles.compute + 1,
         thread_name="warpgroup",
-        kernel_name="ringjax_forward",
+        kernel_name="ringjax_decode" if static.splits else "ringjax_forward",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=512
         ),
     )
-    if finish:
-        out, lse = results
-        return Finished(out=jnp.swapaxes(out, 1, 2)[:, :, :q_length, :v_size], lse=lse[:, :, :q_length])
-    return Partial(*changed, *results)
 
 
 def carry_shape(tiles: TileSizes, q_shape: tuple[int, ...], v_size: int) -> tuple[int, ...]:
@@ -155,7 +161,7 @@ class _Kernel:
         out = acc = carried = None
         # Otherwise the output goes through the SMEM of the queries.
         if static.finish and tiles.has_out_smem(size, v_size):
-            out = common.smem_tile((*queries, v_size), dtype)
+            out = common.smem_tile((*queries, v_size), jnp.float32 if static.splits else dtype)
         if static.carry_in_smem:
             acc = common.smem_tile((*queries, v_size), jnp.float32)
             carried = plgpu.Barrier(num_barriers=tiles.compute)
@@ -191,12 +197,14 @@ class _Kernel:
 
         @pl.when(warpgroup < tiles.compute)
         def _() -> None:
-            plgpu.set_max_registers(tiles.registers[1], action="increase")
+            if tiles.registers is not None:
+                plgpu.set_max_registers(tiles.registers[1], action="increase")
             Compute(self.static, x, out, scratch, warpgroup).run()
 
         @pl.when(warpgroup == tiles.compute)
         def _() -> None:
-            plgpu.set_max_registers(tiles.registers[0], action="decrease")
+            if tiles.registers is not None:
+                plgpu.set_max_registers(tiles.registers[0], action="decrease")
             _load(self.static, x, scratch)
 
 
@@ -209,14 +217,14 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
 
         def tile(t: Array, count: Array) -> Array:
             slot = jax.lax.rem(count, tiles.stages)
-            at = (work.b, pl.ds(column(x, work, t) * tiles.block_kv, tiles.block_kv), kv_head)
+            at = (work.b, pl.ds(column(static, x, work, t) * tiles.block_kv, tiles.block_kv), kv_head)
             plgpu.barrier_wait(scratch.k_consumed.at[slot])
             plgpu.copy_gmem_to_smem(x.k.at[at], scratch.k_smem.at[slot], scratch.k_ready.at[slot])
 
             @pl.when(t == 0)
             def _() -> None:
                 for w in range(tiles.compute):
-                    rows = pl.ds((work.i * tiles.compute + w) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                    rows = pl.ds(static.first_query(work, w), WARPGROUP_ROWS)
                     plgpu.barrier_wait(scratch.q_consumed.at[w])
                     plgpu.copy_gmem_to_smem(x.q.at[work.b, rows, work.n], scratch.q_smem.at[w], scratch.q_ready.at[w])
 

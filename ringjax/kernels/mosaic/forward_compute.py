@@ -76,12 +76,13 @@ class Running(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one block of threads works on at a time: a tile of queries of one head."""
+    """What one block of threads works on at a time: a tile of queries of one head, and all or a split of its visits."""
 
     b: Array
     n: Array
-    i: Array
-    full: Array
+    i: Array  # the tile of queries, or the split of the only one
+    first: Array | int  # of the row's visits
+    full: Array  # of the visits from there on
     visit: Array
 
 
@@ -101,10 +102,20 @@ class Static:
     carry_in_smem: bool
     rule: Rule | None  # of PARTIAL tiles. None: every row visits every column, and all are FULL
     rows_total: int  # queries in the carry and in lse
+    splits: int = 0  # of the visits of the only tile of queries, see ringjax.kernels.mosaic.decode. 0: none
+    rows_out: int = WARPGROUP_ROWS  # queries of a split that there are, in eights
 
     @property
     def masked(self) -> bool:
         return self.rule is not None
+
+    @property
+    def own_keys(self) -> int:
+        """Keys of a tile that one warpgroup multiplies with: all, or its part where all have the same queries."""
+        return self.tiles.block_kv // self.tiles.compute if self.splits else self.tiles.block_kv
+
+    def first_query(self, work: Work, warpgroup: Any) -> Any:
+        return jnp.int32(0) if self.splits else (work.i * self.tiles.compute + warpgroup) * WARPGROUP_ROWS
 
     @property
     def carry_by_tma(self) -> bool:
@@ -115,8 +126,10 @@ class Static:
         return (work.visit > 0) | self.finish
 
 
-def column(x: Inputs, work: Work, t: Array) -> Array:
-    """The column of the t-th tile of a row."""
+def column(static: Static, x: Inputs, work: Work, t: Array) -> Array:
+    """The column of the t-th tile of a row, or of a split of it."""
+    if static.splits:
+        return common.column(x.mask, work.b, jnp.int32(0), work.first + t)
     return common.column(x.mask, work.b, work.i, t)
 
 
@@ -137,9 +150,13 @@ def walk(static: Static, x: Inputs, body: Any) -> None:
         b, n = jax.lax.div(row, static.heads), jax.lax.rem(row, static.heads)
         full = visit = jnp.int32(static.num_kv)
         if static.masked:
-            counts = x.mask.counts
-            full, visit = (invariant(counts[common.batch_row(counts, b), which, i]) for which in range(2))
-        return Work(b=b, n=n, i=i, full=full, visit=visit)
+            counts, row = x.mask.counts, jnp.int32(0) if static.splits else i
+            full, visit = (invariant(counts[common.batch_row(counts, b), which, row]) for which in range(2))
+        first: Any = 0
+        if static.splits:
+            first, end = (jax.lax.div(visit * n, jnp.int32(static.splits)) for n in (i, i + 1))
+            full, visit = jnp.clip(full, first, end) - first, end - first
+        return Work(b=b, n=n, i=i, first=first, full=full, visit=visit)
 
     if static.num_blocks == num_items:
         body(work(block), jnp.int32(0))
@@ -167,7 +184,7 @@ class Compute:
 
     @property
     def tile_shape(self) -> tuple[int, int]:
-        return WARPGROUP_ROWS, self.static.tiles.block_kv
+        return WARPGROUP_ROWS, self.static.own_keys
 
     def run(self) -> None:
         tiles, scratch = self.static.tiles, self.scratch
@@ -188,7 +205,7 @@ class Compute:
             acc, top, total = self.so_far(work)
             self.end(work, top, *self.attend(work, count, acc, top, total), visited=True)
 
-        if self.static.masked and not (self.static.carried and not self.static.finish):
+        if (self.static.masked or self.static.splits) and not (self.static.carried and not self.static.finish):
 
             @pl.when(work.visit == 0)
             def _() -> None:
@@ -266,7 +283,7 @@ class Compute:
         self.take_turn()
 
         def values(acc_ref: Any) -> None:
-            plgpu.wgmma(acc_ref, running.p, scratch.v_smem.at[last])
+            plgpu.wgmma(acc_ref, running.p, self.own(scratch.v_smem, last))
             self.pass_turn("issued")
 
         summed: Any = pl.run_state(values)(plgpu.WGMMAAccumulatorRef.init(running.acc))
@@ -348,7 +365,7 @@ class Compute:
 
         def softmax(acc_ref: Any, s_ref: Any) -> tuple[Array, ...]:
             self.multiply_keys(s_ref, slot)
-            plgpu.wgmma(acc_ref, running.p, scratch.v_smem.at[before])
+            plgpu.wgmma(acc_ref, running.p, self.own(scratch.v_smem, before))
             self.pass_turn("issued")
             s = jax.lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
             self.pass_turn("logits")
@@ -374,15 +391,30 @@ class Compute:
             running = running._replace(acc=self.mark_poison(work, t, slot, running.acc))
         return running
 
+    def own(self, tiles_smem: Any, slot: Array) -> Any:
+        """The keys or values of a slot that this warpgroup multiplies with."""
+        if self.static.own_keys == self.static.tiles.block_kv:
+            return tiles_smem.at[slot]
+        return tiles_smem.at[slot, pl.ds(self.warpgroup * self.static.own_keys, self.static.own_keys)]
+
+    def first_key(self, work: Work, t: Array) -> Array:
+        """Where the keys of tile t that this warpgroup multiplies with start."""
+        start = column(self.static, self.x, work, t) * self.static.tiles.block_kv
+        return (
+            start
+            if self.static.own_keys == self.static.tiles.block_kv
+            else start + self.warpgroup * self.static.own_keys
+        )
+
     def multiply_keys(self, s_ref: Any, slot: Array) -> None:
         q_smem = self.scratch.q_smem.at[self.warpgroup]
-        plgpu.wgmma(s_ref, q_smem, self.scratch.k_smem.at[slot].transpose((1, 0)))
+        plgpu.wgmma(s_ref, q_smem, self.own(self.scratch.k_smem, slot).transpose((1, 0)))
 
     def products(self, slot: Array) -> Array:
         """q k^T of one tile."""
         if self.static.params.interpret:
             return jnp.dot(
-                self.loaded(self.scratch.q_smem.at[self.warpgroup]), self.loaded(self.scratch.k_smem.at[slot]).T
+                self.loaded(self.scratch.q_smem.at[self.warpgroup]), self.loaded(self.own(self.scratch.k_smem, slot)).T
             )
 
         def multiply(s_ref: Any) -> Array:
@@ -395,8 +427,8 @@ class Compute:
     def add_values(self, acc: Array, p: Array, slot: Array) -> Any:
         """acc + p v of one tile."""
         if self.static.params.interpret:
-            return acc + jnp.dot(p.astype(jnp.float32), self.loaded(self.scratch.v_smem.at[slot]))
-        return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, self.scratch.v_smem.at[slot]))(
+            return acc + jnp.dot(p.astype(jnp.float32), self.loaded(self.own(self.scratch.v_smem, slot)))
+        return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, self.own(self.scratch.v_smem, slot)))(
             plgpu.WGMMAAccumulatorRef.init(acc)
         )
 
@@ -425,8 +457,7 @@ class Compute:
         """The predicate of tile t for this warpgroup's queries."""
         rule = self.static.rule
         assert rule is not None
-        q_start = (work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS
-        k_start = column(self.x, work, t) * self.static.tiles.block_kv
+        q_start, k_start = self.static.first_query(work, self.warpgroup), self.first_key(work, t)
         return common.allowed(rule, self.x.mask, work.b, q_start=q_start, k_start=k_start, shape=self.tile_shape)
 
     def mark_poison(self, work: Work, t: Array, slot: Array, acc: Array) -> Array:
@@ -442,8 +473,7 @@ class Compute:
         rule = self.static.rule
         assert rule is not None
         kv_head = jax.lax.div(work.n, self.static.heads // self.static.kv_heads)
-        first_key = column(self.x, work, t) * self.static.tiles.block_kv
-        start = (work.i * self.static.tiles.compute + self.warpgroup) * WARPGROUP_ROWS
+        first_key, start = self.first_key(work, t), self.static.first_query(work, self.warpgroup)
 
         def key(c: Array, acc: Array) -> Array:
             index = first_key + c
@@ -456,7 +486,7 @@ class Compute:
             may = attends(queries, common.one_key(rule, self.x.mask, work.b, index, shape))
             return jnp.where(bad & may, jnp.nan, acc)
 
-        acc = jax.lax.fori_loop(0, self.static.tiles.block_kv, key, acc)
+        acc = jax.lax.fori_loop(0, self.static.own_keys, key, acc)
         self.meet()  # all have read what is now set to zero
 
         @pl.when(self.warpgroup == 0)
@@ -506,17 +536,22 @@ class Compute:
         if through_q and not visited:
             plgpu.barrier_wait(scratch.q_ready.at[self.warpgroup])  # there are none, but their SMEM is free
         stage_smem = (scratch.q_smem if through_q else scratch.out_smem).at[self.warpgroup]
+        if self.static.splits:
+            there = self.static.rows_out
+            part = pl.ds((work.i * self.static.tiles.compute + self.warpgroup) * there, there)
+            self.store(acc, stage_smem, self.out[0].at[work.b, part, work.n], there)
+            return
         self.store(acc, stage_smem, self.out[0].at[work.b, self.rows(work), work.n])
         if through_q:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(scratch.q_consumed.at[self.warpgroup])
 
-    def store(self, acc: Array, stage_smem: Any, out_gmem: Any) -> None:
+    def store(self, acc: Array, stage_smem: Any, out_gmem: Any, rows: int = WARPGROUP_ROWS) -> None:
         """Through SMEM to GMEM, by TMA, which leaves out what lies beyond the last query."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         stage_smem[...] = acc.astype(stage_smem.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(stage_smem, out_gmem)
+        plgpu.copy_smem_to_gmem(stage_smem if rows == WARPGROUP_ROWS else stage_smem.at[pl.ds(0, rows)], out_gmem)
 
     def through_q(self) -> bool:
         return self.static.finish and self.scratch.out_smem is None

@@ -13,6 +13,7 @@ from ..._compat import vary_like
 from ...partial import Partial
 from ..base import Block, Finished, Gradients, KernelParams, Upstream
 from . import backward as backward_kernel
+from . import decode as decode_kernel
 from . import forward as forward_kernel
 from . import tiles as tile_sizes
 
@@ -20,6 +21,8 @@ from . import tiles as tile_sizes
 def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish: bool) -> Partial | Finished:
     """See :class:`ringjax.kernels.base.Kernel`. The carry's maximum is in base 2, its acc padded."""
     tile_sizes.check_supported(block.q, block.v)
+    if carry is None and finish and decode_kernel.suits(block, params):
+        return _typed(decode_kernel.forward(block, params, tile_sizes.decode_tiles(block.q, block.v)), block)
     tiles = tile_sizes.forward_tiles(block.q, block.v, block.mask, params, whole=carry is None and finish)
     return _typed(forward_kernel.forward(block, params, tiles, carry, finish=finish), block)
 

@@ -40,7 +40,8 @@ class TileSizes:
     persistent: bool = True  # one block per multiprocessor, which works on many tiles of queries
     stage_out: bool = False  # forward: SMEM of its own for the output, so that the next queries arrive earlier
     group_heads: int = 0  # heads whose tiles of queries alternate; 0: those that share keys, or all if masked
-    registers: tuple[int, int] = (24, 240)  # of the loading and of the multiplying warpgroups
+    # Of the loading and of the multiplying warpgroups. None: as the block starts with, as many each.
+    registers: tuple[int, int] | None = (24, 240)
 
     @property
     def block_q(self) -> int:
@@ -70,6 +71,8 @@ class TileSizes:
                 return f"{name} must be one of {choices} for heads of {size}. Got {getattr(self, name)!r}."
         if self.group_heads < 0:
             return f"group_heads must be 0 or more. Got {self.group_heads}."
+        if self.registers is None:
+            return "registers must be two numbers. Got None."
         loading, multiplying = self.registers
         if any(n % 8 or not 24 <= n <= 256 for n in self.registers):
             return f"registers must be multiples of 8 from 24 to 256. Got {self.registers}."
@@ -103,6 +106,14 @@ _FORWARD = {
     64: TileSizes(compute=2, block_kv=128, stages=5, turns="none", stage_out=True),
     128: TileSizes(compute=2, block_kv=128, stages=2),
     256: TileSizes(compute=2, block_kv=64, stages=2),
+}
+
+# Of few queries. Two warpgroups have half of a tile each; what matters is how many bytes are on their way.
+_PLAIN = TileSizes(compute=2, block_kv=128, stages=2, turns="none", overlap=False, stage_out=True)
+_DECODE = {
+    64: dataclasses.replace(_PLAIN, stages=4),
+    128: _PLAIN,
+    256: dataclasses.replace(_PLAIN, compute=1, block_kv=64, registers=None),
 }
 
 
@@ -151,6 +162,11 @@ def forward_tiles(
             )
         tiles = dataclasses.replace(tiles, block_kv=params.block_kv)
     return tiles
+
+
+def decode_tiles(q: Array, v: Array) -> TileSizes:
+    """Tiles of a call with few queries."""
+    return _DECODE[max(head_size(q.shape[3]), head_size(v.shape[3]))]
 
 
 # ----------------------------------------------------------------------------------------- what `ringjax tune` searches
