@@ -63,6 +63,7 @@ CASES = {
     # Few queries: heads are rows, keys are split.
     "one query": Case(q_length=1, k_length=2000, lengths=True, sinks=True, soft_cap=5.0),
     "few queries": Case(q_length=20, k_length=333, causal=True, left=100, size=64, v_size=64),
+    "few queries, as arrays": Case(q_length=5, k_length=333, causal=True, left=100, segments=True, runs=0),
     "few queries of long heads": Case(q_length=7, k_length=512, causal=True, runs=4, size=256, v_size=256),
     "heads of 64": Case(size=64, v_size=64, segments=True, carry=True),
     "heads of 256": Case(size=256, v_size=256, causal=True, carry=True, finish=False),

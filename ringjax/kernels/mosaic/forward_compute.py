@@ -115,7 +115,7 @@ class Static:
         return self.tiles.block_kv // self.tiles.compute if self.splits else self.tiles.block_kv
 
     def first_query(self, work: Work, warpgroup: Any) -> Any:
-        return jnp.int32(0) if self.splits else (work.i * self.tiles.compute + warpgroup) * WARPGROUP_ROWS
+        return 0 if self.splits else (work.i * self.tiles.compute + warpgroup) * WARPGROUP_ROWS
 
     @property
     def carry_by_tma(self) -> bool:
