@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import rounds  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of this suite's time, and LLVM's expensive passes are a good part of compiling. What must run as
@@ -47,7 +48,14 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+@pytest.hookimpl(tryfirst=True)  # before markers are looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests start first, since a worker runs whole files: one that started last would run alone."""
+    for item in items:
+        breadth = item.get_closest_marker("breadth") or rounds.listed(item.nodeid, rounds.BREADTH)
+        if breadth:
+            item.add_marker("breadth")
+        elif rounds.listed(item.nodeid, rounds.ONCE):
+            item.add_marker("once")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

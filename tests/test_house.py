@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import rounds
 
 ROOT = Path(__file__).parents[1]
 KEPT = {".py", ".md", ".toml", ".ipynb", ".yaml", ".txt", ""}  # suffixes of text files in the repository
@@ -25,6 +26,15 @@ def text_files() -> list[Path]:
 
 FILES = text_files()
 DOCUMENTS = [path for path in FILES if path.suffix == ".md"]
+
+
+def test_the_rounds_name_what_there_is():
+    for entry in (*rounds.BREADTH, *rounds.ONCE):
+        file, _, test = entry.partition("::")
+        text = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert not test or f"def {test.partition('[')[0]}(" in text, entry
+    assert rounds.listed("tests/test_a.py::test_b[c]", ("test_a::test_b",))
+    assert not rounds.listed("tests/test_a.py::test_b[c]", ("test_a::test_b[d]", "test_ab", "test_a::test"))
 
 
 def test_the_walk_finds_the_repository():

@@ -26,8 +26,6 @@ from ringjax.nnx import (
     YarnScaling,
 )
 
-pytestmark = pytest.mark.breadth  # files and names: nothing in them differs between versions of JAX
-
 FOLDER = Path(__file__).parent / "data" / "models"
 CASES = sorted(path.name for path in FOLDER.iterdir())
 

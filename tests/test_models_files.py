@@ -20,8 +20,6 @@ from ringjax import models
 from ringjax.models import ModelError, fill, huggingface, saving
 from ringjax.nnx import DecoderConfig, param_shardings
 
-pytestmark = pytest.mark.breadth  # files and names: nothing in them differs between versions of JAX
-
 NAME = "smollm2"  # tied, bfloat16
 
 

@@ -19,8 +19,6 @@ from ringjax.models import ModelError
 from ringjax.models.gguf import GgufFile
 from ringjax.nnx import DecoderConfig, FrequencyDivisors, YarnScaling
 
-pytestmark = pytest.mark.breadth  # files and names: nothing in them differs between versions of JAX
-
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",

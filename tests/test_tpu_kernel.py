@@ -245,14 +245,11 @@ COMPILED = {
     "v6e:2x2": ("head size 256", "float32, head size 256"),
     "tpu7x:2x2x1": ("cross, odd lengths", "float16"),
 }
-FEWER = ("v4:2x2x1", "v5p:2x2x1")
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "topology", [pytest.param(x, marks=pytest.mark.breadth if x in FEWER else ()) for x in COMPILED]
-)
+@pytest.mark.parametrize("topology", COMPILED)
 def test_every_feature_compiles_for_every_generation(topology: str) -> None:
     """Programs of tests/compile_tpu.py; each line of its answer is one of them."""
     names = ("everything", *COMPILED[topology])

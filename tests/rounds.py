@@ -1,0 +1,86 @@
+"""Which tests run in which of CI's two rounds. What is in neither table runs in both.
+
+The first round is the README's command, `pytest`, which leaves out the marker `breadth`; the second, on a later Python
+and so a later JAX, leaves out `once`. `pytest -m ""` runs everything in one. An entry is a file, or a test of it, with
+or without its parameters.
+"""
+
+# One more combination of what other tests hold each by itself, and what is compiled for machines that are not there.
+BREADTH = (
+    "test_bench_tpu::test_every_estimate_is_possible",
+    "test_bench_tpu::test_forward_cycles",
+    "test_bench_tpu::test_backward_beats_splash_by_five_percent",
+    "test_conformance::test_bfloat16_error_does_not_grow_with_the_ring",
+    "test_conformance::test_default_blocks",
+    "test_conformance::test_extreme_scale",
+    "test_conformance::test_loops_and_unrolled_hops",
+    "test_conformance::test_lowers_for_a_gpu",
+    "test_conformance::test_scales_that_are_no_ordinary_ones",
+    "test_conformance::test_sixteen_bit_gradients_on_the_wire",
+    "test_conformance::test_uneven_blocks",
+    "test_conformance::test_wide_stripes",
+    "test_decoder::test_on_a_mesh_with_data_and_tensor_axes",
+    "test_decoder_options::test_options_equal_dense",
+    "test_gpu_ring::test_a_ring_of_eight_under_check_vma",
+    "test_inspect_compile",
+    "test_linen::test_on_a_mesh_with_data_and_tensor_axes",
+    "test_memory",
+    "test_mosaic_backward::test_lowers",
+    "test_nnx::test_equals_dense[everything learned]",
+    "test_nnx::test_equals_dense[window]",
+    "test_poison::test_each_query_sees_what_it_attends",
+    "test_poison::test_fully_masked_rows",
+    "test_properties::test_any_mask",
+    "test_tpu_kernel::test_every_feature_compiles_for_every_generation",
+    "test_tpu_kernel::test_tiles_of_a_chip",
+    "test_tpu_ring",
+    "test_training_multihost",
+    "test_transforms::test_checkpoint_names_spare_the_second_ring",
+    "test_transforms::test_padding_that_fills_whole_chunks",
+    "test_tune::test_candidates_lower",
+)
+
+# Files, commands, names, and what numpy computes: no version of JAX changes them.
+ONCE = (
+    "test_bench_gpu",
+    "test_cli",
+    "test_configs",
+    "test_conformance::test_float64",
+    "test_conformance::test_half_precision",
+    "test_conformance::test_same_bits_on_two_runs",
+    "test_decoder",
+    "test_demo",
+    "test_generate",
+    "test_hopper",
+    "test_house",
+    "test_inspect",
+    "test_jaxpr",
+    "test_layering",
+    "test_layout",
+    "test_linen",
+    "test_mesh",
+    "test_models",
+    "test_models_files",
+    "test_models_gguf",
+    "test_nnx",
+    "test_offsets",
+    "test_poison::test_keys_that_nobody_attends",
+    "test_properties::test_any_problem",
+    "test_readme",
+    "test_smollm2",
+    "test_tiles",
+    "test_tpu_steps",
+    "test_training_config",
+    "test_training_damage",
+    "test_training_data",
+    "test_training_resume",
+    "test_tune",
+    "test_visits",
+)
+
+
+def listed(node: str, table: tuple[str, ...]) -> bool:
+    """Whether ``tests/test_x.py::test_y[z]`` is in a table."""
+    name = node.removeprefix("tests/").replace(".py::", "::", 1)
+    file, _, test = name.partition("::")
+    return not {file, name, f"{file}::{test.partition('[')[0]}"}.isdisjoint(table)
