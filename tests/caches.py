@@ -31,6 +31,7 @@ class Problem:
     capacity_asked: int = CAPACITY
     head_size: int | None = None  # of keys and values; None: small ones that differ
     options: tuple[tuple[str, Any], ...] = ()
+    config: tuple[tuple[str, Any], ...] = ()  # where it is not that of the kernel's profile
 
     @property
     def capacity(self) -> int:
@@ -62,7 +63,7 @@ def run(problem: Problem, inputs: Inputs, *, as_users: bool = False) -> Result:
     layout = KVCache.empty(1, 1, 1, 1, layout=problem.layout).layout
     options: dict[str, Any] = case.static_options()
     options.pop("is_causal")
-    config = cases.config_of(problem.implementation)
+    config = cases.config_of(problem.implementation, **dict(problem.config))
 
     def program(arrays: Any, lengths: Any, counts: Any) -> Any:
         def attend(query: Any, key: Any, value: Any, sinks: Any) -> Any:

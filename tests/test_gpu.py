@@ -150,12 +150,13 @@ DECODED = {
 def test_attention_to_a_cache(name: str, head_size: int, implementation: str, dtype: Any) -> None:
     problem = dataclasses.replace(
         DECODED[name], head_size=head_size, capacity_asked=2048, lengths=(1901, 130), implementation=implementation,
-        dtype=dtype,
+        dtype=dtype, config=(("interpret", False), ("block_q", None), ("block_kv", None)),
     )  # fmt: skip
     if problem.shards > len(jax.devices()):
         pytest.skip("needs two GPUs: collectives between them")
     inputs = problem.inputs()
-    assert_as_good_as_dense(problem.case, inputs, run_cached(problem, inputs, as_users=True), implementation)
+    # Not the stricter rule: each rank rounds its result before they are merged.
+    cases.assert_matches(problem.case, inputs, run_cached(problem, inputs, as_users=True))
 
 
 @needs_gpu
