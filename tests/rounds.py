@@ -50,6 +50,7 @@ ONCE = (
     "test_conformance::test_same_bits_on_two_runs",
     "test_decoder",
     "test_demo",
+    "test_evaluation",
     "test_generate",
     "test_hopper",
     "test_house",

@@ -42,7 +42,7 @@ def command_of(name: str) -> Any:
 def test_help_names_the_commands():
     """Each in one line that is not cut off."""
     for group, names in (
-        ((), ["train", "generate", "demo", "bench", "tune", "inspect"]),
+        ((), ["train", "generate", "eval", "demo", "bench", "tune", "inspect"]),
         (("bench",), ["cpu", "gpu", "tpu-static"]),
     ):
         result = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"})

@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule",),
     ("mask", "partial"),
     ("layout",),
-    ("config", "simulate", "hopper", "mesh", "units", "usage"),
+    ("config", "files", "simulate", "hopper", "mesh", "units", "usage"),
     ("_compat",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -207,7 +207,7 @@ def test_importing_ringjax_loads_neither_flax_nor_pallas():
     "path", [path for path in SOURCES if room_of(path) == "training"], ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_training_uses_the_public_surface(path: Path):
-    assert imported_rooms(path) <= {"", "nnx", "linen", "training", "simulate", "hopper", "units"}
+    assert imported_rooms(path) <= {"", "nnx", "linen", "training", "files", "simulate", "hopper", "units"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -5,14 +5,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, demo, generate, inspect, train, tune
+from . import bench, demo, evaluate, generate, inspect, train, tune
 
 
 class _InOrder(TyperGroup):
     """Lists the commands as a newcomer meets them; Typer would put a command with commands of its own first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=["train", "generate", "demo", "bench", "tune", "inspect"].index)
+        return sorted(
+            super().list_commands(ctx), key=["train", "generate", "eval", "demo", "bench", "tune", "inspect"].index
+        )
 
 
 app = typer.Typer(
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(generate.generate)
+app.command("eval")(evaluate.evaluate)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.command()(tune.tune)

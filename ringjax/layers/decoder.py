@@ -21,7 +21,7 @@ from .attention import ParamInfo, layer_rotation, rms_norm
 from .decoder_config import DecoderConfig
 from .decoder_layer import DecoderLayer, LayerGroup, layers_of
 from .decoding import DecoderCache, empty_cache
-from .loss import chunked_loss, soft_cap
+from .loss import chunked_loss, soft_cap, token_losses
 from .nnx_attention import Weights, partition_shardings, partition_specs, settle
 from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Distribution, Mesh, Placement
 from .rope import Rotation
@@ -177,6 +177,41 @@ class Decoder(nnx.Module):
             return PartitionSpec(), {"tokens": PartitionSpec()}
 
         return self._on_auto_axes(run, out_specs, tokens, segment_ids, positions, targets, loss_mask)
+
+    def token_losses(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T"]:
+        """Cross entropy of each token, float32 [B, T] in the order of the tokens: the terms of `loss`.
+
+        Arguments and errors are those of `loss`. A target outside the vocabulary, as of tokens without one, gives NaN.
+        """
+        self._check(tokens, targets=None, segment_ids=segment_ids)
+        if targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise ValueError(f"targets must be integers of shape {tokens.shape}. Got {targets.dtype} {targets.shape}.")
+
+        def run(
+            model: "Decoder", placement: Placement, tokens: Any, segments: Any, positions: Any, targets: Any
+        ) -> jax.Array:
+            x = model._features(placement, tokens, segments, positions)
+            losses = token_losses(
+                placement,
+                x,
+                model._output_table(),
+                targets,
+                chunk=model.config.loss_chunk,
+                output_soft_cap=model.config.output_soft_cap,
+            )
+            return placement.from_natural(losses, 1)
+
+        def out_specs(placement: Placement) -> PartitionSpec:
+            return placement.spec(tokens.shape, BATCH, SEQUENCE)
+
+        return self._on_auto_axes(run, out_specs, tokens, segment_ids, positions, targets)
 
     def empty_cache(
         self,

@@ -1,6 +1,8 @@
 """Cross entropy of a sharded sequence, a chunk of every shard at a time, so that the logits never exist whole."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +30,8 @@ def chunked_loss(
 ) -> jax.Array:
     r"""sum_t weight_t (logsumexp_v(z_tv) - z_{t target_t}), z_tv = cap(x_t . table_v), float32 or better.
 
+    The sum alone; :func:`token_losses` has its terms.
+
     Every shard of the sequence is cut into chunks; a scan takes one chunk of every shard at a time and its backward
     computes the logits of that chunk once more. So B * C * chunk * V logits exist at a time, C shards together.
 
@@ -41,32 +45,84 @@ def chunked_loss(
       chunk: tokens of one shard and sequence at a time.
       output_soft_cap: the cap, or None.
     """
-    batch, length = targets.shape
-    # A length that does not divide has no local parts (one shard): its chunks are whole on every device.
-    groups, shards = placement.count(batch, BATCH), placement.count(length, SEQUENCE)
-    per_shard = length // shards
-    chunk = min(chunk, per_shard)
+    chunks = _Chunks.of(placement, targets.shape, chunk)
     wide = partial.wide(x.dtype)
-    targets = checks.as_index(targets)
     weights = jnp.ones(targets.shape, wide) if weights is None else weights.astype(wide)
-
-    def cut(a: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [chunks, batch shards, B / batch shards, C, chunk, ...]; only local dimensions are cut."""
-        rest = a.shape[2:]
-        a = a.reshape(groups, batch // groups, shards, per_shard, *rest)
-        a = _pad(a, 3, -(-per_shard // chunk) * chunk)
-        a = jnp.moveaxis(a.reshape(*a.shape[:3], -1, chunk, *rest), 3, 0)
-        return placement.constrain(a, None, BATCH, None, SEQUENCE, *(None for _ in a.shape[4:]))
-
-    # One copy of the table for every shard of the tokens. Nothing is copied (each device has its own), but its gradient
-    # is now summed over devices once, after the scan, and not chunk by chunk.
-    table = placement.constrain(table, TENSOR, None)
-    copies = jnp.broadcast_to(table[None, None], (groups, shards, *table.shape))
-    copies = placement.constrain(copies, BATCH, SEQUENCE, TENSOR, None)
+    cross_entropy = _cross_entropy(placement, chunks, table, output_soft_cap)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         x, targets, weights = part
+        loss = cross_entropy(x, targets)
+        return total + jnp.sum(jnp.where(weights != 0, loss, 0) * weights, axis=(1, 3)), None
+
+    start = placement.constrain(jnp.zeros((chunks.groups, chunks.shards), wide), BATCH, SEQUENCE)
+    parts = (chunks.cut(x), chunks.cut(checks.as_index(targets)), chunks.cut(weights))
+    total, _ = jax.lax.scan(step, start, parts)
+    return jnp.sum(total)
+
+
+def token_losses(
+    placement: Placement,
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int,
+    output_soft_cap: float | None = None,
+) -> jax.Array:
+    """The cross entropy of each token, [B, T], by chunks as :func:`chunked_loss`; NaN for a target outside [0, V)."""
+    chunks = _Chunks.of(placement, targets.shape, chunk)
+    cross_entropy = _cross_entropy(placement, chunks, table, output_soft_cap)
+    parts = (chunks.cut(x), chunks.cut(checks.as_index(targets)))
+    _, losses = jax.lax.scan(lambda _, part: (None, cross_entropy(*part)), None, parts)
+    return placement.constrain(chunks.joined(losses), BATCH, SEQUENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """How [B, T, ...] is cut: every shard into chunks, of which a scan takes one of every shard at a time."""
+
+    placement: Placement
+    batch: int
+    length: int
+    groups: int  # shards of the batch
+    shards: int  # of the sequence
+    chunk: int
+
+    @classmethod
+    def of(cls, placement: Placement, shape: tuple[int, ...], chunk: int) -> "_Chunks":
+        batch, length = shape
+        # A length that does not divide has no local parts (one shard): its chunks are whole on every device.
+        groups, shards = placement.count(batch, BATCH), placement.count(length, SEQUENCE)
+        return cls(placement, batch, length, groups, shards, min(chunk, length // shards))
+
+    def cut(self, a: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [chunks, batch shards, B / batch shards, C, chunk, ...]; only local dimensions are cut."""
+        per_shard, rest = self.length // self.shards, a.shape[2:]
+        a = a.reshape(self.groups, self.batch // self.groups, self.shards, per_shard, *rest)
+        a = _pad(a, 3, -(-per_shard // self.chunk) * self.chunk)
+        a = jnp.moveaxis(a.reshape(*a.shape[:3], -1, self.chunk, *rest), 3, 0)
+        return self.placement.constrain(a, None, BATCH, None, SEQUENCE, *(None for _ in a.shape[4:]))
+
+    def joined(self, a: jax.Array) -> jax.Array:
+        """The inverse of cut, for arrays [B, T]."""
+        a = jnp.moveaxis(a, 0, 3).reshape(self.groups, self.batch // self.groups, self.shards, -1)
+        return a[..., : self.length // self.shards].reshape(self.batch, self.length)
+
+
+def _cross_entropy(
+    placement: Placement, chunks: _Chunks, table: jax.Array, output_soft_cap: float | None
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(x, targets) of one chunk of every shard -> the cross entropy of each token."""
+    # One copy of the table for every shard of the tokens. Nothing is copied (each device has its own), but its gradient
+    # is now summed over devices once, after the scan, and not chunk by chunk.
+    table = placement.constrain(table, TENSOR, None)
+    copies = jnp.broadcast_to(table[None, None], (chunks.groups, chunks.shards, *table.shape))
+    copies = placement.constrain(copies, BATCH, SEQUENCE, TENSOR, None)
+
+    def of_chunk(x: jax.Array, targets: jax.Array) -> jax.Array:
+        wide = partial.wide(x.dtype)
         logits = jnp.einsum("gbcte,gcve->gbctv", x, copies.astype(x.dtype), preferred_element_type=wide)
         logits = soft_cap(logits, output_soft_cap)
         logits = placement.constrain(logits, BATCH, None, SEQUENCE, None, TENSOR)
@@ -74,12 +130,9 @@ def chunked_loss(
         # A masked sum, not a gather: it stays local where the vocabulary is sharded.
         hit = jnp.sum(jnp.where(words == targets[..., None], logits, 0), axis=-1)
         known = (targets >= 0) & (targets < logits.shape[-1])  # a target that is no word has no cross entropy
-        loss = jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - hit, jnp.nan)
-        return total + jnp.sum(jnp.where(weights != 0, loss, 0) * weights, axis=(1, 3)), None
+        return jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - hit, jnp.nan)
 
-    start = placement.constrain(jnp.zeros((groups, shards), wide), BATCH, SEQUENCE)
-    total, _ = jax.lax.scan(step, start, (cut(x), cut(targets), cut(weights)))
-    return jnp.sum(total)
+    return of_chunk
 
 
 def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -1,6 +1,8 @@
 """Pretrained models: weights and tokenizers of Hugging Face directories and GGUF files. Needs ringjax[models]."""
 
 from .errors import ModelError as ModelError
+from .evaluation import Range as Range
+from .evaluation import perplexity as perplexity
 from .generation import Sampling as Sampling
 from .generation import Stats as Stats
 from .generation import generate as generate

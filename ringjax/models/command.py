@@ -1,4 +1,4 @@
-"""What `ringjax generate` does: a pretrained model, prompts, and text as it comes."""
+"""What `ringjax generate` and `ringjax eval` do with a pretrained model: continue a text, or measure one."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import jax
 
+from ..layers.decoder import Decoder
 from ..mesh import ring_mesh
 from ..units import size
 from .errors import ModelError
+from .evaluation import Range, perplexity, plot
 from .generation import Sampling, Stats, generate, shard_bytes
 from .loading import load
 from .tokens import Tokenizer, tokenizer
@@ -39,18 +41,7 @@ def run(
     """
     words = tokenizer(path)
     ids = [_encode(words, prompt, chat) for prompt in prompts]
-    start = time.perf_counter()
-    mesh = ring_mesh(jax.device_count())
-    try:
-        decoder = load(path, mesh=mesh, layout="striped", dtype=dtype, param_dtype=dtype)
-    except jax.errors.JaxRuntimeError as error:
-        raise ModelError(f"{path}: must fit the memory of {mesh.size} devices. Got {_first_line(error)}.") from error
-    if words.vocab_size > decoder.config.vocab_size:
-        raise ModelError(
-            f"{path}: the tokenizer must fit the vocabulary of {decoder.config.vocab_size}. Got {words.vocab_size} ids."
-        )
-    say(f"{path}: {_parameters(decoder):,} parameters in {dtype} on {mesh.size} {jax.default_backend()} devices, "
-        f"read in {time.perf_counter() - start:.1f} s")  # fmt: skip
+    decoder = _decoder(path, words, dtype, say)
     stats = Stats()
     rows = [_Text(words) for _ in ids]
     steps = generate(
@@ -70,6 +61,63 @@ def run(
     say(f"prefill {stats.prompt_tokens} tokens, {stats.prefill_rate:.1f} per second with compilation; "
         f"decode {stats.new_tokens} tokens, {stats.decode_rate:.1f} per second; "
         f"{size(held)} per device of parameters and cache")  # fmt: skip
+
+
+def evaluate(
+    path: Path,
+    text_file: Path,
+    *,
+    sequence_length: int,
+    max_tokens: int | None,
+    dtype: str,
+    png: Path | None,
+    say: Write,
+) -> tuple[Range, list[Range]]:
+    """The perplexity of a text on all of JAX's devices; see :func:`ringjax.models.perplexity`.
+
+    Args:
+      text_file: UTF-8.
+      max_tokens: of the text, from its beginning; None: all.
+      png: where to draw it, or None.
+      say: takes a line about the run.
+
+    Raises:
+      ModelError: the files are not what they must be, or the picture cannot be written.
+    """
+    if png is not None and (png.is_dir() or not png.absolute().parent.is_dir()):
+        raise ModelError(f"{png}: must be a file in a directory that exists.")
+    words = tokenizer(path)
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ModelError(f"{text_file}: must be a text in UTF-8. Got {error}.") from error
+    ids = words.encode(text)[:max_tokens]
+    if len(ids) < 2:
+        raise ModelError(f"{text_file}: must hold at least 2 tokens. Got {len(ids)}.")
+    whole, ranges = perplexity(_decoder(path, words, dtype, say), ids, sequence_length=sequence_length)
+    if png is not None:
+        try:
+            plot(ranges, png, title=f"{text_file.name} by {path.name}: perplexity {whole.perplexity:.2f}")
+        except OSError as error:
+            raise ModelError(f"{png}: must be writable. Got {error}.") from error
+    return whole, ranges
+
+
+def _decoder(path: Path, words: Tokenizer, dtype: str, say: Write) -> Decoder:
+    """The model, sharded over all of JAX's devices."""
+    start = time.perf_counter()
+    mesh = ring_mesh(jax.device_count())
+    try:
+        decoder = load(path, mesh=mesh, layout="striped", dtype=dtype, param_dtype=dtype)
+    except jax.errors.JaxRuntimeError as error:
+        raise ModelError(f"{path}: must fit the memory of {mesh.size} devices. Got {_first_line(error)}.") from error
+    if words.vocab_size > decoder.config.vocab_size:
+        raise ModelError(
+            f"{path}: the tokenizer must fit the vocabulary of {decoder.config.vocab_size}. Got {words.vocab_size} ids."
+        )
+    say(f"{path}: {_parameters(decoder):,} parameters in {dtype} on {mesh.size} {jax.default_backend()} devices, "
+        f"read in {time.perf_counter() - start:.1f} s")  # fmt: skip
+    return decoder
 
 
 def _encode(words: Tokenizer, prompt: str, chat: bool) -> list[int]:

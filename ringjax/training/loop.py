@@ -16,11 +16,12 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from ..files import replacing
 from . import data, devices, metrics, processes, program
 from .checkpoints import CheckpointError, Checkpoints
 from .config import Config
 from .loading import ConfigError, to_table
-from .output import OutputError, TrainingError, prepare, reason_of, replacing
+from .output import OutputError, TrainingError, prepare, reason_of
 from .plot import plot_loss
 from .progress import Reporter
 from .resume import Resume, Start, find_start

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from .output import replacing, set_aside
+from ..files import replacing
+from .output import set_aside
 
 
 class MetricsFile:

@@ -1,12 +1,10 @@
-"""The directory of a run: can it be written to, how its files are replaced, and where damaged ones are kept."""
+"""The directory of a run: can it be written to, and where damaged files are kept."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 ASIDE = "set_aside"  # below the output: what was damaged or in the way, as it was
@@ -39,18 +37,6 @@ def prepare(output: Path) -> None:
                 f"output: must be a directory that can be written to, on a disk with room. Got {directory}: {reason}. "
                 "Mend that, or give another output."
             ) from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to. It takes the place of `path` when the block ends, and is removed when the block fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def set_aside(path: Path, output: Path) -> Path:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .output import replacing
+from ..files import replacing
 
 
 def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
