@@ -77,7 +77,7 @@ def in_words(x: Any) -> str | None:
     """Part of a test's name."""
     if isinstance(x, tuple):
         return "-".join(map(str, x))
-    return None if isinstance(x, str) else jnp.dtype(x).name
+    return None if isinstance(x, str | float) else jnp.dtype(x).name
 
 
 @pytest.mark.parametrize(
