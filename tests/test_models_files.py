@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -216,6 +217,21 @@ def test_a_tokenizer_beside_the_weights(folder: Path):
     assert found.encode("long context") == [3, 4]
     assert found.decode([1, 3, 4, 2]) == "long context" and found.decode([3, 2], special_tokens=True) == "long </s>"
     assert found.chat([{"role": "user", "content": "hi"}]) == "<s>user: hi\n"
+
+
+def test_a_tokenizer_is_saved_beside_the_weights(folder: Path, tmp_path: Path):
+    test_a_tokenizer_beside_the_weights(folder)
+    decoder, tokenizer = models.load(folder), models.tokenizer(folder)
+    models.save(decoder, tmp_path / "saved", tokenizer=tokenizer)
+    found = models.tokenizer(tmp_path / "saved")
+    for field in ("vocab_size", "bos_id", "eos_ids", "template"):
+        assert getattr(found, field) == getattr(tokenizer, field), field
+    assert found.backend.to_str() == tokenizer.backend.to_str()
+    with pytest.raises(ModelError, match="tokenizer must fit the decoder's vocabulary of 128. Got 129 ids"):
+        models.save(decoder, tmp_path / "more", tokenizer=dataclasses.replace(tokenizer, vocab_size=129))
+    with pytest.raises(ModelError, match="tokenizer must be a ringjax.models.Tokenizer. Got str"):
+        models.save(decoder, tmp_path / "more", tokenizer="saved")
+    assert not (tmp_path / "more").exists()
 
 
 def test_refuses_tokenizers(folder: Path):

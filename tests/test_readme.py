@@ -78,7 +78,10 @@ def test_example_of_a_pretrained_model_runs(tmp_path: Path, monkeypatch: pytest.
     exec(code, names)
     assert names["logits"].shape == (1, len("he capital of france is"), 128)  # "th" is one token
     assert names["text"] in letters
-    assert sorted(path.name for path in (tmp_path / "smollm2").iterdir()) == ["config.json", "model.safetensors"]
+    saved = sorted(path.name for path in (tmp_path / "smollm2").iterdir())
+    assert saved == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
 
 
 @needs_libtpu

@@ -1,4 +1,4 @@
-"""A Decoder -> a directory that transformers loads."""
+"""A Decoder, and its tokenizer -> a directory that transformers loads."""
 
 import os
 import shutil
@@ -15,10 +15,11 @@ from .errors import ModelError
 from .families import write_config
 from .huggingface import CONFIG, write_json, write_safetensors
 from .names import tensors
+from .tokens import Tokenizer
 
 
-def save(decoder: Decoder, path: str | os.PathLike[str]) -> None:
-    """Writes config.json and model.safetensors, several files of 5 GB where it is larger.
+def save(decoder: Decoder, path: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
+    """Writes config.json and model.safetensors, several files of 5 GB where it is larger; and the tokenizer.
 
     The directory appears whole or not at all: it is written beside its place and renamed. One tensor is on the host at
     a time. Parameters are written in their own dtype. The family follows from the options: the first of Llama, Mistral,
@@ -27,14 +28,22 @@ def save(decoder: Decoder, path: str | os.PathLike[str]) -> None:
     Args:
       decoder: whose parameters this process can reach.
       path: of a directory that is empty or does not exist.
+      tokenizer: of :func:`ringjax.models.tokenizer`: tokenizer.json, with its special tokens and chat template in
+        tokenizer_config.json and generation_config.json. None writes none of the three.
 
     Raises:
-      ModelError: a directory that is not empty, or a decoder that no family has a name for.
+      ModelError: a directory that is not empty, a decoder that no family has a name for, or a tokenizer with more
+        tokens than the decoder has.
       NotImplementedError: parameters on devices of other processes.
     """
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"path must be an empty directory or none. Got {target}, which holds something.")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ModelError(f"tokenizer must be a ringjax.models.Tokenizer. Got {type(tokenizer).__name__}.")
+    words = decoder.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > words:
+        raise ModelError(f"tokenizer must fit the decoder's vocabulary of {words}. Got {tokenizer.vocab_size} ids.")
     family, given = write_config(decoder.config)
     state = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
     if not all(isinstance(x, jax.Array) and x.is_fully_addressable for x in state.values()):
@@ -54,6 +63,8 @@ def save(decoder: Decoder, path: str | os.PathLike[str]) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         write_json(scratch / CONFIG, given)
+        if tokenizer is not None:
+            tokenizer.write(scratch)
         write_safetensors(scratch, sizes, arrays())
         scratch.chmod(0o777 & ~_umask())
         scratch.rename(target)  # over an empty directory too

@@ -10,7 +10,7 @@ from typing import Any
 from .errors import ModelError, need
 from .gguf import GgufFile
 from .gguf_tokens import build
-from .huggingface import CONFIG, read_json
+from .huggingface import CONFIG, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,21 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise ModelError(f"messages must be what the chat template takes. Got: {error}.") from error
+
+    def write(self, folder: Path) -> None:
+        """The files of a Hugging Face directory that :func:`tokenizer`, and transformers, make it of."""
+        self.backend.save(str(folder / "tokenizer.json"))
+        name = lambda i: None if i is None else self.backend.id_to_token(i)  # noqa: E731
+        ends = list(self.eos_ids)
+        names = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": name(self.bos_id),
+            "eos_token": name(ends[0]) if ends else None,
+            "chat_template": self.template,
+        }
+        write_json(folder / "tokenizer_config.json", {key: x for key, x in names.items() if x is not None})
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": ends or None}
+        write_json(folder / "generation_config.json", {key: x for key, x in ids.items() if x is not None})
 
 
 def tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
