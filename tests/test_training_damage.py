@@ -61,7 +61,7 @@ def no_compiler(monkeypatch):
     def compiled(self):
         raise AssertionError("compiled before the damage was found")
 
-    monkeypatch.setattr(program.Program, "compile_step", compiled)
+    monkeypatch.setattr(program.Functions, "compile_step", compiled)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

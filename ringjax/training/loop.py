@@ -75,7 +75,7 @@ def train(
         start = find_start(checkpoints, made.state, about, resume)
         run = _Run(
             config=config,
-            program=made,
+            functions=made,
             corpus=corpus,
             checkpoints=checkpoints,
             output=output,
@@ -98,7 +98,7 @@ class _Run:
     """The parts of a run that do not change."""
 
     config: Config
-    program: program.Program
+    functions: program.Functions
     corpus: data.Corpus
     checkpoints: Checkpoints
     output: Path
@@ -108,7 +108,7 @@ class _Run:
 
     def describe(self) -> list[str]:
         mesh = self.config.mesh
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.program.state.params))
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.functions.state.params))
         where = f"{jax.device_count()} {jax.devices()[0].device_kind} devices"
         if jax.process_count() > 1:
             where += f" in {jax.process_count()} processes"
@@ -119,7 +119,7 @@ class _Run:
             *([f"data: these files are empty: {self.corpus.empty}"] if self.corpus.empty else []),
             *(
                 f"compiled with {name}={value}, so that permutes hide behind kernels; XLA_FLAGS may name another value"
-                for name, value in self.program.compiler_options.items()
+                for name, value in self.functions.compiler_options.items()
             ),
         ]
 
@@ -131,7 +131,7 @@ class _Run:
         else:
             # What can fail for a wrong configuration comes before the first file is touched.
             step = self._compile()
-            state = self.program.jit_init()() if start.state is None else start.state
+            state = self.functions.jit_init()() if start.state is None else start.state
             file = metrics.MetricsFile(self.output / "metrics.jsonl", done=done) if leader else None
             if file is not None:
                 if file.note:
@@ -149,7 +149,7 @@ class _Run:
     def _compile(self) -> Any:
         self.tell("compiling")
         began = time.perf_counter()
-        step = self.program.compile_step()
+        step = self.functions.compile_step()
         self.tell(f"compiled in {time.perf_counter() - began:.1f} s")
         return step
 
@@ -165,7 +165,7 @@ class _Run:
         """Returns the number of steps done, whose checkpoint is on its way to disk, and the signal that ended it."""
         total, every = self.config.optimizer.steps, self.config.checkpoint.every_steps
         batches = data.Batches(self.corpus, self.config.data, layout=self._layout, num_shards=self.config.mesh.sequence)
-        sharding = self.program.batch_sharding
+        sharding = self.functions.batch_sharding
         batch = batches.on_devices(done, sharding)
         saved, stopped = done, None
         while done < total and stopped is None:

@@ -41,7 +41,7 @@ class StepMetrics(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Functions:
     """Functions of a run and where their arrays lie."""
 
     mesh: Mesh | AbstractMesh
@@ -104,7 +104,7 @@ class Program:
         return self.trace_step().lower().compile(compiler_options=self.compiler_options or None)
 
 
-def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
+def build(config: Config, mesh: Mesh | AbstractMesh) -> Functions:
     """Makes the program of a configuration. Allocates nothing, so an abstract mesh of any size will do."""
     settings = decoder_config(config)
     optimizer, schedule = make_optimizer(config.optimizer)
@@ -133,7 +133,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = nnx.to_pure_dict(param_shardings(settings, mesh))
-    return Program(mesh, init, step, _abstract_state(init, optimizer, shardings, mesh), _abstract_batch(config, mesh))
+    return Functions(mesh, init, step, _abstract_state(init, optimizer, shardings, mesh), _abstract_batch(config, mesh))
 
 
 def decoder_config(config: Config) -> DecoderConfig:

@@ -85,7 +85,7 @@ def run(static: Static, x: Inputs, dq: Any, dk: Any, dv: Any) -> tuple[Array | N
         inputs = jax.tree.unflatten(structure, refs[: len(leaves)])
         rest = iter(refs[len(leaves) :])
         out = _Outputs(*(next(rest) if want else None for want in wanted))
-        program = _Program(static, inputs, out, _Scratch(*rest))
+        program = _Kernel(static, inputs, out, _Scratch(*rest))
         gpu.run_program(program.memory, program.compute)
 
     batch, k_length, kv_heads, _ = x.k.shape
@@ -127,7 +127,7 @@ def _scratch(static: Static, x: Inputs, wanted: _Outputs) -> _Scratch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
+class _Kernel:
     static: Static
     x: Inputs
     out: _Outputs

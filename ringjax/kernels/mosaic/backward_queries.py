@@ -40,7 +40,7 @@ def run(static: Static, x: Inputs, dq: Array) -> Array:
 
     def body(*refs: Any) -> None:
         inputs = jax.tree.unflatten(structure, refs[: len(leaves)])
-        program = _Program(static, inputs, refs[len(leaves)], _Scratch(*refs[len(leaves) + 1 :]))
+        program = _Kernel(static, inputs, refs[len(leaves)], _Scratch(*refs[len(leaves) + 1 :]))
         gpu.run_program(program.memory, program.compute)
 
     dtype, size, stages = x.q.dtype, static.size, static.stages
@@ -74,7 +74,7 @@ def run(static: Static, x: Inputs, dq: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
+class _Kernel:
     static: Static
     x: Inputs
     dq_gmem: Any
