@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .errors import fail
-from .options import DtypeName, integer
+from .options import DtypeName, OptionalDevices, integer
 
 
 def evaluate(
@@ -21,13 +21,7 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", parser=integer, metavar="N", help="Of the text. Default: all.")
     ] = None,
-    devices: Annotated[
-        int | None,
-        typer.Option(
-            "--devices", parser=integer, metavar="C",
-            help="Simulated CPU devices on the ring. Default: the devices that JAX finds.",
-        ),
-    ] = None,
+    devices: OptionalDevices = None,
     dtype: Annotated[DtypeName, typer.Option("--dtype", help="Dtype of parameters and computation.")] = (
         DtypeName.float32
     ),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import fail
-from .options import DtypeName, integer, number
+from .options import DtypeName, OptionalDevices, integer, number
 
 
 def generate(
@@ -28,13 +28,7 @@ def generate(
         float, typer.Option("--top-p", parser=number, metavar="P", help="Draw from the most probable ones up to P.")
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", parser=integer, help="Of the draws.")] = 0,
-    devices: Annotated[
-        int | None,
-        typer.Option(
-            "--devices", parser=integer, metavar="C",
-            help="Simulated CPU devices on the ring. Default: the devices that JAX finds.",
-        ),
-    ] = None,
+    devices: OptionalDevices = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is what a user says to the model.")] = False,
     dtype: Annotated[DtypeName, typer.Option("--dtype", help="Dtype of parameters, computation and cache.")] = (
         DtypeName.float32

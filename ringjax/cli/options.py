@@ -54,6 +54,15 @@ Heads = Annotated[int, typer.Option("--heads", parser=integer, metavar="N", help
 HeadDim = Annotated[int, typer.Option("--head-dim", parser=integer, metavar="H", help="Size of a query and key head.")]
 Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Dtype of query, key and value.")]
 Devices = Annotated[int, typer.Option("--devices", parser=integer, metavar="C", help="Simulated devices on the ring.")]
+OptionalDevices = Annotated[
+    int | None,
+    typer.Option(
+        "--devices",
+        parser=integer,
+        metavar="C",
+        help="Simulated CPU devices on the ring. Default: the devices that JAX finds.",
+    ),
+]
 Rounds = Annotated[
     int, typer.Option("--rounds", parser=integer, metavar="R", help="Rounds in which every program is timed.")
 ]
