@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -24,6 +25,13 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import rounds  # noqa: E402
+
+if jax.__version_info__ < (0, 11) and "PYTEST_XDIST_WORKER" not in os.environ:
+    # XLA's emitters of fusions take a third of the time that a program takes to compile. Later versions have no others.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+# Traces and modules are large graphs that die by reference count; looking for cycles in them is a tenth of the time.
+gc.set_threshold(200_000, 20, 20)
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of this suite's time, and LLVM's expensive passes are a good part of compiling. What must run as

@@ -7,71 +7,26 @@ from typing import Any
 
 import cases
 import numpy as np
-import oracle
 import pytest
+from poison import POISONS, assert_equal, attended, check_hidden_keys, poison
 
-POISONS = (np.nan, np.inf, -np.inf)
-
-# Masks under which some keys are attended by nobody, for every way of masking a key out. Most lengths divide by
-# nothing, so that shards and tiles are padded on either side: padding of the queries attends to nothing either.
+# Masks that hide keys, and lengths that divide by nothing, so that shards, tiles and head sizes are padded on either
+# side: padding attends to nothing either. Every mask of the conformance suite that hides keys is poisoned there.
 HIDDEN = {
     case.name: case
     for case in (
-        cases.Case("lengths", 42, 42, key_lengths=(29, 0), num_heads=2),
-        cases.Case("causal", 24, 48, is_causal=True, num_heads=2),
         cases.Case("causal, padded", 5, 8, is_causal=True, num_heads=2, sinks=True),
         cases.Case("causal, padded, sizes too", 37, 61, 3, 1, 5, 6, is_causal=True, sinks=True),
-        cases.Case("causal window", 21, 48, is_causal=True, window=3, num_heads=2, sinks=True),
-        cases.Case("window, padded", 45, 83, window=(7, 9), num_heads=2, sinks=True),
-        cases.Case("segments", 43, 47, segments="pair", num_heads=2, soft_cap=2.0, sinks=True),
-        cases.Case("positions", 39, 41, window=2, positions="pair", num_heads=2),
     )
 }
 
 
-def attended(case: cases.Case, inputs: cases.Inputs) -> np.ndarray:
-    return oracle.attends(
-        case.batch,
-        case.query_length,
-        case.key_length,
-        is_causal=case.is_causal,
-        local_window_size=case.window,
-        **inputs.masks,
-    )
-
-
-def hide(case: cases.Case, inputs: cases.Inputs) -> cases.Inputs:
-    """Gives the key side ids and positions that no query reaches, here and there."""
-    masks = dict(inputs.masks)
-    if case.segments is not None:
-        query, key = masks["segment_ids"]
-        masks["segment_ids"] = (query % 3, key)  # keys of the last packed segment have id 3
-    if case.positions is not None:
-        query, key = masks["positions"]
-        masks["positions"] = (query, key + np.int32(15))
-    return dataclasses.replace(inputs, masks=masks)
-
-
-def poison(inputs: cases.Inputs, name: str, where: np.ndarray) -> cases.Inputs:
-    """Every kind of bad number, over the tokens [B, length] that `where` names."""
-    x = inputs.arrays[name].copy()
-    bad = np.resize(np.array(POISONS, x.dtype), x.shape)
-    x[where] = bad[where]
-    return dataclasses.replace(inputs, arrays={**inputs.arrays, name: x})
-
-
-def assert_equal(got: cases.Result, want: cases.Result, only: Any = None) -> None:
-    for name in want.values if only is None else only:
-        np.testing.assert_allclose(got.values[name], want.values[name], rtol=2e-6, atol=2e-6, err_msg=name)
-
-
 def on_rings() -> list[Any]:
-    """Every mask in every layout on XLA's kernel, and every mask once on the others."""
+    """Each in every layout on XLA's kernel, and once on the others."""
     found = []
     for implementation in cases.IMPLEMENTATIONS:
         for number, name in enumerate(HIDDEN):
-            first = number % len(cases.LAYOUTS)
-            order = cases.LAYOUTS[first:] + cases.LAYOUTS[:first]
+            order = cases.LAYOUTS[number:] + cases.LAYOUTS[:number]
             for turn, layout in enumerate(order[: cases.PROFILES[implementation].layouts]):
                 of_four = implementation == "xla" or name == "causal, padded"
                 marks = pytest.mark.breadth if turn else ()
@@ -81,18 +36,7 @@ def on_rings() -> list[Any]:
 
 @pytest.mark.parametrize(("implementation", "name", "layout", "num_shards"), on_rings())
 def test_keys_that_nobody_attends(implementation: str, name: str, layout: str, num_shards: int) -> None:
-    case = HIDDEN[name]
-    clean = hide(case, cases.make_inputs(case))
-    hidden = ~attended(case, clean).any(axis=1)
-    assert hidden.any(axis=1).all() and not hidden.all()
-    poisoned = poison(poison(clean, "key", hidden), "value", hidden)
-    run = lambda x: cases.run_ring(  # noqa: E731
-        case, x, layout=layout, num_shards=num_shards, implementation=implementation
-    )
-    got, want = run(poisoned), run(clean)
-    assert_equal(got, want)
-    cases.assert_matches(case, clean, want)
-    assert (got.values["dkey"][hidden] == 0).all() and (got.values["dvalue"][hidden] == 0).all()
+    check_hidden_keys(HIDDEN[name], layout=layout, num_shards=num_shards, implementation=implementation)
 
 
 def on_sizes(*of_ring: int) -> Any:
