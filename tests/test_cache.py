@@ -50,7 +50,10 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+# Each round of tests has every other one: see tests/rounds.py.
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.breadth if i % 2 else pytest.mark.once) for i, x in enumerate(PROBLEMS)]
+)
 def test_attention_to_a_cache_is_that_of_the_oracle(name: str):
     problem = PROBLEMS[name]
     inputs = problem.inputs()

@@ -55,7 +55,7 @@ kernels = st.one_of(
 )
 
 
-@hypothesis.settings(max_examples=24)
+@hypothesis.settings(max_examples=14)
 @hypothesis.given(
     kernel=kernels,
     case=problems(),

@@ -3,6 +3,7 @@
 Public as ringjax.nnx. Letters: B batch, T length, E embedding, M width of the MLP, V vocabulary, C devices on the ring.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -256,11 +257,11 @@ class Decoder(nnx.Module):
           ValueError: for shapes that do not fit, prompts longer than the cache, and ids outside the vocabulary.
         """
         lengths = self._check_cached(tokens, cache, "lengths", lengths, grows=False)
-        placement = self._placement().sharded_like(tokens).dealt_as(cache.blocks[0])
+        placement = self._placement().sharded_like(tokens).dealt_as(cache.layers[0])
         shards = placement.ring_size
 
         def run(model: "Decoder", tokens: Any, cache: DecoderCache, lengths: Any) -> Any:
-            dealt = to_ring_order(tokens, layout=cache.blocks[0].layout, num_shards=shards, pad_value=0)
+            dealt = to_ring_order(tokens, layout=cache.layers[0].layout, num_shards=shards, pad_value=0)
             positions = placement.positions(dealt.shape[1])
             x, cache = model._cached_features(placement, dealt, positions, cache, lengths, prompt=True)
             return model._last_logits(placement, x, positions[None] == lengths[:, None] - 1), cache
@@ -341,24 +342,26 @@ class Decoder(nnx.Module):
         x = self._embedded(placement, tokens)
         rotations = self._rotations(placement, x, positions)
 
-        def run(
-            block: DecoderLayer | LayerGroup, x: jax.Array, caches: tuple[KVCache, ...]
-        ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-            grown = []
-            for layer, own in zip(layers_of(block), caches, strict=True):
-                by = rotations[_rope_of(layer)]
-                x, own = layer.cached(x, placement, own, rotated_by=by, counts=counts, prompt=prompt)
-                grown.append(own)
-            return x, tuple(grown)
+        # A function of its own, traced and lowered once for all layers of a kind.
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(graphdef: Any, arrays: Any, x: jax.Array, own: KVCache, by: Any, counts: Any) -> Any:
+            layer: DecoderLayer = nnx.merge(graphdef, arrays)
+            return layer.cached(x, placement, own, rotated_by=by, counts=counts, prompt=prompt)
 
-        graphdef, stacked = nnx.split(self.blocks)
-        body = lambda x, each: run(nnx.merge(graphdef, each[0]), x, each[1])  # noqa: E731
-        x, blocks = jax.lax.scan(body, x, (stacked, cache.blocks))
-        rest = cache.rest
-        if rest:
-            x, rest = run(self.rest, x, rest)
+        grown = []
+        for layer, own in zip(self._layers(), cache.layers, strict=True):
+            x, own = run(*nnx.split(layer), x, own, rotations[_rope_of(layer)], counts)
+            grown.append(own)
         x = rms_norm(x, self.norm.arrays()["scale"], self.config.norm_eps)
-        return x, DecoderCache(blocks=blocks, rest=rest)
+        return x, DecoderCache(layers=tuple(grown))
+
+    def _layers(self) -> list[DecoderLayer]:
+        """All layers, one by one."""
+        graphdef, stacked = nnx.split(self.blocks)
+        periods = self.config.num_layers // len(self.config.period)
+        blocks = [nnx.merge(graphdef, jax.tree.map(lambda x, at=at: x[at], stacked)) for at in range(periods)]
+        rest = [self.rest] if hasattr(self, "rest") else []
+        return [layer for block in (*blocks, *rest) for layer in layers_of(block)]
 
     def _last_logits(self, placement: Placement, x: jax.Array, last: jax.Array) -> jax.Array:
         """Logits [B, V] of one token per row, ``last`` [B, T]; 0 where there is none."""
