@@ -137,6 +137,25 @@ def test_one_program_decodes_at_every_length():
     assert stats.prompt_tokens == 30 and stats.new_tokens == 12 and stats.decode_rate > 0 and stats.cache_bytes > 0
 
 
+def test_a_token_copies_no_cache():
+    """The cache is written in place, and beside it there is one layer's, which XLA's kernel reads in another order."""
+    config = natural(change(num_layers=4))
+    decoder = make(config)
+
+    def step(decoder: Any, tokens: Any, cache: Any) -> Any:
+        return decoder.decode(tokens, cache)
+
+    def compiled(capacity: int) -> Any:
+        cache = jax.eval_shape(lambda: decoder.empty_cache(2, capacity))
+        tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+        return jax.jit(step, donate_argnums=2).lower(decoder, tokens, cache).compile().memory_analysis(), cache
+
+    (small, _), (large, cache) = compiled(2**12), compiled(2**15)
+    layer = cache.layers[0].key.size * 4
+    assert large.alias_size_in_bytes >= 2 * config.num_layers * layer
+    assert large.temp_size_in_bytes - small.temp_size_in_bytes < 2.5 * layer
+
+
 def test_drawing():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 400))
     positions = jnp.arange(400, dtype=jnp.int32)

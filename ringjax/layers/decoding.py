@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jaxtyping import Array, Int32
 
 from ..cache import KVCache
@@ -58,8 +58,8 @@ def empty_cache(
         )  # fmt: skip
         return DecoderCache(layers=tuple(one(local_window_size=window) for window in windows))
 
-    mesh = placement.told.mesh if placement.told.mesh is not None else jax.sharding.get_mesh()
-    if not placement.sizes or not isinstance(mesh, jax.sharding.Mesh):
+    mesh = placement.told.mesh  # otherwise that of the context, to which plain specs refer
+    if not placement.sizes or isinstance(mesh, AbstractMesh):
         return make()
     where: dict[str, Any] = {
         "axis_name": placement.told.axis_name,
@@ -67,4 +67,6 @@ def empty_cache(
         "head_axis_name": placement.told.head_axis_name,
     }
     specs = DecoderCache(layers=tuple(cache.specs(**where) for cache in jax.eval_shape(make).layers))
-    return jax.jit(make, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
+    return jax.jit(
+        make, out_shardings=specs if mesh is None else jax.tree.map(lambda x: NamedSharding(mesh, x), specs)
+    )()
