@@ -47,18 +47,18 @@ def text(length: int = 24) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    ("name", "mesh", "scan"),
     [
-        ("plain", None),
-        ("everything", None),
-        ("everything", 3),
-        ("plain", 8),
-        ("everything", "cube"),
-        ("plain", "typed"),
+        ("plain", None, False),
+        ("everything", None, None),
+        ("everything", 3, False),
+        ("plain", 8, None),
+        ("everything", "cube", False),
+        ("plain", "typed", None),
     ],
     ids=lambda x: str(x),
 )
-def test_logits_are_those_of_the_whole_text(name: str, mesh: Any):
+def test_logits_are_those_of_the_whole_text(name: str, mesh: Any, scan: bool | None):
     """Ragged prompts, then one and two tokens at a time."""
     axes: dict[str, Any] = {}
     where = mesh
@@ -73,7 +73,7 @@ def test_logits_are_those_of_the_whole_text(name: str, mesh: Any):
     decoder = make(config, where)
 
     def run() -> None:
-        cache = decoder.empty_cache(2, 24, max_new_tokens=2)
+        cache = decoder.empty_cache(2, 24, max_new_tokens=2, scan_layers=scan)
         prefill = jax.jit(lambda decoder, *rest: decoder.prefill(*rest[:2], lengths=rest[2]))
         decode = jax.jit(lambda decoder, *rest: decoder.decode(*rest[:2], counts=rest[2]), donate_argnums=2)
         logits, cache = prefill(decoder, tokens[:, :13], cache, LENGTHS)
@@ -146,7 +146,7 @@ def test_a_token_copies_no_cache():
         return decoder.decode(tokens, cache)
 
     def compiled(capacity: int) -> Any:
-        cache = jax.eval_shape(lambda: decoder.empty_cache(2, capacity))
+        cache = jax.eval_shape(lambda: decoder.empty_cache(2, capacity, scan_layers=False))
         tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
         return jax.jit(step, donate_argnums=2).lower(decoder, tokens, cache).compile().memory_analysis(), cache
 
@@ -188,6 +188,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "rows": (lambda d: d.decode(np.ones((2, 1), np.int32), d.empty_cache(1, 4)), "tokens must have the 1 rows"),
     "no cache": (lambda d: d.decode(np.ones((2, 1), np.int32), {}), "cache must be of empty_cache. Got dict"),
+    "scan_layers": (lambda d: d.empty_cache(1, 4, scan_layers=1), "scan_layers must be True or False. Got 1"),
     "dtype": (lambda d: d.empty_cache(1, 4, dtype="bfloat16"), "dtype must be that of the decoder, float32. Got bfl"),
 }  # fmt: skip
 

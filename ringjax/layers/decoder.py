@@ -221,6 +221,7 @@ class Decoder(nnx.Module):
         *,
         dtype: jax.typing.DTypeLike | None = None,
         max_new_tokens: int = 1,
+        scan_layers: bool | None = None,
     ) -> DecoderCache:
         """Caches without tokens for `prefill` and `decode`, sharded over the ring.
 
@@ -229,6 +230,9 @@ class Decoder(nnx.Module):
           capacity: tokens that a row has room for. Layers with a window keep the window only.
           dtype: of keys and values: the decoder's, which is the default.
           max_new_tokens: the most tokens that one call of `decode` is given.
+          scan_layers: True, layers are scanned, which compiles in the same time whatever their number, but copies each
+            layer's cache out of a stack and back. False, they follow one by one and write in place: of a long cache the
+            only way to decode as fast as it is read. None: False but on CPU.
 
         Raises:
           ValueError: naming the argument, what is required and what was given.
@@ -237,7 +241,7 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(self.config.dtype if dtype is None else dtype)
         if dtype != jnp.dtype(self.config.dtype):
             raise ValueError(f"dtype must be that of the decoder, {self.config.dtype}. Got {dtype.name}.")
-        return empty_cache(self.config, self._placement(), batch_size, capacity, dtype, max_new_tokens)
+        return empty_cache(self.config, self._placement(), batch_size, capacity, dtype, max_new_tokens, scan_layers)
 
     def prefill(
         self, tokens: Int[Array, "B T"], cache: DecoderCache, *, lengths: Int[Array, " B"] | None = None
@@ -257,11 +261,11 @@ class Decoder(nnx.Module):
           ValueError: for shapes that do not fit, prompts longer than the cache, and ids outside the vocabulary.
         """
         lengths = self._check_cached(tokens, cache, "lengths", lengths, grows=False)
-        placement = self._placement().sharded_like(tokens).dealt_as(cache.layers[0])
+        placement = self._placement().sharded_like(tokens).dealt_as(cache.first)
         shards = placement.ring_size
 
         def run(model: "Decoder", tokens: Any, cache: DecoderCache, lengths: Any) -> Any:
-            dealt = to_ring_order(tokens, layout=cache.layers[0].layout, num_shards=shards, pad_value=0)
+            dealt = to_ring_order(tokens, layout=cache.first.layout, num_shards=shards, pad_value=0)
             positions = placement.positions(dealt.shape[1])
             x, cache = model._cached_features(placement, dealt, positions, cache, lengths, prompt=True)
             return model._last_logits(placement, x, positions[None] == lengths[:, None] - 1), cache
@@ -348,12 +352,22 @@ class Decoder(nnx.Module):
             layer: DecoderLayer = nnx.merge(graphdef, arrays)
             return layer.cached(x, placement, own, rotated_by=by, counts=counts, prompt=prompt)
 
-        grown = []
-        for layer, own in zip(self._layers(), cache.layers, strict=True):
-            x, own = run(*nnx.split(layer), x, own, rotations[_rope_of(layer)], counts)
-            grown.append(own)
+        def run_all(layers: list[DecoderLayer], x: jax.Array, caches: tuple[KVCache, ...]) -> Any:
+            grown = []
+            for layer, own in zip(layers, caches, strict=True):
+                x, own = run(*nnx.split(layer), x, own, rotations[_rope_of(layer)], counts)
+                grown.append(own)
+            return x, tuple(grown)
+
+        scanned, layers = cache.scanned, self._layers()
+        if scanned:
+            graphdef, stacked = nnx.split(self.blocks)
+            body = lambda x, each: run_all(layers_of(nnx.merge(graphdef, each[0])), x, each[1])  # noqa: E731
+            x, scanned = jax.lax.scan(body, x, (stacked, scanned))
+            layers = layers[len(layers) - len(cache.layers) :]
+        x, rest = run_all(layers, x, cache.layers)
         x = rms_norm(x, self.norm.arrays()["scale"], self.config.norm_eps)
-        return x, DecoderCache(layers=tuple(grown))
+        return x, DecoderCache(scanned=scanned, layers=rest)
 
     def _layers(self) -> list[DecoderLayer]:
         """All layers, one by one."""
