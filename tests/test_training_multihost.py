@@ -80,7 +80,7 @@ def test_different_text_on_two_processes_is_an_error(tmp_path):
 import os
 from ringjax.training import data
 read = data.read
-data.read = lambda config: data.Corpus.of([os.environ["JAX_PROCESS_ID"].encode() * 999])
+data.read = lambda *_: data.Corpus.of([os.environ["JAX_PROCESS_ID"].encode() * 999])
 """
     for status, said in run_pair(config, driver=driver):
         assert status == 1, said

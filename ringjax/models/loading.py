@@ -14,10 +14,10 @@ from ..layers.placement import AxisNames
 from ..layout import Layout
 from .errors import ModelError
 from .families import read_config
-from .fill import fill
+from .fill import Source, fill
 from .gguf import open_gguf
 from .huggingface import CONFIG, SafetensorsSource, read_json
-from .names import GGUF, tensors
+from .names import GGUF, Scheme, tensors
 
 
 def load(
@@ -51,24 +51,42 @@ def load(
         whatever the configuration asks for that is not supported. One sentence that names it.
       ValueError: an option that is not what it must be.
     """
-    where = Path(path)
-    options: dict[str, Any] = {
-        "layout": layout,
-        "num_shards": num_shards,
-        "dtype": dtype,
-        "param_dtype": param_dtype,
-        "axis_name": axis_name,
-        "batch_axis_name": batch_axis_name,
-        "head_axis_name": head_axis_name,
-        "loss_chunk": loss_chunk,
-        "remat": remat,
-        "ring": RingConfig() if ring is None else ring,
-    }
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh of devices, or None. Got {mesh!r}.")
+    config, scheme, source = _open(
+        Path(path),
+        layout=layout,
+        num_shards=num_shards,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+        head_axis_name=head_axis_name,
+        loss_chunk=loss_chunk,
+        remat=remat,
+        ring=RingConfig() if ring is None else ring,
+    )
+    return fill(config, mesh, tensors(config, scheme), source)
+
+
+def config_of(path: str | os.PathLike[str], **options: Any) -> DecoderConfig:
+    """The configuration of the decoder that :func:`load` makes of the same arguments; no weights are read.
+
+    Args:
+      path: as of load.
+      options: those of load that are fields of :class:`ringjax.nnx.DecoderConfig`.
+
+    Raises:
+      ModelError, ValueError: as load, but for what only the weights can tell.
+    """
+    return _open(Path(path), **options)[0]
+
+
+def _open(where: Path, **options: Any) -> tuple[DecoderConfig, Scheme, Source]:
+    """The configuration in a file, how its tensors are named, and where they are read."""
     DecoderConfig(8, 1, 8, 1, 1, 8, 8, **options)  # the caller's mistakes first, by their names
     for name in ("dtype", "param_dtype"):
-        checks.floating(name, options[name])
+        checks.floating(name, options.get(name, "float32"))
     if where.is_dir():
         family, fields = read_config(read_json(where / CONFIG), str(where / CONFIG))
         scheme, source = family.scheme, SafetensorsSource(where)
@@ -80,7 +98,6 @@ def load(
     else:
         raise ModelError(f"path must be a directory or a GGUF file. Got {where}, where there is none.")
     try:
-        config = DecoderConfig(**fields, **options)
+        return DecoderConfig(**fields, **options), scheme, source
     except ValueError as error:
         raise ModelError(f"{where}: {error}") from error
-    return fill(config, mesh, tensors(config, scheme), source)

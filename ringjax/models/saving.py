@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ..layers.decoder import Decoder
+from ..layers.decoder_config import DecoderConfig
 from .errors import ModelError
 from .families import write_config
 from .huggingface import CONFIG, write_json, write_safetensors
@@ -39,11 +40,7 @@ def save(decoder: Decoder, path: str | os.PathLike[str], *, tokenizer: Tokenizer
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"path must be an empty directory or none. Got {target}, which holds something.")
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        raise ModelError(f"tokenizer must be a ringjax.models.Tokenizer. Got {type(tokenizer).__name__}.")
-    words = decoder.config.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size > words:
-        raise ModelError(f"tokenizer must fit the decoder's vocabulary of {words}. Got {tokenizer.vocab_size} ids.")
+    check_savable(decoder.config, tokenizer=tokenizer)
     family, given = write_config(decoder.config)
     state = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
     if not all(isinstance(x, jax.Array) and x.is_fully_addressable for x in state.values()):
@@ -71,6 +68,16 @@ def save(decoder: Decoder, path: str | os.PathLike[str], *, tokenizer: Tokenizer
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def check_savable(config: DecoderConfig, *, tokenizer: Tokenizer | None = None) -> None:
+    """Raises ModelError where :func:`save` would: for a decoder without a family, or a tokenizer that does not fit."""
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ModelError(f"tokenizer must be a ringjax.models.Tokenizer. Got {type(tokenizer).__name__}.")
+    words = config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > words:
+        raise ModelError(f"tokenizer must fit the decoder's vocabulary of {words}. Got {tokenizer.vocab_size} ids.")
+    write_config(config)
 
 
 def _umask() -> int:

@@ -112,6 +112,8 @@ def tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         backend = package.Tokenizer.from_file(str(where / "tokenizer.json"))
     except Exception as error:  # the package raises Exception itself
         raise ModelError(f"{where / 'tokenizer.json'} must be a tokenizer. Got: {error}.") from error
+    backend.no_truncation()  # as the file may say for batches of short texts
+    backend.no_padding()
     given = {name: _optional(where / name) for name in ("tokenizer_config.json", "generation_config.json", CONFIG)}
     names = given["tokenizer_config.json"]
     bos = _id_of(backend, names.get("bos_token"))

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ringjax import RingConfig
 
+NUM_BYTES = 256  # the vocabulary without a tokenizer
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -25,8 +26,13 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Model:
-    """A decoder of the Llama architecture over bytes; the fields are those of `ringjax.nnx.DecoderConfig`."""
+    """A decoder of the Llama architecture, or a pretrained one; the fields are those of `ringjax.nnx.DecoderConfig`.
 
+    With `init_from` the architecture is that of its files: only the keys in `BESIDE_INIT_FROM` may be set beside it.
+    """
+
+    init_from: str | None = None  # a Hugging Face directory or GGUF file; absent: fresh parameters
+    vocab_size: Count | None = None  # absent: of the tokenizer, without one the 256 bytes
     num_layers: Count = 2
     embed_dim: Count = 128
     num_heads: Count = 4
@@ -44,14 +50,21 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+BESIDE_INIT_FROM = ("init_from", "loss_chunk", "remat", "dtype", "param_dtype")
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Data:
     """What is read, and the shape of a batch."""
 
-    source: Literal["stdlib", "paths"] = "stdlib"  # the interpreter's own standard library, or `paths`
+    # Python's own standard library, or `paths`: as bytes, as UTF-8 text, as lines of JSON, as .npy files of ids.
+    source: Literal["stdlib", "paths", "text", "jsonl", "tokens"] = "stdlib"
     paths: tuple[str, ...] = ()  # files, directories and globs; relative ones start at the working directory
+    tokenizer: str | None = None  # a Hugging Face directory or GGUF file; absent: the one beside model.init_from
+    text_key: str = "text"  # of a line of JSON; source "jsonl" only
+    eval_fraction: Fraction = 0.0  # of the tokens, which training never sees: measured at each checkpoint
     sequence_length: Count = 8192
-    batch_size: Count = 1  # sequences per step, over all devices
+    batch_size: Count = 1  # sequences per optimizer step, over all devices
     seed: Natural = 0
 
 
@@ -103,6 +116,8 @@ class Optimizer:
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     clip_norm: Positive = 1.0
+    accumulate: Count = 1  # parts of a batch that run one after another: less memory, the same step
+    float32_masters: bool = True  # of bfloat16 parameters: without them updates below 1/256 of a parameter are lost
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
@@ -118,6 +133,14 @@ class Logging:
     """What a terminal that is not interactive prints; metrics.jsonl gets every step."""
 
     every_steps: Count = 10
+    tensorboard: bool | None = None  # absent: where tensorboardX or torch's writer is installed
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
+class Export:
+    """What is written once all steps are done."""
+
+    path: str | None = None  # of a Hugging Face directory, with the tokenizer; absent: none
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
@@ -150,23 +173,30 @@ class Config:
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    export: Export = Export()
     devices: Devices = Devices()
     distributed: Distributed = Distributed()
 
 
 def conflicts(config: Config) -> Iterator[str]:
     """Yields one line for each pair of keys that cannot stand together."""
-    model, data, mesh, ring = config.model, config.data, config.mesh, config.ring
-    for key, value, by, divisor in (
-        ("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads),
-        ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
-        ("model.mlp_dim", model.mlp_dim, "mesh.tensor", mesh.tensor),
-        ("data.batch_size", data.batch_size, "mesh.data", mesh.data),
-    ):
-        if value % divisor:
-            yield f"{key}: must be a multiple of {by} = {divisor}. Got {value}."
-    if model.head_dim % 2:
-        yield f"model.head_dim: must be even (RoPE turns pairs). Got {model.head_dim}."
+    model, data, mesh, ring, optimizer = config.model, config.data, config.mesh, config.ring, config.optimizer
+    if model.init_from is None:  # the sizes of a pretrained model are checked once they are known
+        for key, value, by, divisor in (
+            ("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads),
+            ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
+            ("model.mlp_dim", model.mlp_dim, "mesh.tensor", mesh.tensor),
+        ):
+            if value % divisor:
+                yield f"{key}: must be a multiple of {by} = {divisor}. Got {value}."
+        if model.head_dim % 2:
+            yield f"model.head_dim: must be even (RoPE turns pairs). Got {model.head_dim}."
+    elif not model.init_from.strip():
+        yield "model.init_from: must name a Hugging Face directory or a GGUF file. Got an empty string."
+    if data.batch_size % (optimizer.accumulate * mesh.data):
+        parts = f"optimizer.accumulate x mesh.data = {optimizer.accumulate} x {mesh.data}"
+        by = f"mesh.data = {mesh.data}" if optimizer.accumulate == 1 else parts
+        yield f"data.batch_size: must be a multiple of {by}. Got {data.batch_size}."
     unit = {"contiguous": 1, "zigzag": 2, "striped": ring.stripe}[ring.layout] * mesh.sequence
     if data.sequence_length % unit:
         yield (
@@ -179,14 +209,42 @@ def conflicts(config: Config) -> Iterator[str]:
         _ = ring.tuning
     except ValueError as error:
         yield str(error).replace("RingConfig: ", "ring.", 1)
-    if config.optimizer.warmup_steps >= config.optimizer.steps:
+    if optimizer.warmup_steps >= optimizer.steps:
         yield (
-            f"optimizer.warmup_steps: must be less than optimizer.steps = {config.optimizer.steps}. "
-            f"Got {config.optimizer.warmup_steps}."
+            f"optimizer.warmup_steps: must be less than optimizer.steps = {optimizer.steps}. "
+            f"Got {optimizer.warmup_steps}."
         )
-    if data.source == "paths" and not data.paths:
-        yield "data.paths: must name at least one file, directory or glob when data.source = 'paths'. Got none."
+    if not optimizer.float32_masters and model.param_dtype == "float32":
+        yield "optimizer.float32_masters: must be true where model.param_dtype is 'float32'. Got false."
+    yield from _data_conflicts(model, data)
+    for key, value in (("output", config.output), ("export.path", config.export.path)):
+        if value is not None and not value.strip():
+            yield f"{key}: must name a directory. Got an empty string."
+
+
+def _data_conflicts(model: Model, data: Data) -> Iterator[str]:
+    """Where text comes from, and who makes tokens of it."""
+    source = f"data.source = {data.source!r}"
+    if data.source != "stdlib" and not data.paths:
+        yield f"data.paths: must name at least one file, directory or glob when {source}. Got none."
     if data.source == "stdlib" and data.paths:
-        yield f"data.paths: only read when data.source = 'paths'. Got {list(data.paths)} with data.source = 'stdlib'."
-    if not config.output.strip():
-        yield "output: must name a directory. Got an empty string."
+        yield f"data.paths: must be absent when {source}. Got {list(data.paths)}."
+    if data.source != "jsonl" and data.text_key != "text":
+        yield f"data.text_key: must be absent unless data.source = 'jsonl'. Got {data.text_key!r} with {source}."
+    if data.source == "paths":
+        if data.tokenizer is not None:
+            yield f"data.tokenizer: must be absent when {source}, which is bytes. Got {data.tokenizer!r}."
+        if model.init_from is not None:
+            yield (
+                "data.source: must be 'text', 'jsonl', 'tokens' or 'stdlib' with model.init_from, whose vocabulary is "
+                "not that of bytes. Got 'paths'."
+            )
+    if data.source in ("text", "jsonl") and data.tokenizer is None and model.init_from is None:
+        yield f"data.tokenizer: must name a tokenizer when {source} and there is no model.init_from. Got none."
+    if model.init_from is not None:
+        return
+    of_bytes = data.source in ("stdlib", "paths") and data.tokenizer is None
+    if of_bytes and model.vocab_size is not None and model.vocab_size < NUM_BYTES:
+        yield f"model.vocab_size: must be at least {NUM_BYTES}, the number of bytes. Got {model.vocab_size}."
+    if data.source == "tokens" and data.tokenizer is None and model.vocab_size is None:
+        yield f"model.vocab_size: must be given when {source} and there is no data.tokenizer. Got none."

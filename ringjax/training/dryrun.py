@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 
 from ..units import size
-from . import devices, program
+from . import devices, pretrained, program
 from .config import Config
 
 
@@ -36,12 +36,16 @@ def plan(config: Config) -> Plan:
     Raises:
       ConfigError, ValueError, NotImplementedError: as the run itself would when it traces.
     """
-    made = program.build(config, devices.abstract_mesh(config))
+    subject = pretrained.resolve(config)
+    made = program.build(config, devices.abstract_mesh(config), subject.decoder)
     out_state, _ = made.trace_step().out_info
     for wanted, found in zip(jax.tree.leaves(made.state), jax.tree.leaves(out_state), strict=True):
         assert (wanted.shape, wanted.dtype) == (found.shape, found.dtype)  # a step may not change its own type
-    model, shard = config.model, config.data.sequence_length // config.mesh.sequence
-    rows, kv_heads = config.data.batch_size // config.mesh.data, model.num_kv_heads // config.mesh.tensor
+    model, shard = subject.decoder, config.data.sequence_length // config.mesh.sequence
+    rows, kv_heads = (
+        config.data.batch_size // config.optimizer.accumulate // config.mesh.data,
+        model.num_kv_heads // config.mesh.tensor,
+    )
     leaves = jax.tree.leaves_with_path(made.state.params)
     return Plan(
         num_devices=config.mesh.num_devices,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pydantic
 
-from .config import Config, conflicts
+from .config import BESIDE_INIT_FROM, Config, conflicts
 
 _ADAPTER = pydantic.TypeAdapter(Config)
 _REQUIRED = {
@@ -72,15 +72,21 @@ def from_table(table: Mapping[str, Any]) -> Config:
         config = _ADAPTER.validate_json(json.dumps(table))
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_line(item) for item in error.errors(include_url=False))) from None
-    problems = list(conflicts(config))
+    problems = [*_told_twice(table, config), *conflicts(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
 def to_table(config: Config) -> dict[str, Any]:
-    """The inverse of `from_table`, with every default spelled out. Arrays come out as lists, absent keys as None."""
-    return json.loads(_ADAPTER.dump_json(config))
+    """The inverse of `from_table`, with every default spelled out. Arrays come out as lists, absent keys as None.
+
+    With `model.init_from` the keys that describe the architecture are left out: they say nothing of that model.
+    """
+    table = json.loads(_ADAPTER.dump_json(config))
+    if config.model.init_from is not None:
+        table["model"] = {key: table["model"][key] for key in BESIDE_INIT_FROM}
+    return table
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -92,6 +98,18 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _told_twice(table: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """Keys of an architecture beside a pretrained model, which has its own."""
+    if config.model.init_from is None:
+        return
+    for key, value in table["model"].items():
+        if key not in BESIDE_INIT_FROM:
+            yield (
+                f"model.{key}: must be absent with model.init_from = {config.model.init_from!r}, whose files describe "
+                f"the architecture. Got {_given(value)}."
+            )
 
 
 def known_keys(cls: Any = Config, prefix: str = "") -> list[str]:

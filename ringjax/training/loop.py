@@ -17,7 +17,7 @@ import jax
 from rich.console import Console
 
 from ..files import replacing
-from . import data, devices, metrics, processes, program
+from . import data, devices, export, metrics, pretrained, processes, program, tensorboard
 from .checkpoints import CheckpointError, Checkpoints
 from .config import Config
 from .loading import ConfigError, to_table
@@ -26,6 +26,7 @@ from .plot import plot_loss
 from .progress import Reporter
 from .resume import Resume, Start, find_start
 from .signals import StopSignal
+from .steps import Compiled, Record, Steps
 
 # What `train` raises before the first step, about its input.
 REFUSALS = (ConfigError, data.DataError, OutputError, CheckpointError, NotImplementedError)
@@ -66,24 +67,43 @@ def train(
     leader = jax.process_index() == 0
     console = (console or Console()) if leader else Console(quiet=True)
     output = Path(config.output)
-    corpus = data.read(config.data)
+    writer = tensorboard.find_writer(config.logging.tensorboard)
+    subject = pretrained.resolve(config)  # what takes a moment to refuse comes before what takes minutes
+    export.check(config, subject.decoder, subject.tokenizer)
+    corpus = data.read(config.data, subject.tokenizer)
+    pretrained.check_tokens(corpus, config, subject.decoder)
     processes.check_same(corpus.fingerprint, "the text that the processes read")
     about = {"config": to_table(config), "text": corpus.fingerprint}
-    made = program.build(config, mesh)
+    held_out = None
+    if config.data.eval_fraction:
+        corpus, held_out = data.hold_out(corpus, config.data.eval_fraction, config.data.seed)
+    made = program.build(config, mesh, subject.decoder)
     _prepare(output, leader)
     with Checkpoints(output / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         start = find_start(checkpoints, made.state, about, resume)
+        batches = functools.partial(
+            data.Batches, config=config.data, layout=subject.decoder.layout, num_shards=config.mesh.sequence
+        )
+        steps = Steps(
+            functions=made,
+            batches=batches(corpus),
+            held_out=None if held_out is None else batches(held_out),
+            total=config.optimizer.steps,
+            every=config.checkpoint.every_steps,
+            checkpoints=checkpoints,
+            about=about,
+        )
         run = _Run(
             config=config,
-            functions=made,
-            corpus=corpus,
+            subject=subject,
+            steps=steps,
             checkpoints=checkpoints,
             output=output,
-            about=about,
+            writer=writer,
             command=command,
             tell=functools.partial(console.print, markup=False, highlight=False, soft_wrap=True),
         )
-        for line in run.describe() + start.notes:
+        for line in run.describe() + subject.notes + start.notes:
             run.tell(line)
         try:
             return run.go(start, console, leader)
@@ -93,149 +113,120 @@ def train(
             ) from error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
     """The parts of a run that do not change."""
 
     config: Config
-    functions: program.Functions
-    corpus: data.Corpus
+    subject: pretrained.Subject
+    steps: Steps
     checkpoints: Checkpoints
     output: Path
-    about: dict[str, Any]
+    writer: Any  # TensorBoard's, or None
     command: str
     tell: Callable[[str], None]  # prints a line as it is
 
     def describe(self) -> list[str]:
-        mesh = self.config.mesh
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.functions.state.params))
+        mesh, functions, held_out = self.config.mesh, self.steps.functions, self.steps.held_out
+        corpus = self.steps.batches.corpus
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(functions.state.params))
         where = f"{jax.device_count()} {jax.devices()[0].device_kind} devices"
         if jax.process_count() > 1:
             where += f" in {jax.process_count()} processes"
         return [
             f"{count:,} parameters on {where}: data {mesh.data} x sequence {mesh.sequence} x tensor {mesh.tensor}",
-            f"{len(self.corpus.text):,} bytes of text in {len(self.corpus.lengths):,} documents; a step takes "
-            f"{self.config.data.batch_size} x {self.config.data.sequence_length:,} of them",
-            *([f"data: these files are empty: {self.corpus.empty}"] if self.corpus.empty else []),
+            f"{_amount(corpus)}; a step takes {self.config.data.batch_size} x "
+            f"{self.config.data.sequence_length:,} of them",
+            *([f"held out: {_amount(held_out.corpus)}"] if held_out is not None else []),
+            *([f"data: these files are empty: {corpus.empty}"] if corpus.empty else []),
             *(
                 f"compiled with {name}={value}, so that permutes hide behind kernels; XLA_FLAGS may name another value"
-                for name, value in self.functions.compiler_options.items()
+                for name, value in functions.compiler_options.items()
             ),
         ]
 
     def go(self, start: Start, console: Console, leader: bool) -> Outcome:
         """From the restored or fresh state to the end."""
-        total, done, stopped = self.config.optimizer.steps, start.done, None
+        total, done, stopped, state = self.config.optimizer.steps, start.done, None, start.state
         if done >= total:
             self.tell(f"all {total} steps were done before")
         else:
             # What can fail for a wrong configuration comes before the first file is touched.
-            step = self._compile()
-            state = self.functions.jit_init()() if start.state is None else start.state
+            if state is None and self.config.model.init_from is not None:
+                self.tell(f"reading {self.config.model.init_from}")
+                state = pretrained.load_state(self.config, self.steps.functions)
+            compiled = self._compile()
+            if state is None:
+                state = self.steps.functions.jit_init()()
             file = metrics.MetricsFile(self.output / "metrics.jsonl", done=done) if leader else None
             if file is not None:
                 if file.note:
                     self.tell(file.note)
                 with replacing(self.output / "config.json") as path:
-                    path.write_text(json.dumps(self.about["config"], indent=2) + "\n", encoding="utf-8")
+                    path.write_text(json.dumps(self.steps.about["config"], indent=2) + "\n", encoding="utf-8")
             reporter = Reporter(console, total=total, done=done, every=self.config.logging.every_steps)
-            with file or contextlib.nullcontext(), StopSignal() as stop, reporter:
-                done, stopped = self._steps(step, state, done, stop, reporter, file)
+            board = None
+            if leader and self.writer is not None:
+                board = tensorboard.TensorBoard(self.writer, self.output / "tensorboard", done=done)
+
+            def report(record: Record) -> None:
+                for each in (file, board):
+                    if each is not None:
+                        each.write(record)
+                reporter.step(record)
+
+            with file or contextlib.nullcontext(), board or contextlib.nullcontext(), StopSignal() as stop, reporter:
+                state, done, stopped = self.steps.run(
+                    compiled, state, done, report=report, stopping=lambda: processes.any_signal(stop.received)
+                )
         self.checkpoints.wait()
+        exported = None
+        if stopped is None and self.config.export.path is not None:
+            exported = self._export(state, done)
         if leader:
-            self._finish(done, stopped)
+            self._finish(done, stopped, exported)
         return Outcome(done, self.output, stopped)
 
-    def _compile(self) -> Any:
+    def _compile(self) -> Compiled:
         self.tell("compiling")
         began = time.perf_counter()
-        step = self.functions.compile_step()
+        compiled = self.steps.compile()
         self.tell(f"compiled in {time.perf_counter() - began:.1f} s")
-        return step
+        return compiled
 
-    def _steps(
-        self,
-        step: Any,
-        state: program.TrainState,
-        done: int,
-        stop: StopSignal,
-        reporter: Reporter,
-        file: metrics.MetricsFile | None,
-    ) -> tuple[int, signal.Signals | None]:
-        """Returns the number of steps done, whose checkpoint is on its way to disk, and the signal that ended it."""
-        total, every = self.config.optimizer.steps, self.config.checkpoint.every_steps
-        batches = data.Batches(self.corpus, self.config.data, layout=self._layout, num_shards=self.config.mesh.sequence)
-        sharding = self.functions.batch_sharding
-        batch = batches.on_devices(done, sharding)
-        saved, stopped = done, None
-        while done < total and stopped is None:
-            began = time.perf_counter()
-            state, measured = step(state, batch)
-            if done + 1 < total:
-                batch = batches.on_devices(done + 1, sharding)  # while the devices compute
-            record = self._record(done + 1, jax.device_get(measured), began)
-            self._check_finite(record, saved)
-            done += 1
-            if file is not None:
-                file.write(record)
-            reporter.step(record)
-            if done % every == 0:
-                self.checkpoints.save(done, state, self.about)
-                saved = done
-            if done < total:
-                stopped = processes.any_signal(stop.received)
-        if done != saved:
-            self.checkpoints.save(done, state, self.about)
-        return done, stopped
+    def _export(self, state: program.TrainState, done: int) -> Path:
+        decoder = self.steps.functions.decode(state.params)
+        try:
+            return export.write(self.config, decoder, self.subject.tokenizer, step=done)
+        except TrainingError as error:
+            raise TrainingError(f"{error} {self.checkpoints.kept()}") from error
 
-    @property
-    def _layout(self) -> Any:
-        return program.decoder_config(self.config).layout
-
-    def _record(self, step: int, measured: program.StepMetrics, began: float) -> dict[str, Any]:
-        seconds = time.perf_counter() - began
-        tokens = self.config.data.batch_size * self.config.data.sequence_length
-        memory, of = metrics.peak_memory()
-        return {
-            "step": step,
-            "loss": float(measured.loss),
-            "grad_norm": float(measured.grad_norm),
-            "learning_rate": float(measured.learning_rate),
-            "tokens": tokens,
-            "targets": int(measured.targets),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "step_seconds": round(seconds, 4),
-            "peak_memory_bytes": memory,
-            "peak_memory_of": of,
-        }
-
-    def _check_finite(self, record: dict[str, Any], saved: int) -> None:
-        if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
-            return
-        kept = f"The checkpoint of step {saved} is kept" if saved else "No checkpoint was written yet"
-        raise TrainingError(
-            f"step {record['step']}: loss and gradient norm must be finite. Got {record['loss']} and "
-            f"{record['grad_norm']}. {kept} in {self.checkpoints.directory}. Try a lower optimizer.learning_rate, "
-            "a longer optimizer.warmup_steps or another data.seed (--resume force continues with changed keys)."
-        )
-
-    def _finish(self, done: int, stopped: signal.Signals | None) -> None:
+    def _finish(self, done: int, stopped: signal.Signals | None, exported: Path | None) -> None:
         """Draws the loss and says how it went, where everything is, and what to type next."""
         output, total = self.output, self.config.optimizer.steps
         records = metrics.read(output / "metrics.jsonl")
         if records:
             title = f"{output.name}: loss on real text, context {self.config.data.sequence_length:,} tokens"
-            plot_loss(records, output / "loss.png", title=title)
+            plot_loss(records, output / "loss.png", title=title, unit=self.steps.batches.corpus.unit)
             last = [record["loss"] for record in records[-max(1, len(records) // 10) :]]  # one step is noisy
             self.tell(
                 f"loss {records[0]['loss']:.4f} at step {records[0]['step']} -> {sum(last) / len(last):.4f} over the "
                 f"last {len(last)} of {done} steps"
+            )
+        measured = [record for record in records if "eval_loss" in record]
+        if measured:
+            first, last = measured[0], measured[-1]
+            self.tell(
+                f"held-out loss {first['eval_loss']:.4f} after step {first['step']} -> {last['eval_loss']:.4f} after "
+                f"step {last['step']}, perplexity {last['eval_perplexity']:.2f}"
             )
         steps = ", ".join(str(step) for step in sorted(self.checkpoints.steps()))
         self.tell(f"picture      {output / 'loss.png'}")
         self.tell(f"every step   {output / 'metrics.jsonl'}")
         self.tell(f"settings     {output / 'config.json'}")
         self.tell(f"checkpoints  {self.checkpoints.directory}: after step {steps}")
+        if exported is not None:
+            self.tell(f"export       {exported}, for transformers, ringjax generate and ringjax eval")
         if stopped is not None:
             self.tell(
                 f"stopped by {stopped.name} after step {done} of {total}, which is saved. The same command goes on:"
@@ -244,6 +235,10 @@ class _Run:
         else:
             self.tell("to train on, type:")
             self.tell(f"  {self.command} --set optimizer.steps={2 * done}")
+
+
+def _amount(corpus: data.Corpus) -> str:
+    return f"{len(corpus.text):,} {corpus.unit}s of text in {len(corpus.lengths):,} documents"
 
 
 def _prepare(output: Path, leader: bool) -> None:

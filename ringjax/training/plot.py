@@ -14,13 +14,14 @@ from matplotlib.ticker import MaxNLocator
 from ..files import replacing
 
 
-def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draws loss by step, raw and smoothed, in nats per byte (left) and bits per byte (right); below it the rate.
+def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str, unit: str = "byte") -> None:
+    """Draws loss by step, raw, smoothed and held-out, in nats (left) and bits (right); below it the learning rate.
 
     Args:
       records: of metrics.jsonl, at least one.
       path: the PNG.
       title: above the picture.
+      unit: what the loss is of, "byte" or "token".
     """
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records]
@@ -33,9 +34,12 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, title: str) -> N
     if len(steps) >= 20:
         window = max(5, len(steps) // 20)
         upper.plot(steps, _smooth(losses, window), color="#1f4e79", linewidth=2, label=f"mean of {window} steps")
-    upper.set_ylabel("loss (nats per byte)")
+    held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+    if held_out:
+        upper.plot(*zip(*held_out, strict=True), color="#a03030", linewidth=1.5, marker="o", label="held out")
+    upper.set_ylabel(f"loss (nats per {unit})")
     bits = upper.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda b: b * math.log(2)))
-    bits.set_ylabel("bits per byte")
+    bits.set_ylabel(f"bits per {unit}")
     upper.grid(alpha=0.3)
     upper.legend(frameon=False)
     upper.set_title(title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ import ringjax
 from ringjax.hopper import ring_options
 from ringjax.nnx import Decoder, DecoderConfig, param_shardings
 
-from .config import Config, Optimizer
-from .data import VOCAB_SIZE, Batch
+from .config import NUM_BYTES, Config, Optimizer
+from .data import Batch
 from .loading import ConfigError
 
 
@@ -27,7 +28,7 @@ class TrainState(NamedTuple):
     """Everything that a step changes."""
 
     step: Int[Array, ""]  # steps done
-    params: dict[str, Any]
+    params: dict[str, Any]  # what is updated: float32 masters where the decoder's are of 16 bits
     opt_state: Any
 
 
@@ -40,15 +41,20 @@ class StepMetrics(NamedTuple):
     targets: Float[Array, ""]  # number of tokens that have a target
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Functions:
     """Functions of a run and where their arrays lie."""
 
     mesh: Mesh | AbstractMesh
+    config: DecoderConfig
     init: Callable[[], TrainState]  # to be jitted with out_shardings
+    start: Callable[[dict[str, Any]], TrainState]  # the same with given parameters
     step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]  # to be jitted, first argument donated
+    measure: Callable[[dict[str, Any], Batch], tuple[Array, Array]]  # sum of the cross entropies, number of targets
+    decode: Callable[[dict[str, Any]], Decoder]  # a decoder with these parameters
     state: TrainState  # of jax.ShapeDtypeStruct with shardings
     batch: Batch  # of jax.ShapeDtypeStruct with shardings
+    part: Batch  # the same, of what runs at a time
 
     @property
     def state_shardings(self) -> TrainState:
@@ -59,16 +65,26 @@ class Functions:
         return self.batch["tokens"].sharding  # pyright: ignore[reportReturnType]
 
     @property
+    def rows(self) -> int:
+        """Sequences that run at a time, over all devices."""
+        return self.part["tokens"].shape[0]
+
+    @property
     def compiler_options(self) -> dict[str, int]:
         """XLA's options for the step alone, beside XLA_FLAGS; none for an abstract mesh: nothing is compiled for it."""
         if not isinstance(self.mesh, Mesh):
             return {}
         kind = self.mesh.devices.flat[0].device_kind
-        return ring_options(kind, self.mesh.shape["sequence"], os.environ.get("XLA_FLAGS", ""))
+        return ring_options(kind, _size(self.mesh, self.config.axis_name), os.environ.get("XLA_FLAGS", ""))
 
     def jit_init(self) -> Any:
         """Creates each parameter in place, sharded; none ever exists whole."""
         return jax.jit(self.init, out_shardings=self.state_shardings)
+
+    def begin(self, params: dict[str, Any], *, donate: bool) -> TrainState:
+        """The state before the first step, of given parameters; whether they may be used up."""
+        run = jax.jit(self.start, out_shardings=self.state_shardings, donate_argnums=(0,) if donate else ())
+        return run(params)
 
     def jit_step(self) -> Any:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -103,54 +119,185 @@ class Functions:
         """
         return self.trace_step().lower().compile(compiler_options=self.compiler_options or None)
 
+    def compile_measure(self) -> Any:
+        """`measure`, compiled; takes `params` of the state and a `part`."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        parts = dict.fromkeys(self.part, self.batch_sharding)
+        run = jax.jit(
+            self.measure, in_shardings=(self.state_shardings.params, parts), out_shardings=(everywhere, everywhere)
+        )
+        lowered: Any = run.trace(self.state.params, self.part).lower()
+        return lowered.compile(compiler_options=self.compiler_options or None)
 
-def build(config: Config, mesh: Mesh | AbstractMesh) -> Functions:
-    """Makes the program of a configuration. Allocates nothing, so an abstract mesh of any size will do."""
-    settings = decoder_config(config)
-    optimizer, schedule = make_optimizer(config.optimizer)
-    abstract = nnx.eval_shape(lambda: Decoder(settings, mesh=mesh, rngs=nnx.Rngs(config.seed)))
+
+def build(config: Config, mesh: Mesh | AbstractMesh, decoder: DecoderConfig | None = None) -> Functions:
+    """The functions of a configuration.
+
+    Args:
+      config: the checked configuration.
+      mesh: with the axes "data", "sequence" and "tensor"; of any size where it is abstract.
+      decoder: what is trained; None: what `[model]` describes.
+    """
+    return assemble(
+        decoder_config(config) if decoder is None else decoder,
+        config.optimizer,
+        mesh,
+        batch_shape=(config.data.batch_size, config.data.sequence_length),
+        seed=config.seed,
+    )
+
+
+def assemble(
+    settings: DecoderConfig,
+    optimizer: Optimizer,
+    mesh: Mesh | AbstractMesh,
+    *,
+    batch_shape: tuple[int, int],
+    seed: int,
+) -> Functions:
+    """Makes the functions of a run. Allocates nothing, so an abstract mesh of any size will do.
+
+    Args:
+      settings: of the decoder.
+      optimizer: its settings.
+      mesh: has the axes that `settings` names.
+      batch_shape: (B, T), B a multiple of optimizer.accumulate times the devices on the batch axes.
+      seed: of fresh parameters.
+    """
+    held = dataclasses.replace(settings, param_dtype=_held_dtype(settings, optimizer))
+    update, schedule = make_optimizer(optimizer)
+    abstract = nnx.eval_shape(lambda: Decoder(settings, mesh=mesh, rngs=nnx.Rngs(seed)))
     graph, params = nnx.split(abstract)  # the decoder has no state but parameters
+    batch = _abstract_batch(settings, mesh, batch_shape)
+
+    def start(given: dict[str, Any]) -> TrainState:
+        wide = _cast(given, held.param_dtype)
+        return TrainState(jnp.zeros((), jnp.int32), wide, update.init(wide))
 
     def init() -> TrainState:
-        decoder = Decoder(settings, mesh=mesh, rngs=nnx.Rngs(config.seed))
-        fresh = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-        return TrainState(jnp.zeros((), jnp.int32), fresh, optimizer.init(fresh))
+        decoder = Decoder(held, mesh=mesh, rngs=nnx.Rngs(seed))
+        return start(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+
+    def decode(values: dict[str, Any]) -> Decoder:
+        filled = jax.tree.map(lambda leaf: leaf, params)  # a copy: replace_by_pure_dict writes into its argument
+        nnx.replace_by_pure_dict(filled, _cast(values, settings.param_dtype))
+        return nnx.merge(graph, filled)
 
     def loss_of(values: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
-        filled = jax.tree.map(lambda leaf: leaf, params)  # a copy: replace_by_pure_dict writes into its argument
-        nnx.replace_by_pure_dict(filled, values)
-        loss, aux = nnx.merge(graph, filled).loss(
+        loss, aux = decode(values).loss(
             batch["tokens"], batch["targets"], segment_ids=batch["segment_ids"], loss_mask=batch["loss_mask"]
         )
         return loss, aux["tokens"]
 
+    def measure(values: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
+        loss, targets = loss_of(values, batch)
+        return loss * targets, targets
+
+    shardings = nnx.to_pure_dict(param_shardings(settings, mesh))
+    state = _abstract_state(init, update, shardings, mesh)
+    of_batch = jax.value_and_grad(loss_of, has_aux=True)
+    if optimizer.accumulate > 1:
+        of_batch = _in_parts(of_batch, optimizer.accumulate, shardings, batch["tokens"].sharding)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        (loss, targets), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        (loss, targets), grads = of_batch(_cast(state.params, settings.param_dtype), batch)
+        grads = _cast(grads, held.param_dtype)
+        updates, opt_state = update.update(grads, state.opt_state, state.params)
         measured = (loss, optax.tree.norm(grads), schedule(state.step), targets)
         metrics = StepMetrics(*(jnp.asarray(value, jnp.float32) for value in measured))
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    shardings = nnx.to_pure_dict(param_shardings(settings, mesh))
-    return Functions(mesh, init, step, _abstract_state(init, optimizer, shardings, mesh), _abstract_batch(config, mesh))
+    return Functions(
+        mesh=mesh,
+        config=settings,
+        init=init,
+        start=start,
+        step=step,
+        measure=measure,
+        decode=decode,
+        state=state,
+        batch=batch,
+        part=_abstract_batch(settings, mesh, (batch_shape[0] // optimizer.accumulate, batch_shape[1])),
+    )
 
 
-def decoder_config(config: Config) -> DecoderConfig:
-    """The decoder that `[model]`, `[mesh]` and `[ring]` describe."""
+def _held_dtype(settings: DecoderConfig, optimizer: Optimizer) -> str:
+    """Of the parameters in the state: an update of less than half a unit in the last place is lost to 16 bits."""
+    narrow = settings.param_dtype in ("bfloat16", "float16")
+    return "float32" if narrow and optimizer.float32_masters else settings.param_dtype
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def _in_parts(of_batch: Any, count: int, shardings: Any, sharding: Any) -> Any:
+    """As `of_batch`, ((loss, targets), gradients) of a mean over targets, for `count` parts of a batch in turn.
+
+        mean = sum_i n_i mean_i / sum_i n_i,    n_i targets in part i, sums in float32
+
+    so that the parts weigh what they have in the whole batch's mean, and a part without targets nothing.
+    """
+    groups = math.prod(sharding.mesh.shape[axis] for axis in _axes(sharding.spec[0]))
+    placed = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+    def split(x: Array) -> Array:
+        """[B, T] -> [count, B / count, T]; each device's rows stay where they are."""
+        rows, length = x.shape
+        x = x.reshape(groups, count, rows // (groups * count), length).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x.reshape(count, rows // count, length), placed)
+
+    def run(params: dict[str, Any], batch: Batch) -> Any:
+        def add(total: Any, part: Batch) -> tuple[Any, Array]:
+            (loss, targets), grads = of_batch(params, part)
+            weighted = jax.tree.map(lambda x: targets * x.astype(jnp.float32), (loss, grads))
+            return jax.tree.map(jnp.add, total, weighted), targets
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        start = (jnp.zeros((), jnp.float32), jax.lax.with_sharding_constraint(zeros, shardings))
+        total, targets = jax.lax.scan(add, start, jax.tree.map(split, batch))
+        count = jnp.sum(targets)
+        loss, grads = jax.tree.map(lambda x: x / jnp.where(count > 0, count, 1), total)
+        return (loss, count), grads
+
+    return run
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _size(mesh: Mesh | AbstractMesh, axes: Any) -> int:
+    return math.prod(mesh.shape[axis] for axis in _axes(axes))
+
+
+def decoder_config(config: Config, vocab_size: int = NUM_BYTES) -> DecoderConfig:
+    """The decoder that `[model]`, `[mesh]` and `[ring]` describe, where it is no pretrained one.
+
+    Args:
+      config: the checked configuration.
+      vocab_size: where `[model]` does not say.
+    """
     model = dataclasses.asdict(config.model)
+    del model["init_from"]
+    if model["vocab_size"] is None:
+        model["vocab_size"] = vocab_size
     if model["local_window_size"] is not None:
         model["local_window_size"] = (model["local_window_size"], 0)  # causal: nothing ahead
-    return DecoderConfig(
-        vocab_size=VOCAB_SIZE,
-        **model,
-        axis_name="sequence",
-        batch_axis_name="data",
-        head_axis_name="tensor",
-        ring=config.ring.tuning,
-        num_shards=config.mesh.sequence,
-        layout=ringjax.Striped(stripe=config.ring.stripe) if config.ring.layout == "striped" else config.ring.layout,
-    )
+    return DecoderConfig(**model, **placing(config))
+
+
+def placing(config: Config) -> dict[str, Any]:
+    """Fields of a DecoderConfig that say where and how it runs."""
+    return {
+        "axis_name": "sequence",
+        "batch_axis_name": "data",
+        "head_axis_name": "tensor",
+        "ring": config.ring.tuning,
+        "num_shards": config.mesh.sequence,
+        "layout": ringjax.Striped(stripe=config.ring.stripe) if config.ring.layout == "striped" else config.ring.layout,
+    }
 
 
 def make_optimizer(config: Optimizer) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -176,8 +323,8 @@ def make_optimizer(config: Optimizer) -> tuple[optax.GradientTransformation, opt
 
 
 def _decays(params: Any) -> Any:
-    """Weight decay is for matrices; the scales of the norms are left alone."""
-    return jax.tree.map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path).lower(), params)
+    """Weight decay is for matrices; scales of norms and biases are left alone."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def _abstract_state(
@@ -197,9 +344,8 @@ def _abstract_state(
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings)
 
 
-def _abstract_batch(config: Config, mesh: Mesh | AbstractMesh) -> Batch:
-    sharding = NamedSharding(mesh, PartitionSpec("data", "sequence"))
-    shape = (config.data.batch_size, config.data.sequence_length)
+def _abstract_batch(config: DecoderConfig, mesh: Mesh | AbstractMesh, shape: tuple[int, int]) -> Batch:
+    sharding = NamedSharding(mesh, PartitionSpec(config.batch_axis_name, config.axis_name))
     dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
     structs: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     return structs

@@ -47,12 +47,20 @@ class Reporter:
         if self._live:
             shown = "  ".join(figures if self._wide else figures[:3])  # 80 columns hold three
             self._live.update(self._task, completed=step, figures=shown)
-        elif step in (self._first, self._total) or step % self._every == 0:
+            if "eval_loss" in record:
+                self.say(f"step {step}  {_held_out(record)}")
+        elif "eval_loss" in record or step in (self._first, self._total) or step % self._every == 0:
             self.say(f"step {step:>{len(str(self._total))}}/{self._total}  {'  '.join(figures)}")
+            if "eval_loss" in record:
+                self.say(f"step {step:>{len(str(self._total))}}/{self._total}  {_held_out(record)}")
 
     def say(self, text: str) -> None:
         """Prints one line as it is."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _held_out(record: dict[str, Any]) -> str:
+    return f"held-out loss {record['eval_loss']:.4f}  perplexity {record['eval_perplexity']:.2f}"
 
 
 def _figures(record: dict[str, Any]) -> list[str]:

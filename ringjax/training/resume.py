@@ -7,12 +7,16 @@ import json
 from typing import Any, Literal
 
 from .checkpoints import CheckpointError, Checkpoints, DamagedError
-from .loading import flatten
+from .config import Config
+from .loading import flatten, to_table
 
 Resume = Literal["auto", "intact", "force", "never"]
 # Keys that may differ between a checkpoint and the run that continues it: they change when, where and how fast a step
 # is computed, not what (a new mesh or ring only rounds differently; more steps stretch the rest of the schedule).
-_FREE = ("output", "optimizer.steps", "checkpoint.", "logging.", "devices.", "distributed.", "mesh.", "ring.")
+_FREE = (
+    "output", "optimizer.steps", "optimizer.accumulate", "checkpoint.", "logging.", "export.", "devices.",
+    "distributed.", "mesh.", "ring.",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,9 @@ def check_resume(checkpoints: Checkpoints, done: int, about: dict[str, Any], res
     then = checkpoints.about(done)
     if not isinstance(then, dict) or not {"config", "text"} <= then.keys():
         raise DamagedError("its about lacks the configuration or the fingerprint of the text")
+    # A key that an older checkpoint lacks is new since then, and had its default.
     old, new = flatten(then["config"]), flatten(about["config"])
+    old |= {key: value for key, value in flatten(to_table(Config())).items() if key in new and key not in old}
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     lines = [f"{key} = {json.dumps(new.get(key))} (was {json.dumps(old.get(key))})" for key in differing]
     refused = [line for key, line in zip(differing, lines, strict=True) if not key.startswith(_FREE)]
