@@ -1,7 +1,7 @@
 """ringjax: exact attention over a sequence that is sharded across devices.
 
-``ringjax.nnx`` and ``ringjax.linen``, the layers, and ``ringjax.models``, pretrained weights for them, are imported
-when they are first asked for: they need Flax.
+``ringjax.nnx`` and ``ringjax.linen``, the layers, ``ringjax.models``, pretrained weights for them, and
+``ringjax.training`` are imported when they are first asked for: they need Flax.
 """
 
 import importlib
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from . import linen as linen
     from . import models as models
     from . import nnx as nnx
+    from . import training as training
 else:  # a __getattr__ that a type checker sees would allow it any name
-    _LAZY = ("linen", "models", "nnx")
+    _LAZY = ("linen", "models", "nnx", "training")
 
     def __getattr__(name: str) -> ModuleType:
         if name in _LAZY:

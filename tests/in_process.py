@@ -1,6 +1,8 @@
 """A training run inside the test's process, on the devices that the tests have."""
 
+import contextlib
 import io
+from collections.abc import Callable, Iterator
 
 import jax
 import pytest
@@ -10,9 +12,11 @@ from rich.console import Console
 from ringjax.training import devices, loop
 from ringjax.training.config import Config
 
+Train = Callable[..., tuple[loop.Outcome, str]]
 
-@pytest.fixture
-def train(monkeypatch):
+
+@contextlib.contextmanager
+def trainer() -> Iterator[Train]:
     """loop.train on the devices that the tests have, and what it printed."""
 
     def start(config: Config) -> jax.sharding.Mesh:
@@ -24,6 +28,13 @@ def train(monkeypatch):
         outcome = loop.train(config, console=Console(file=printed, width=200), **options)
         return outcome, printed.getvalue()
 
-    monkeypatch.setattr(devices, "start", start)
-    with jax.numpy_dtype_promotion("standard"):  # Adam in Optax raises a float to an int32 count
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "start", start)
+        with jax.numpy_dtype_promotion("standard"):  # Adam in Optax raises a float to an int32 count
+            yield run
+
+
+@pytest.fixture
+def train() -> Iterator[Train]:
+    with trainer() as run:
         yield run

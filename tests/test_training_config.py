@@ -31,6 +31,13 @@ def test_table_round_trip_is_exact():
     assert from_table(without_none(json.loads(json.dumps(to_table(config))))) == config
 
 
+def test_a_pretrained_model_s_table_says_nothing_of_the_defaults():
+    table = {"model": {"init_from": "m", "dtype": "bfloat16"}, "data": {"source": "text", "paths": ["x"]}}
+    config = from_table(table)
+    assert sorted(to_table(config)["model"]) == ["dtype", "init_from", "loss_chunk", "param_dtype", "remat"]
+    assert from_table(without_none(to_table(config))) == config
+
+
 def without_none(table):
     return {k: without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
 
@@ -96,6 +103,23 @@ def test_all_mistakes_are_reported_at_once():
         ({"data": {"source": "paths"}}, "data.paths", "at least one"),
         ({"data": {"paths": ["x"]}}, "data.paths", "data.source = 'stdlib'"),
         ({"output": " "}, "output", "directory"),
+        ({"export": {"path": ""}}, "export.path", "directory"),
+        ({"model": {"init_from": "m", "num_layers": 2}}, "model.num_layers", "absent with model.init_from = 'm'"),
+        ({"model": {"init_from": "m", "vocab_size": 300}}, "model.vocab_size", "absent with model.init_from = 'm'"),
+        ({"model": {"init_from": " "}}, "model.init_from", "a GGUF file"),
+        (
+            {"model": {"init_from": "m"}, "data": {"source": "paths", "paths": ["x"]}},
+            "data.source",
+            "not that of bytes",
+        ),
+        ({"data": {"source": "text", "paths": ["x"]}}, "data.tokenizer", "no model.init_from"),
+        ({"data": {"source": "jsonl", "tokenizer": "m"}}, "data.paths", "data.source = 'jsonl'"),
+        ({"data": {"source": "paths", "paths": ["x"], "tokenizer": "m"}}, "data.tokenizer", "which is bytes"),
+        ({"data": {"source": "tokens", "paths": ["x"]}}, "model.vocab_size", "no data.tokenizer"),
+        ({"data": {"text_key": "body"}}, "data.text_key", "data.source = 'jsonl'"),
+        ({"model": {"vocab_size": 255}}, "model.vocab_size", "at least 256"),
+        ({"optimizer": {"accumulate": 2}, "mesh": {"data": 2}, "data": {"batch_size": 2}}, "data.batch_size", "2 x 2"),
+        ({"optimizer": {"float32_masters": False}}, "optimizer.float32_masters", "param_dtype is 'float32'"),
     ],
 )
 def test_keys_that_cannot_stand_together(table, key, says):

@@ -38,11 +38,12 @@ def train(
         bool, typer.Option("--dry-run", help="Trace the step to shapes, on no devices, and say what it takes.")
     ] = False,
 ) -> None:
-    """Trains a byte-level decoder with ring attention.
+    """Trains a decoder with ring attention, or trains a pretrained one on.
 
     Given again, the same command goes on where the last one stopped, killed
     or not. Ctrl-C and SIGTERM save a checkpoint first. The output directory
-    gets metrics.jsonl, loss.png and checkpoints/.
+    gets metrics.jsonl, loss.png and checkpoints/; export.path, where it is
+    given, a directory that transformers loads.
     """
     from ..training.loading import ConfigError, load
 

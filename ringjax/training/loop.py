@@ -198,7 +198,7 @@ class _Run:
         decoder = self.steps.functions.decode(state.params)
         try:
             return export.write(self.config, decoder, self.subject.tokenizer, step=done)
-        except TrainingError as error:
+        except (OutputError, TrainingError) as error:
             raise TrainingError(f"{error} {self.checkpoints.kept()}") from error
 
     def _finish(self, done: int, stopped: signal.Signals | None, exported: Path | None) -> None:

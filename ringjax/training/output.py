@@ -20,8 +20,12 @@ class TrainingError(RuntimeError):
     """The run cannot go on; what it had reached is kept."""
 
 
-def prepare(output: Path) -> None:
+def prepare(output: Path, *, name: str = "output") -> None:
     """Makes the directory of a run and writes to it once.
+
+    Args:
+      output: the directory.
+      name: of the key or argument that says where it is.
 
     Raises:
       OutputError: it is no directory, is read-only, or its disk is full.
@@ -34,8 +38,8 @@ def prepare(output: Path) -> None:
         except OSError as error:
             reason = "which is a file" if directory.is_file() else reason_of(error)
             raise OutputError(
-                f"output: must be a directory that can be written to, on a disk with room. Got {directory}: {reason}. "
-                "Mend that, or give another output."
+                f"{name}: must be a directory that can be written to, on a disk with room. Got {directory}: {reason}. "
+                f"Mend that, or give another {name}."
             ) from error
 
 

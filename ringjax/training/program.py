@@ -83,7 +83,12 @@ class Functions:
 
     def begin(self, params: dict[str, Any], *, donate: bool) -> TrainState:
         """The state before the first step, of given parameters; whether they may be used up."""
-        run = jax.jit(self.start, out_shardings=self.state_shardings, donate_argnums=(0,) if donate else ())
+
+        def start(params: dict[str, Any]) -> TrainState:
+            # A copy: jit may return an argument itself, and the step uses up its state.
+            return self.start(params if donate else jax.tree.map(jnp.copy, params))
+
+        run = jax.jit(start, out_shardings=self.state_shardings, donate_argnums=(0,) if donate else ())
         return run(params)
 
     def jit_step(self) -> Any:
