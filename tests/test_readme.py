@@ -4,6 +4,8 @@ import functools
 import importlib
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,10 @@ import jax
 import pytest
 from test_models_gguf import BYTES, smol
 from tpu import needs_libtpu
+from typer.testing import CliRunner
 
 import ringjax
+from ringjax.cli import app
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -37,9 +41,12 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bringjax\.((?:nnx\.|linen\.|models\.)?[A-Za-z_]+)", TEXT))))
+@pytest.mark.parametrize(
+    "name",
+    sorted(set(re.findall(r"\bringjax\.((?:nnx\.|linen\.|models\.|training\.(?:Batches\.)?)?[A-Za-z_]+)", TEXT))),
+)
 def test_names_in_the_readme_exist(name: str):
-    for module in ("ringjax.nnx", "ringjax.linen", "ringjax.models"):
+    for module in ("ringjax.nnx", "ringjax.linen", "ringjax.models", "ringjax.training"):
         importlib.import_module(module)
     assert callable(functools.reduce(getattr, name.split("."), importlib.import_module("ringjax")))
 
@@ -82,6 +89,45 @@ def test_example_of_a_pretrained_model_runs(tmp_path: Path, monkeypatch: pytest.
     assert saved == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
+
+
+def test_commands_of_fine_tuning_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One after another, with a small file of the same name and shorter sequences; the last one is compiled only."""
+    (block,) = (text for text in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) if "finetune.toml" in text)
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert [command[:2] for command in commands] == [
+        ["ringjax", "generate"], ["ringjax", "eval"], ["ringjax", "train"], ["ringjax", "eval"], ["python", "-c"]
+    ]  # fmt: skip
+    vocabulary = {"model": "gpt2", "merges": ["t h"], "tokens": [*BYTES[:100], "th", "Ġ"]}
+    keys = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    smol(tmp_path / "SmolLM2-135M-Instruct.gguf", **keys)
+    (tmp_path / "book.txt").write_text("the lighthouse stood at the end of a long road, " * 60, encoding="utf-8")
+    (tmp_path / "configs").mkdir()
+    shutil.copy(Path(__file__).parents[1] / "configs" / "finetune.toml", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for place in ("ringjax.simulate", "ringjax.training.devices"):  # JAX has started here, with eight devices
+        monkeypatch.setattr(f"{place}.set_cpu_devices", lambda count: None)
+    shorter = {
+        "generate": ["--max-new-tokens", "3"],
+        "eval": ["--seq-len", "128"],
+        "train": ["--set", "data.sequence_length=128", "--set", "optimizer.learning_rate=3e-3"],
+    }
+    perplexities = []
+    for _, name, *arguments in commands[:-1]:
+        with jax.numpy_dtype_promotion("standard"):
+            result = CliRunner().invoke(app, [name, *arguments, *shorter[name]])
+        assert result.exit_code == 0, result.output
+        if name == "eval":
+            perplexities += [float(x) for x in re.findall(r" all .* ([\d.]+) ", result.stdout)]
+    before, after = perplexities
+    assert after < 0.9 * before
+    assert '"smollm2-book"' in (tmp_path / "configs" / "finetune.toml").read_text(encoding="utf-8")
+    assert "'smollm2-book'" in compile_code(commands[-1][2]) and (tmp_path / "smollm2-book" / "config.json").exists()
+
+
+def compile_code(code: str) -> str:
+    compile(code, "README", "exec")
+    return code
 
 
 @needs_libtpu

@@ -55,37 +55,40 @@ metrics.MetricsFile.write = stopped
 """
 
 
+IN_PARTS = ("--set", "data.batch_size=4", "--set", "optimizer.accumulate=2")
+
+
 @pytest.mark.slow
 def test_interrupted_run_has_the_bits_of_an_uninterrupted_one(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    status, said = tiny_run.run("train", tiny_run.write_config(whole))
+    status, said = tiny_run.run("train", tiny_run.write_config(whole), *IN_PARTS)
     assert status == 0, said
     config, output = tiny_run.write_config(broken), broken / "out"
     kept = output / "checkpoints"
 
-    status, said = tiny_run.run("train", config, driver=KILL_IN_A_LINE.format(step=5))
+    status, said = tiny_run.run("train", config, *IN_PARTS, driver=KILL_IN_A_LINE.format(step=5))
     assert status == -signal.SIGKILL, said
     assert (output / "metrics.jsonl").read_text().endswith('"lo')
 
-    status, said = tiny_run.run("train", config, driver=KILL_IN_A_CHECKPOINT.format(step=6))
+    status, said = tiny_run.run("train", config, *IN_PARTS, driver=KILL_IN_A_CHECKPOINT.format(step=6))
     assert status == -signal.SIGKILL, said
     assert "resuming after step 3" in said
     assert (kept / "3").is_dir() and not (kept / "6").exists()
     assert [path for path in kept.iterdir() if path.name.startswith("6.")], "the checkpoint it was writing"
 
-    status, said = tiny_run.run("train", config, driver=STOP.format(step=7, signal="SIGTERM"))
+    status, said = tiny_run.run("train", config, *IN_PARTS, driver=STOP.format(step=7, signal="SIGTERM"))
     assert status == 128 + signal.SIGTERM, said
     assert "resuming after step 3" in said
     assert "stopped by SIGTERM after step 7 of 10, which is saved. The same command goes on" in said
     assert sorted(path.name for path in kept.iterdir()) == ["6", "7"]  # two are kept, the torn one is gone
 
-    status, said = tiny_run.run("train", config, driver=STOP.format(step=8, signal="SIGINT"))
+    status, said = tiny_run.run("train", config, *IN_PARTS, driver=STOP.format(step=8, signal="SIGINT"))
     assert status == 128 + signal.SIGINT, said
     assert "resuming after step 7" in said and "Traceback" not in said
 
-    status, said = tiny_run.run("train", config)
+    status, said = tiny_run.run("train", config, *IN_PARTS)
     assert status == 0, said
     assert "resuming after step 8" in said
     assert tiny_run.learned(broken / "out") == tiny_run.learned(whole / "out")

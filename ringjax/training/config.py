@@ -117,7 +117,7 @@ class Optimizer:
     weight_decay: NonNegative = 0.1
     clip_norm: Positive = 1.0
     accumulate: Count = 1  # parts of a batch that run one after another: less memory, the same step
-    float32_masters: bool = True  # of bfloat16 parameters: without them updates below 1/256 of a parameter are lost
+    float32_masters: bool = True  # of bfloat16 parameters: without them small updates are lost
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)

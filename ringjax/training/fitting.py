@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import ringjax
-from ringjax.nnx import Decoder, DecoderConfig
+from ringjax.nnx import Decoder, DecoderConfig, partition_shardings
 
 from . import metrics, processes, program
 from .checkpoints import Checkpoints
@@ -70,7 +70,6 @@ def fit(
 
     Raises:
       ValueError: an argument is not what it must be. It names the argument, what is required and what was given.
-      NotImplementedError: the mesh has Explicit axes.
       OutputError, CheckpointError: the directory cannot be written to, or holds what must not be continued.
       TrainingError: the loss is not finite, or a checkpoint cannot be written.
     """
@@ -88,7 +87,8 @@ def fit(
     if isinstance(model, Decoder) and mesh is not None:
         raise ValueError(f"mesh must be None for a Decoder, which has its own. Got {mesh!r}.")
     chosen = _optimizer(steps, optimizer)
-    where = _mesh(settings, model.mesh if isinstance(model, Decoder) else mesh)
+    given = _mesh(settings, model.mesh if isinstance(model, Decoder) else mesh)
+    where = jax.sharding.Mesh(given.devices, given.axis_names)  # with Auto axes: XLA places the optimizer's arrays
     for name, value in (("batches", batches), ("held_out", held_out)):
         if value is not None:
             _check_batches(name, value, settings, where, chosen)
@@ -98,6 +98,8 @@ def fit(
     about = _about(settings, batches, held_out, chosen, seed if isinstance(model, DecoderConfig) else None)
     output = None if directory is None else Path(directory)
     with contextlib.ExitStack() as stack:
+        if not jax.sharding.get_mesh().empty:
+            stack.enter_context(jax.set_mesh(where))
         checkpoints, done, state, history = None, 0, None, []
         if output is not None:
             _prepare(output)
@@ -132,8 +134,8 @@ def fit(
             state, _, _ = run.run(compiled, state, done, report=report, stopping=lambda: None)
         if checkpoints is not None:
             checkpoints.wait()
-    trained = made.decode(state.params)
-    return _like(model, trained) if isinstance(model, Decoder) else trained, history
+        trained = nnx.state(made.decode(state.params))
+    return _placed(model, mesh, given, trained), history
 
 
 def _optimizer(steps: int | None, given: Optimizer | None) -> Optimizer:
@@ -165,8 +167,6 @@ def _mesh(settings: DecoderConfig, mesh: Any) -> jax.sharding.Mesh:
     absent = [axis for axis in _named(settings) if axis not in mesh.shape]
     if absent:
         raise ValueError(f"mesh must have the axes that the decoder names, {_named(settings)}. Got {mesh}.")
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise NotImplementedError(f"mesh must have Auto axes. Got {mesh.axis_types}.")
     return mesh
 
 
@@ -242,7 +242,12 @@ def _params(model: Decoder, made: program.Functions) -> dict[str, Any]:
     return jax.device_put(nnx.to_pure_dict(nnx.state(model)), made.state_shardings.params)
 
 
-def _like(model: Decoder, trained: Decoder) -> Decoder:
-    """The trained parameters where the given decoder has its own."""
-    graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.device_put(nnx.state(trained), jax.tree.map(lambda leaf: leaf.sharding, state)))
+def _placed(
+    model: Decoder | DecoderConfig, mesh: jax.sharding.Mesh | None, given: jax.sharding.Mesh, trained: nnx.State
+) -> Decoder:
+    """The trained parameters where the given decoder has its own, or on the mesh of a fresh one."""
+    if isinstance(model, Decoder):
+        graph, state = nnx.split(model)
+        return nnx.merge(graph, jax.device_put(trained, jax.tree.map(lambda leaf: leaf.sharding, state)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(model, mesh=mesh, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, jax.device_put(trained, partition_shardings(state, given)))
