@@ -22,8 +22,10 @@ BREADTH = (
     "test_conformance::test_wide_stripes",
     "test_decoder::test_on_a_mesh_with_data_and_tensor_axes",
     "test_decoder_options::test_options_equal_dense",
+    "test_evaluation::test_token_losses",
     "test_gpu_ring",
     "test_inspect_compile",
+    "test_jaxpr::test_a_full_ring_rotates_once_less_than_it_has_devices",
     "test_linen::test_on_a_mesh_with_data_and_tensor_axes",
     "test_memory",
     "test_mosaic_backward::test_lowers",
@@ -37,13 +39,16 @@ BREADTH = (
     "test_tpu_kernel::test_every_feature_compiles_for_every_generation",
     "test_tpu_kernel::test_tiles_of_a_chip",
     "test_tpu_ring",
+    "test_tpu_steps::test_a_list_holds_every_tile_of_its_chunk",
     "test_training_multihost",
+    "test_training_resume::test_interrupted_run_has_the_bits_of_an_uninterrupted_one",
     "test_transforms::test_checkpoint_names_spare_the_second_ring",
     "test_transforms::test_padding_that_fills_whole_chunks",
     "test_transforms::test_vmap_of_the_whole_call",
     "test_transforms::test_vmap_over_stacked_shards_is_a_ring",
     "test_triton::test_lowers_for_cuda",
     "test_tune::test_candidates_lower",
+    "test_visits::test_rows_visit_every_pair_once_and_full_tiles_are_full",
 )
 
 # Files, commands, names, and what numpy computes: no version of JAX changes them.
