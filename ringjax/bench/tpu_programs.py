@@ -54,6 +54,20 @@ def ringjax_backward(device: Any, *, length: int, head_size: int, carry: bool = 
     return Built(backward, (*arguments, _array(*x.shape, dtype=jnp.float32)), donated=(6,))
 
 
+def ringjax_cached(
+    device: Any, *, batch: int, length: int, heads: int, kv_heads: int, head_size: int, queries: int = 1
+) -> Built:
+    """Queries against keys and values as a cache has them, [B, S, K, H], all of them attended to."""
+    params = KernelParams(head_size**-0.5, device_kind=device.device_kind)
+
+    def forward(q: jax.Array, *kv: jax.Array) -> Any:
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, *kv))
+        return tpu.forward(Block(q=q, k=k, v=v, mask=Mask()), params, None, finish=True)[:2]
+
+    cached = _array(batch, length, kv_heads, head_size)
+    return Built(forward, (_array(batch, queries, heads, head_size), cached, cached))
+
+
 def splash_forward(device: Any, *, length: int, head_size: int, blocks: dict[str, Any]) -> Built:
     """``blocks`` are the fields of splash's BlockSizes."""
     del device  # Unused.

@@ -7,7 +7,7 @@ is row g T + t of head k, where q, head-major, has it already. Sinks and absent 
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..layout import Runs
 from ..mask import Tokens
@@ -42,14 +42,20 @@ def _rows(queries: Tokens, length: int, group: int) -> Tokens:
     return Tokens(positions=positions, segments=None if segments is None else jnp.tile(segments, (1, group)))
 
 
+def present(block: Block) -> Bool[Array, "B1 T"] | None:
+    """Which queries of the block there are. None: all."""
+    count = block.mask.queries.length
+    return None if count is None else jnp.arange(block.q.shape[2], dtype=jnp.int32)[None] < count[:, None]
+
+
 def unfold(block: Block, outs: Float[Array, "P B K R Hv"], lses: Float[Array, "P B K R"]) -> Finished:
     """The result of the block before it was folded, from those of P disjoint sets of its keys."""
     batch, heads, length, _ = block.q.shape
     shape = (*outs.shape[:1], batch, heads, length)
     outs, lses = outs.reshape(*shape, outs.shape[-1]), lses.reshape(shape)
-    present, sinks = block.mask.queries.length, block.sinks
-    if present is not None:
-        there = (jnp.arange(length, dtype=jnp.int32)[None] < present[:, None])[None, :, None, :]
+    there, sinks = present(block), block.sinks
+    if there is not None:
+        there = there[None, :, None, :]
         lses = jnp.where(there, lses, jnp.log(there.astype(lses.dtype)))  # -inf: it attends to nothing
     out, lse = combine(outs, lses, None if sinks is None else sinks[None, :, None])
     return Finished(out=out.astype(block.q.dtype), lse=lse)

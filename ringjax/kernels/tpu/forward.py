@@ -1,13 +1,8 @@
 """The forward block kernel for TPU: folds one K/V block into the running softmax, which goes in and comes out.
 
 A grid over (batch row, query head, visited tile). The running softmax of a tile of queries lives in VMEM while the
-tiles of keys that it sees pass by: FULL ones without a predicate, EMPTY ones not at all. With logits = f s, where s
-are the products q.k and f the scale (with a cap: s = tanh(scale q.k / cap), f = cap),
-
-    m = max s,    p = exp2((s - m) f LOG2_E),    l = sum p,    acc = sum p v,    lse = f m + log(l):
-
-one multiplication a logit, after the subtraction, so that rounding grows with s - m and not with s. The maximum in the
-carry is m, which only this kernel reads. Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+tiles of keys that it sees pass by: FULL ones without a predicate, EMPTY ones not at all. The arithmetic is that of
+:mod:`ringjax.kernels.tpu.online`; the maximum in the carry is that of its scores, which only this kernel reads.
 """
 
 import dataclasses
@@ -21,25 +16,17 @@ from jaxtyping import Array
 
 from ..._compat import shape_like
 from ...mask import Rule, attends
-from ...partial import NO_LOGIT, close
 from ..base import Block, Finished, KernelParams
-from ..softmax import Normaliser, clean, factor, is_finite, scores, to_save
+from ..softmax import Normaliser
 from ..visits import FULL, PARTIAL
-from . import common
-from .common import Predicate, Scalars, column, dot, repeat_lanes, weights
+from . import common, online
+from .common import Predicate, Scalars, dot
+from .online import Running, State
 from .steps import Step, Walk, plan_steps
 from .tiles import LANES, TileSizes, sub_tile
 
 # Queries of a PARTIAL tile worked on at a time.
 _PARTIAL_ROWS = 256
-
-
-class Running(NamedTuple):
-    """The carry: the running softmax, max and sum as rows of lanes. ``max`` is that of the scores."""
-
-    acc: Any  # [B, N, T, Hv]
-    max: Any  # [B, N, 1, T]
-    sum: Any  # [B, N, 1, T]
 
 
 class _Inputs(NamedTuple):
@@ -52,14 +39,6 @@ class _Inputs(NamedTuple):
     keys: Any  # Vectors of [B1, 1, S]
     carry: Any  # Running
     sinks: Any  # [N] in SMEM
-
-
-class _State(NamedTuple):
-    """The running softmax of one tile of queries, in VMEM."""
-
-    acc: Any  # [block_q, Hv]
-    max: Any  # [block_q, lanes], all lanes equal
-    sum: Any  # [block_q, lanes], without the carry's, to be summed over lanes at the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +70,13 @@ def forward(
 
     row = shape_like((batch, heads, 1, q_length), jnp.float32, q)
     acc = shape_like((batch, heads, q_length, v_size), q.dtype if finish else jnp.float32, q)
-    num_rows = 2
-    if finish:  # lse, and for backward what float32 needs to have forward's weights again
-        num_rows = 1 if q.dtype.itemsize == 2 else 3 if sinks is None else 4
+    num_rows = online.num_rows(q.dtype, sinks is not None) if finish else 2
     aliases = {}
     if carry is not None and not finish:
         before = len(prefetch) + len(jax.tree.leaves(inputs[:5]))
         aliases = {before + i: i for i in range(3)}
     lanes = min(LANES, tiles.sub_kv)
-    state = _State(*(pltpu.VMEM((tiles.block_q, n), jnp.float32) for n in (v_size, lanes, lanes)))
+    state = online.scratch((tiles.block_q,), v_size, lanes)
     products = batch * heads * q_length * k_length
     out = pl.pallas_call(
         _Kernel(static, scalars_tree, jax.tree.structure(inputs)),
@@ -174,10 +151,10 @@ class _Kernel:
         scalars = jax.tree.unflatten(self.scalars, refs[:split])
         x = jax.tree.unflatten(self.inputs, refs[split : split + self.inputs.num_leaves])
         *out, acc, top, total = refs[split + self.inputs.num_leaves :]
-        state = _State(acc=acc, max=top, sum=total)
+        state = State(acc=acc, max=top, sum=total)
         b, n, s = (pl.program_id(axis) for axis in range(3))
         step = static.walk.step(scalars.steps, b, s)
-        pl.when(step.first)(lambda: _init(x, state))
+        pl.when(step.first)(lambda: online.begin(state, x.carry))
         if not static.walk.lists:
             _fold_full(x, state, static)
         else:
@@ -188,23 +165,13 @@ class _Kernel:
         pl.when(step.last)(lambda: end(x, n, state, out, static.params))
 
 
-def _init(x: _Inputs, state: _State) -> None:
-    state.sum[...] = jnp.zeros_like(state.sum)
-    if x.carry is None:
-        state.acc[...] = jnp.zeros_like(state.acc)
-        state.max[...] = jnp.full_like(state.max, NO_LOGIT)
-    else:
-        state.acc[...] = x.carry.acc[...]
-        state.max[...] = column(x.carry.max[...], state.max.shape[1])
-
-
-def _fold_full(x: _Inputs, state: _State, static: _Static) -> None:
+def _fold_full(x: _Inputs, state: State, static: _Static) -> None:
     """A FULL tile of keys, some at a time, all queries at once."""
     for start in range(0, x.k.shape[0], static.tiles.sub_kv):
         _fold(x, state, static.params, slice(None), pl.ds(start, static.tiles.sub_kv), None)
 
 
-def _fold_partial(x: _Inputs, state: _State, static: _Static, numbers_smem: Any, b: Any, step: Step) -> None:
+def _fold_partial(x: _Inputs, state: State, static: _Static, numbers_smem: Any, b: Any, step: Step) -> None:
     """A PARTIAL tile, in a compiled loop over pieces: few tiles are, and unrolled they would be most of the program."""
     assert static.rule is not None
     tiles = static.tiles
@@ -222,70 +189,25 @@ def _fold_partial(x: _Inputs, state: _State, static: _Static, numbers_smem: Any,
     jax.lax.fori_loop(0, tiles.block_q // rows * pieces, piece, None)
 
 
-def _fold(x: _Inputs, state: _State, params: KernelParams, rows: Any, columns: Any, which: Predicate | None) -> None:
+def _fold(x: _Inputs, state: State, params: KernelParams, rows: Any, columns: Any, which: Predicate | None) -> None:
     """One step of the online softmax for some of the tile's queries (rows) and keys (columns)."""
-    k, v = x.k[columns], x.v[columns]
-    s = scores(dot(x.q[rows], k, (1, 1)), params)
-    old = state.max[rows]
     allowed = None
     if which is not None:
-        queries = which.query_columns(x.queries, rows, columns.size)
-        allowed = attends(queries, which.key_rows(x.keys, columns))
-        s = jnp.where(allowed, s, NO_LOGIT)
-    new = jnp.maximum(old, jnp.max(s, axis=1, keepdims=True))
-    p = weights(s, repeat_lanes(new, s.shape[1]), params)
+        allowed = attends(which.query_columns(x.queries, rows, columns.size), which.key_rows(x.keys, columns))
+    v = x.v[columns]
+    online.fold(
+        state, rows, dot(x.q[rows], x.k[columns], (1, 1)), lambda p: online.weighed(p, v, allowed), params, allowed
+    )
     if allowed is not None:
-        p = jnp.where(allowed, p, 0.0)  # while nothing is attended, exp2(NO_LOGIT - NO_LOGIT) is 1
-    rescale = weights(old, new, params)
-    state.max[rows] = new
-    state.sum[rows] = rescale * state.sum[rows] + _sum_to_lanes(p, old.shape[1])
-    values = dot(p.astype(v.dtype), v if allowed is None else clean(v), (1, 0))
-    state.acc[rows] = repeat_lanes(rescale, values.shape[1]) * state.acc[rows] + values
-    if allowed is not None:
-        _mark_poison(state, v, allowed, rows)
+        online.mark_poison(state, rows, v, allowed)
 
 
-def _sum_to_lanes(p: Array, lanes: int) -> Array:
-    """Partial row sums in as many lanes as a register has: the sum over lanes waits until the end."""
-    parts = [p[:, start : start + lanes] for start in range(0, p.shape[1], lanes)]
-    return sum(parts[1:], parts[0])
-
-
-def _mark_poison(state: _State, v: Array, allowed: Array, rows: Any) -> None:
-    """NaN in the output of the queries that attend to a value that is NaN or Inf (0 * NaN would reach all)."""
-    bad = jnp.where(is_finite(v), 0.0, 1.0)
-
-    @pl.when(jnp.max(bad) > 0.0)
-    def _() -> None:
-        hits = dot(jnp.where(allowed, 1.0, 0.0), bad, (1, 0))
-        state.acc[rows] = jnp.where(hits > 0.0, jnp.nan, state.acc[rows])
-
-
-def _carry_on(x: _Inputs, n: Any, state: _State, out: list[Any], params: KernelParams) -> None:
+def _carry_on(x: _Inputs, n: Any, state: State, out: list[Any], params: KernelParams) -> None:
     del n  # Unused.
     out[0][...] = state.acc[...]
-    out[1][...], out[2][...] = _max_and_sum(x, state, params)
+    out[1][...], out[2][...] = online.max_and_sum(state, x.carry, params)
 
 
-def _max_and_sum(x: _Inputs, state: _State, params: KernelParams) -> tuple[Array, Array]:
-    """Both as rows [1, block_q].
-
-    The carry's sum comes in here, not into the lanes of the state: so a hop rounds it once, not once a lane.
-    """
-    top = state.max[...].T[:1]
-    total = jnp.sum(state.sum[...].T, axis=0, keepdims=True)
-    if x.carry is None:
-        return top, total
-    return top, x.carry.sum[...] * weights(x.carry.max[...], top, params) + total
-
-
-def _finish(x: _Inputs, n: Any, state: _State, out: list[Any], params: KernelParams) -> None:
-    """out = acc / l,  lse = f m + log(l);  over no keys 0 and -inf."""
-    acc, lanes = state.acc[...], state.max.shape[1]
-    top, total = _max_and_sum(x, state, params)
-    end = close(top, total, None if x.sinks is None else x.sinks[n], factor(params))
-    out[0][...] = (acc * repeat_lanes(column(end.weight, lanes), acc.shape[1])).astype(out[0].dtype)
-    saved = to_save(x.q.dtype, top, total, end.weight) or ()
-    rows = (end.lse, *saved, *(() if end.sink is None or not saved else (end.sink,)))
-    for ref, row in zip(out[1:], rows, strict=True):
-        ref[...] = row
+def _finish(x: _Inputs, n: Any, state: State, out: list[Any], params: KernelParams) -> None:
+    sink = None if x.sinks is None else x.sinks[n]
+    online.end(state, x.carry, sink, out[0], out[1:], params, x.q.dtype)

@@ -11,16 +11,21 @@ from jaxtyping import Array, Float
 
 from ..base import Block, Finished, Gradients, KernelParams, Upstream
 from . import backward as backward_kernel
+from . import decode as decode_kernel
 from . import forward as forward_kernel
-from .forward import Running
-from .tiles import tile_sizes
+from .online import Running
+from .tiles import decode_tiles, tile_sizes
 
 
 def forward(block: Block, params: KernelParams, carry: Running | None, *, finish: bool) -> Running | Finished:
     """See :class:`ringjax.kernels.base.Kernel`."""
     dtype, block = block.q.dtype, _multipliable(block)
+    few = decode_tiles(block, params) if carry is None and finish else None
+    if few is not None:
+        result: Any = decode_kernel.forward(block, params, few)
+        return result._replace(out=result.out.astype(dtype))
     tiles = tile_sizes("forward", block.q, block.k, block.v, params)
-    result: Any = forward_kernel.forward(block, params, tiles, carry, finish=finish)
+    result = forward_kernel.forward(block, params, tiles, carry, finish=finish)
     return result._replace(out=result.out.astype(dtype)) if finish else result
 
 

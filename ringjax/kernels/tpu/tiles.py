@@ -8,9 +8,10 @@ import dataclasses
 from jaxtyping import Array
 
 from ..._compat import tpu_interpreter_is_forced
-from ..base import KernelParams
+from ..base import Block, KernelParams
+from ..fold import rows_of
 
-LANES = 128
+LANES, _SUBLANES = 128, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,12 @@ _TABLE = {
 }
 
 
+# Few queries: a tile of keys and values is to be long enough for the copy to run at the bandwidth, and no longer.
+_DECODE_BYTES = 4 * _MIB
+_DECODE_KEYS = 2048
+_DECODE_LOGITS = 2**19  # of one head
+
+
 def tile_sizes(direction: str, q: Array, k: Array, v: Array, params: KernelParams) -> TileSizes:
     """Tiles for this call: as requested, otherwise of the table, made even over the shard."""
     largest = _TABLE.get(params.device_kind, _SMALL)[direction]
@@ -90,6 +97,33 @@ def tile_sizes(direction: str, q: Array, k: Array, v: Array, params: KernelParam
         sub_q=sub_tile(block_q, largest.sub_q),
         sub_kv=sub_tile(block_kv, largest.sub_kv),
     )
+
+
+def decode_tiles(block: Block, params: KernelParams) -> TileSizes | None:
+    """Tiles for few queries against a cache: all rows of a head, and a tile of keys of some heads at a time.
+
+    None: not for :mod:`ringjax.kernels.tpu.decode`, since queries fill a tile of their own, or do not fit.
+    """
+    q, k, v, *_ = block
+    if q.shape[2] > LANES or params.block_q is not None:
+        return None
+    largest = _TABLE.get(params.device_kind, _SMALL)["forward"]
+    kv_heads, rows = heads_of_a_step(k.shape[1]), -(-rows_of(block) // _SUBLANES) * _SUBLANES
+    size, v_size = (-(-x.shape[3] // LANES) * LANES for x in (k, v))
+    of_key = kv_heads * (size + v_size) * k.dtype.itemsize
+    most = min(_DECODE_KEYS, min(largest.vmem_bytes // 8, _DECODE_BYTES) // of_key, _DECODE_LOGITS // rows)
+    block_kv = _block("block_kv", k, most, params)
+    # Keys and values, and queries and output, of which there are two; the running softmax; logits, weights, their mask.
+    taken = 2 * block_kv * of_key + 2 * kv_heads * rows * (size + v_size) * 4
+    taken += kv_heads * rows * (v_size + 2 * LANES) * 4 + 4 * rows * block_kv * 4
+    if taken > largest.vmem_bytes:
+        return None
+    return dataclasses.replace(largest, block_q=rows, block_kv=block_kv, sub_q=rows, sub_kv=block_kv)
+
+
+def heads_of_a_step(kv_heads: int) -> int:
+    """Of :mod:`ringjax.kernels.tpu.decode`: as many as divide all and are no more than the sublanes."""
+    return max(n for n in range(1, _SUBLANES + 1) if kv_heads % n == 0)
 
 
 def _block(name: str, x: Array, largest: int, params: KernelParams) -> int:
