@@ -4,6 +4,7 @@ A process of its own, since the compiler may abort. On the default tiles, forwar
 """
 
 import json
+import math
 import sys
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import ringjax
+from ringjax.inspect.hlo import parse
 
 # dtype, head size, value head size, T, S, options of ring_attention.
 PROGRAMS = {
@@ -24,6 +26,43 @@ PROGRAMS = {
     "float32, head size 256": (jnp.float32, 256, 256, 2048, 2048, dict(is_causal=True)),
     "float16": (jnp.float16, 128, 128, 1024, 1024, dict(is_causal=True)),
 }  # fmt: skip
+
+
+# Few queries against a cache: dtype, K/V heads, head size, value head size, T, options of cached_attention.
+CACHED = {
+    "one token": (jnp.bfloat16, 8, 128, 128, 1, {}),
+    "a few tokens": (
+        jnp.bfloat16, 2, 128, 128, 5, dict(local_window_size=(700, 0), logits_soft_cap=20.0, sinks=True),
+    ),
+    "a chunk, heads of 64": (jnp.bfloat16, 4, 64, 64, 64, {}),
+    "one token, heads of 256": (jnp.bfloat16, 4, 256, 256, 1, {}),
+    "a few tokens, float32": (jnp.float32, 16, 128, 64, 3, dict(sinks=True)),
+}  # fmt: skip
+# What makes no array, and the kernel, whose results are small.
+_NAMES = ("parameter", "bitcast", "tuple", "get-tuple-element")
+
+
+def compile_cached(device: object, dtype: object, heads: int, size: int, v_size: int, t: int, options: dict) -> None:
+    """The cache is what the kernel gets: nothing makes an array of its size, whatever the order."""
+    options = dict(options)
+    mesh = jax.sharding.Mesh([device], ("sp",))
+    place = lambda *sizes, dtype=dtype: jax.ShapeDtypeStruct(  # noqa: E731
+        sizes, dtype, sharding=jax.NamedSharding(mesh, jax.P())
+    )
+    sinks = place(4 * heads) if options.pop("sinks", False) else None
+    make = lambda: ringjax.KVCache.empty(2, 4096, heads, size, value_head_dim=v_size, dtype=dtype)  # noqa: E731
+    cache = jax.tree.map(lambda x: place(*x.shape, dtype=x.dtype), jax.eval_shape(make))
+
+    def run(query: jax.Array, cache: ringjax.KVCache, sinks: jax.Array | None) -> jax.Array:
+        return ringjax.cached_attention(query, cache, mesh=mesh, sinks=sinks, **options)
+
+    text = jax.jit(run).lower(place(2, t, 4 * heads, size), cache, sinks).compile().as_text()
+    assert "ringjax_decode" in text, "few queries have a kernel of their own"
+    least = 2 * 4096 * heads * min(size, v_size)
+    for computation in parse(text).computations.values():
+        for op in computation.ops:
+            largest = max((math.prod(shape) for _, shape in op.arrays()), default=0)
+            assert op.opcode in _NAMES or largest < least, f"{op.name} makes {op.type}"
 
 
 def compile_one(device: object, dtype: object, size: int, v_size: int, t: int, s: int, options: dict) -> None:
@@ -59,7 +98,10 @@ def main(topology: str, *names: str) -> None:
     answers = {}
     for name in names:
         try:
-            compile_one(device, *PROGRAMS[name])
+            if name in CACHED:
+                compile_cached(device, *CACHED[name])
+            else:
+                compile_one(device, *PROGRAMS[name])
             answers[name] = "compiled"
         except Exception as error:  # all are tried, whatever becomes of one
             answers[name] = f"{type(error).__name__}: {str(error)[:300]}"
