@@ -38,7 +38,7 @@ def train(
         bool, typer.Option("--dry-run", help="Trace the step to shapes, on no devices, and say what it takes.")
     ] = False,
 ) -> None:
-    """Trains a decoder with ring attention, or trains a pretrained one on.
+    """Trains a decoder with ring attention, new or pretrained.
 
     Given again, the same command goes on where the last one stopped, killed
     or not. Ctrl-C and SIGTERM save a checkpoint first. The output directory
