@@ -10,6 +10,7 @@ BREADTH = (
     "test_bench_tpu::test_every_estimate_is_possible",
     "test_bench_tpu::test_forward_cycles",
     "test_bench_tpu::test_backward_beats_splash_by_five_percent",
+    "test_bench_tpu::test_one_token_takes_no_longer_than_reading_the_cache",
     "test_conformance::test_bfloat16_error_does_not_grow_with_the_ring",
     "test_conformance::test_default_blocks",
     "test_conformance::test_extreme_scale",

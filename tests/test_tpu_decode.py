@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from caches import Problem, run
 from cases import Case, Inputs
+from jax.core import eval_jaxpr
 
 from ringjax.kernels.base import Block, KernelParams
 from ringjax.kernels.tpu import decode
@@ -101,7 +102,7 @@ def test_each_tile_of_the_cache_is_read_once(kv_heads: int, size: int) -> None:
     bytes_read = 0
     for mapping in caches:
         closed = mapping.index_map_jaxpr
-        index_map = jax.jit(lambda *step, closed=closed: jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *step))
+        index_map = jax.jit(lambda *step, closed=closed: eval_jaxpr(closed.jaxpr, closed.consts, *step))
         steps = [tuple(map(int, index_map(*map(np.int32, step)))) for step in itertools.product(*map(range, grid))]
         copies = [here for here, _ in itertools.groupby(steps)]
         assert len(copies) == len(set(copies))
