@@ -51,7 +51,7 @@ def assert_equal(got: cases.Result, want: cases.Result, only: Any = None) -> Non
 def hidden_keys(case: cases.Case) -> tuple[cases.Inputs, np.ndarray]:
     """Inputs of the case, and which of their keys [B, S] nobody attends to."""
     inputs = hide(case, cases.make_inputs(case))
-    return inputs, ~attended(case, inputs).any(axis=1)
+    return inputs, np.count_nonzero(attended(case, inputs), axis=1) == 0
 
 
 def check_hidden_keys(case: cases.Case, *, as_users: bool = False, **ring: Any) -> None:
