@@ -14,7 +14,7 @@ from ringjax.training import loop
 from ringjax.training.checkpoints import CheckpointError, Checkpoints
 from ringjax.training.loading import from_table, load, to_table
 from ringjax.training.metrics import MetricsFile, peak_memory, read
-from ringjax.training.resume import check_resume, find_start
+from ringjax.training.resume import Words, check_resume, find_start
 from ringjax.training.signals import StopSignal
 
 # Statements that make a run end at a chosen moment, from inside: no test waits for a clock.
@@ -174,6 +174,9 @@ def test_other_text_and_never_are_refused():
         check_resume(Kept({}), 7, about({}, text="4567"), "auto")  # pyright: ignore[reportArgumentType]
     with pytest.raises(CheckpointError, match="must hold no checkpoint"):
         find_start(Kept({}), None, about({}), "never")  # pyright: ignore[reportArgumentType]
+    of_fit = Words(output="directory", resume="resume='{}'")
+    with pytest.raises(CheckpointError, match="^directory: .* Give another directory, or resume='force' to continue"):
+        check_resume(Kept({}), 7, about({}, text="4567"), "auto", of_fit)  # pyright: ignore[reportArgumentType]
 
 
 def test_where_and_how_fast_may_change():

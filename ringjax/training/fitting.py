@@ -23,7 +23,7 @@ from .checkpoints import Checkpoints
 from .config import Optimizer
 from .data import Batches
 from .output import OutputError, prepare
-from .resume import Resume, find_start
+from .resume import Resume, Words, find_start
 from .steps import Record, Steps
 
 _PLACING = ("axis_name", "batch_axis_name", "head_axis_name", "ring", "num_shards", "layout")
@@ -104,7 +104,7 @@ def fit(
         if output is not None:
             _prepare(output)
             checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", keep=keep))
-            start = find_start(checkpoints, made.state, about, resume)
+            start = find_start(checkpoints, made.state, about, resume, Words(output="directory", resume="resume='{}'"))
             done, state = start.done, start.state
             history = [record for record in metrics.read(output / "metrics.jsonl") if record["step"] <= done]
         run = Steps(

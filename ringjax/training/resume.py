@@ -19,6 +19,20 @@ _FREE = (
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Words:
+    """What the user gave, as messages call it."""
+
+    output: str  # where the checkpoints are
+    resume: str  # with {} for the value
+
+    def way(self, value: Resume) -> str:
+        return self.resume.format(value)
+
+
+COMMAND = Words(output="output", resume="--resume {}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Where a run begins."""
@@ -28,7 +42,9 @@ class Start:
     notes: list[str]  # what there is to tell
 
 
-def find_start(checkpoints: Checkpoints, target: Any, about: dict[str, Any], resume: Resume) -> Start:
+def find_start(
+    checkpoints: Checkpoints, target: Any, about: dict[str, Any], resume: Resume, words: Words = COMMAND
+) -> Start:
     """Reads the newest checkpoint.
 
     Args:
@@ -37,6 +53,7 @@ def find_start(checkpoints: Checkpoints, target: Any, about: dict[str, Any], res
       about: {"config": the configuration as a table, "text": the fingerprint of the text}.
       resume: "intact" sets damaged checkpoints aside and takes the newest that is intact; the others refuse a damaged
         one. "force" continues with another configuration, "never" refuses every checkpoint.
+      words: for messages.
 
     Raises:
       CheckpointError: the newest checkpoint must not be continued from.
@@ -44,13 +61,13 @@ def find_start(checkpoints: Checkpoints, target: Any, about: dict[str, Any], res
     steps, notes = checkpoints.steps(), []
     if steps and resume == "never":
         raise CheckpointError(
-            "--resume never: output must hold no checkpoint. "
-            f"Got {checkpoints.directory / str(steps[0])}; give another output, or move it away."
+            f"{words.way('never')}: {words.output} must hold no checkpoint. "
+            f"Got {checkpoints.directory / str(steps[0])}; give another {words.output}, or move it away."
         )
     damage: dict[int, DamagedError] = {}
     for step in steps:
         try:
-            found = check_resume(checkpoints, step, about, resume)
+            found = check_resume(checkpoints, step, about, resume, words)
             state = checkpoints.restore(step, target)
         except DamagedError as error:
             damage[step] = error
@@ -60,17 +77,19 @@ def find_start(checkpoints: Checkpoints, target: Any, about: dict[str, Any], res
                 raise
             raise CheckpointError(f"{_damaged(checkpoints, damage)}.\n{error}") from error
         if damage and resume != "intact":
-            raise _refusal(checkpoints, damage, intact=step)
+            raise _refusal(checkpoints, damage, intact=step, words=words)
         for broken, error in damage.items():
             moved = checkpoints.set_aside(broken)
             notes.append(f"WARNING: the checkpoint of step {broken} is damaged ({error}); it is now {moved}")
         return Start(step, state, notes + found)
     if damage:
-        raise _refusal(checkpoints, damage, intact=None)
+        raise _refusal(checkpoints, damage, intact=None, words=words)
     return Start(0, None, notes)
 
 
-def check_resume(checkpoints: Checkpoints, done: int, about: dict[str, Any], resume: Resume) -> list[str]:
+def check_resume(
+    checkpoints: Checkpoints, done: int, about: dict[str, Any], resume: Resume, words: Words = COMMAND
+) -> list[str]:
     """Raises CheckpointError if the checkpoint must not be continued; otherwise returns what there is to tell."""
     where = checkpoints.directory / str(done)
     then = checkpoints.about(done)
@@ -86,22 +105,25 @@ def check_resume(checkpoints: Checkpoints, done: int, about: dict[str, Any], res
         refused.append(f"the text itself, fingerprint {about['text']} (was {then['text']})")
     if refused and resume != "force":
         raise CheckpointError(
-            f"output: the configuration must agree with the checkpoint {where}. Got " + "; ".join(refused) + ". "
-            "Give another output, or --resume force to continue with the new values."
+            f"{words.output}: the configuration must agree with the checkpoint {where}. Got {'; '.join(refused)}. "
+            f"Give another {words.output}, or {words.way('force')} to continue with the new values."
         )
     notes = [f"resuming after step {done} from {where}"]
     changed = [line for line in lines if not line.startswith("output =")]
     return notes + ([f"changed since then: {'; '.join(changed)}"] if changed else [])
 
 
-def _refusal(checkpoints: Checkpoints, damage: dict[int, DamagedError], *, intact: int | None) -> CheckpointError:
+def _refusal(
+    checkpoints: Checkpoints, damage: dict[int, DamagedError], *, intact: int | None, words: Words
+) -> CheckpointError:
     """What is damaged, and what to type."""
     if intact is None:
-        way = f"No checkpoint is intact. Give another output, or move {checkpoints.directory} away to start again."
+        start = f"Give another {words.output}, or move {checkpoints.directory} away to start again."
+        way = f"No checkpoint is intact. {start}"
     else:
         way = (
-            f"The checkpoint of step {intact} is intact: the same command with --resume intact goes on from there, "
-            "and keeps what is damaged aside."
+            f"The checkpoint of step {intact} is intact: the same with {words.way('intact')} goes on from there, and "
+            "keeps what is damaged aside."
         )
     return CheckpointError(f"{_damaged(checkpoints, damage)}. {way}")
 

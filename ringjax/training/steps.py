@@ -154,5 +154,5 @@ class Steps:
         raise TrainingError(
             f"step {record['step']}: loss and gradient norm must be finite. Got {record['loss']} and "
             f"{record['grad_norm']}. {kept}Try a lower optimizer.learning_rate, a longer optimizer.warmup_steps or "
-            "another data.seed (--resume force continues with changed keys)."
+            "another data.seed; resumed with 'force', the run takes changed settings."
         )
