@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         breadth = item.get_closest_marker("breadth") or rounds.listed(item.nodeid, rounds.BREADTH)
         if breadth:
             item.add_marker("breadth")
-        elif rounds.listed(item.nodeid, rounds.ONCE):
+        if rounds.listed(item.nodeid, rounds.ONCE):
             item.add_marker("once")
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.stem in rounds.LONG}
     items.sort(key=lambda item: item.path not in slow)

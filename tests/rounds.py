@@ -1,9 +1,15 @@
-"""Which tests run in which of CI's two rounds. What is in neither table runs in both.
+"""Which tests run in which of CI's rounds.
 
-The first round is the README's command, `pytest`, which leaves out the marker `breadth`; the second, on a later Python
-and so a later JAX, leaves out `once`. `pytest -m ""` runs everything in one. An entry is a file, or a test of it, with
-or without its parameters.
+    pytest                          Python 3.11, the README's command: all without the marker `breadth`
+    pytest -m "breadth and once"    Python 3.11
+    pytest -m "not once"            Python 3.12 and so a later JAX: `breadth` too
+
+Everything runs at least once, and what is in neither table on both. `pytest -m ""` runs everything in one. An entry is
+a file, or a test of it, with or without its parameters.
 """
+
+# Long files without a slow test: they start first.
+LONG = ("test_conformance", "test_mosaic_interpret", "test_transforms")
 
 # One more combination of what other tests hold each by itself, and what is compiled for machines that are not there.
 BREADTH = (
@@ -62,10 +68,20 @@ ONCE = (
     "test_cache::test_what_is_not_cached_takes_part_in_nothing",
     "test_cli",
     "test_configs",
+    "test_conformance::test_bfloat16_error_does_not_grow_with_the_ring",
+    "test_conformance::test_default_blocks",
+    "test_conformance::test_extreme_scale",
     "test_conformance::test_float64",
     "test_conformance::test_half_precision",
+    "test_conformance::test_loops_and_unrolled_hops",
     "test_conformance::test_same_bits_on_two_runs",
+    "test_conformance::test_scales_that_are_no_ordinary_ones",
+    "test_conformance::test_sentinel_positions",
+    "test_conformance::test_sixteen_bit_gradients_on_the_wire",
+    "test_conformance::test_uneven_blocks",
+    "test_conformance::test_wide_stripes",
     "test_decoder",
+    "test_decoder_options",
     "test_demo",
     "test_evaluation",
     "test_generate",
@@ -84,8 +100,8 @@ ONCE = (
     "test_nnx",
     "test_offsets",
     "test_partial",
-    "test_poison::test_keys_that_nobody_attends",
-    "test_poison::test_queries_beyond_their_length",
+    "test_poison",
+    "test_properties::test_any_mask",
     "test_properties::test_any_problem",
     "test_readme",
     "test_recipes",

@@ -34,9 +34,14 @@ def in_words(cell: profiles.Cell) -> str:
 
 
 def of_cells(*features: str) -> Any:
-    """The cells of these features. What users compile is of the first round of CI, the others are of the second."""
-    marks = {True: pytest.mark.once, False: pytest.mark.breadth}
-    cells = [pytest.param(x, id=in_words(x), marks=marks[x.as_users]) for x in CELLS if x.feature in features]
+    """The cells of these features: CI's first round has what users compile, the last some of it and the others."""
+
+    def marks(x: profiles.Cell) -> Any:
+        if not x.as_users:
+            return pytest.mark.breadth
+        return pytest.mark.once if x.implementation == "xla" and x.num_shards < 8 else ()
+
+    cells = [pytest.param(x, id=in_words(x), marks=marks(x)) for x in CELLS if x.feature in features]
     return pytest.mark.parametrize("cell", cells)
 
 
