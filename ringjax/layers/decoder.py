@@ -36,12 +36,11 @@ class Decoder(nnx.Module):
 
     Tokens, targets, segment ids and masks [B, T] are in the ring order that :func:`ringjax.to_ring_order` makes for
     ``config.layout`` and ``config.num_shards``. They and all activations are sharded over ``config.batch_axis_name``
-    and ``config.axis_name``. Layers are stacked and scanned, so compile time does not grow with depth, but for decoding on
-    accelerators, see :meth:`empty_cache`; where
-    ``config.layer_pattern`` has several kinds, whole periods of it are, and the layers after the last whole period
-    follow one by one. Parameters name their mesh axes in their metadata: embedding features over the batch and sequence
-    axes (FSDP), heads, MLP width and vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and
-    without a mesh on one device.
+    and ``config.axis_name``. Layers are stacked and scanned, so compile time does not grow with depth (but for
+    decoding on accelerators, see :meth:`empty_cache`); where ``config.layer_pattern`` has several kinds, whole periods
+    of it are, and the layers after the last whole period follow one by one. Parameters name their mesh axes in their
+    metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP width and vocabulary over
+    ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one device.
 
     Every token id lies in [0, V), padding and masked tokens included. Ids that can be seen are checked. Under ``jit``
     they cannot be: an id outside makes the logits of every token that attends to it NaN, and so the loss.
