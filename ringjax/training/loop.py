@@ -215,11 +215,9 @@ class _Run:
             )
         measured = [record for record in records if "eval_loss" in record]
         if measured:
-            first, last = measured[0], measured[-1]
-            self.tell(
-                f"held-out loss {first['eval_loss']:.4f} after step {first['step']} -> {last['eval_loss']:.4f} after "
-                f"step {last['step']}, perplexity {last['eval_perplexity']:.2f}"
-            )
+            ends = measured[:1] + measured[1:][-1:]
+            losses = " -> ".join(f"{record['eval_loss']:.4f} after step {record['step']}" for record in ends)
+            self.tell(f"held-out loss {losses}, perplexity {ends[-1]['eval_perplexity']:.2f}")
         steps = ", ".join(str(step) for step in sorted(self.checkpoints.steps()))
         self.tell(f"picture      {output / 'loss.png'}")
         self.tell(f"every step   {output / 'metrics.jsonl'}")
