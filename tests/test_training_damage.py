@@ -99,7 +99,7 @@ def test_the_command_ends_with_one_sentence(copy):
     truncate_data(copy.parent / "out" / "checkpoints" / "4" / "state")
     status, said = tiny_run.run("train", copy, *(x for key in MORE for x in ("--set", key)))
     assert status == 2
-    assert "Traceback" not in said and "Exception ignored" not in said and said.count("error: ") == 1
+    assert "Traceback" not in said and "Exception ignored" not in said and said.count("error: ") == 1, said
 
 
 def test_what_a_killed_save_leaves_behind_is_no_checkpoint(copy, train):
