@@ -3,7 +3,6 @@
 Public as ringjax.nnx. Letters: B batch, T length, E embedding, M width of the MLP, V vocabulary, C devices on the ring.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -346,13 +345,11 @@ class Decoder(nnx.Module):
         x = self._embedded(placement, tokens)
         rotations = self._rotations(placement, x, positions)
 
-        # A function of its own, traced and lowered once for all layers of a kind.
-        @functools.partial(jax.jit, static_argnums=0)
         def run(graphdef: Any, arrays: Any, x: jax.Array, own: KVCache, by: Any, counts: Any) -> Any:
             layer: DecoderLayer = nnx.merge(graphdef, arrays)
             return layer.cached(x, placement, own, rotated_by=by, counts=counts, prompt=prompt)
 
-        def run_all(layers: list[DecoderLayer], x: jax.Array, caches: tuple[KVCache, ...]) -> Any:
+        def run_all(run: Any, layers: list[DecoderLayer], x: jax.Array, caches: tuple[KVCache, ...]) -> Any:
             grown = []
             for layer, own in zip(layers, caches, strict=True):
                 x, own = run(*nnx.split(layer), x, own, rotations[_rope_of(layer)], counts)
@@ -362,10 +359,11 @@ class Decoder(nnx.Module):
         scanned, layers = cache.scanned, self._layers()
         if scanned:
             graphdef, stacked = nnx.split(self.blocks)
-            body = lambda x, each: run_all(layers_of(nnx.merge(graphdef, each[0])), x, each[1])  # noqa: E731
+            body = lambda x, each: run_all(run, layers_of(nnx.merge(graphdef, each[0])), x, each[1])  # noqa: E731
             x, scanned = jax.lax.scan(body, x, (stacked, scanned))
             layers = layers[len(layers) - len(cache.layers) :]
-        x, rest = run_all(layers, x, cache.layers)
+        # A function of its own, traced and lowered once for all layers of a kind.
+        x, rest = run_all(jax.jit(run, static_argnums=0), layers, x, cache.layers)
         x = rms_norm(x, self.norm.arrays()["scale"], self.config.norm_eps)
         return x, DecoderCache(scanned=scanned, layers=rest)
 
