@@ -356,24 +356,21 @@ class Decoder(nnx.Module):
                 grown.append(own)
             return x, tuple(grown)
 
-        scanned, layers = cache.scanned, self._layers()
+        scanned = cache.scanned
+        graphdef, stacked = nnx.split(self.blocks)
         if scanned:
-            graphdef, stacked = nnx.split(self.blocks)
             body = lambda x, each: run_all(run, layers_of(nnx.merge(graphdef, each[0])), x, each[1])  # noqa: E731
             x, scanned = jax.lax.scan(body, x, (stacked, scanned))
-            layers = layers[len(layers) - len(cache.layers) :]
+            blocks = []
+        else:
+            periods = range(self.config.num_layers // len(self.config.period))
+            blocks = [nnx.merge(graphdef, jax.tree.map(lambda x, at=at: x[at], stacked)) for at in periods]
+        blocks += [self.rest] if hasattr(self, "rest") else []
         # A function of its own, traced and lowered once for all layers of a kind.
+        layers = [layer for block in blocks for layer in layers_of(block)]
         x, rest = run_all(jax.jit(run, static_argnums=0), layers, x, cache.layers)
         x = rms_norm(x, self.norm.arrays()["scale"], self.config.norm_eps)
         return x, DecoderCache(scanned=scanned, layers=rest)
-
-    def _layers(self) -> list[DecoderLayer]:
-        """All layers, one by one."""
-        graphdef, stacked = nnx.split(self.blocks)
-        periods = self.config.num_layers // len(self.config.period)
-        blocks = [nnx.merge(graphdef, jax.tree.map(lambda x, at=at: x[at], stacked)) for at in range(periods)]
-        rest = [self.rest] if hasattr(self, "rest") else []
-        return [layer for block in (*blocks, *rest) for layer in layers_of(block)]
 
     def _last_logits(self, placement: Placement, x: jax.Array, last: jax.Array) -> jax.Array:
         """Logits [B, V] of one token per row, ``last`` [B, T]; 0 where there is none."""

@@ -33,13 +33,13 @@ class DecoderCache:
 
     @property
     def first(self) -> KVCache:
-        """That of the first layer."""
-        return jax.tree.map(lambda x: x[0], self.scanned[0]) if self.scanned else self.layers[0]
+        """That of the first layer, or of its kind: for what is the same in all."""
+        return (*self.scanned, *self.layers)[0]
 
     @property
     def lengths(self) -> Int32[Array, " B"]:
         """Tokens of each row so far."""
-        return self.first.lengths
+        return self.first.lengths[0] if self.scanned else self.first.lengths
 
     @property
     def capacity(self) -> int | None:
