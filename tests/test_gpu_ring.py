@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     [
         # Each head size has a loop of its own kind in Mosaic's kernels.
         ("pallas_gpu", 64, CAUSAL), ("pallas_gpu", 64, DETERMINISTIC), ("pallas_gpu", 128, WINDOW),
-        ("pallas_gpu", 256, CAUSAL),
+        ("pallas_gpu", 128, CAUSAL), ("pallas_gpu", 256, DETERMINISTIC), ("pallas_gpu", 256, CAUSAL),
         ("pallas_triton", 64, WINDOW), ("pallas_triton", 128, CAUSAL),
     ],
 )  # fmt: skip

@@ -109,7 +109,9 @@ def mask_of(case: cases.Case, inputs: cases.Inputs, start: int, stop: int) -> Ma
     ("name", "tiles"),
     [
         *(("lists", tiles) for tiles in TILES),
-        ("ranges", "units of tiles"), ("full", "units of heads"), ("full, whole tiles", "sub-tiles"),
+        ("ranges", "sub-tiles"), ("ranges", "units of tiles"),
+        ("full", "units of tiles"), ("full", "units of heads"),
+        ("full, whole tiles", "sub-tiles"), ("full, whole tiles", "pieces"),
     ],
 )  # fmt: skip
 def test_tiles_of_a_chip(name: str, tiles: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 
@@ -22,12 +22,10 @@ from . import metrics, processes, program
 from .checkpoints import Checkpoints
 from .config import Optimizer
 from .data import Batches
-from .output import OutputError, prepare
 from .resume import Resume, Words, find_start
 from .steps import Record, Steps
 
 _PLACING = ("axis_name", "batch_axis_name", "head_axis_name", "ring", "num_shards", "layout")
-_LAYOUTS = {"contiguous": ringjax.Contiguous(), "zigzag": ringjax.Zigzag(), "striped": ringjax.Striped()}
 
 
 def fit(
@@ -102,7 +100,7 @@ def fit(
             stack.enter_context(jax.set_mesh(where))
         checkpoints, done, state, history = None, 0, None, []
         if output is not None:
-            _prepare(output)
+            processes.prepare_output(output, name="directory")
             checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", keep=keep))
             start = find_start(checkpoints, made.state, about, resume, Words(output="directory", resume="resume='{}'"))
             done, state = start.done, start.state
@@ -159,7 +157,7 @@ def _mesh(settings: DecoderConfig, mesh: Any) -> jax.sharding.Mesh:
     if mesh is None:
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
-            names = [axis for axis in _named(settings) if axis]
+            names = _named(settings)
             shape = (1,) * len(names)
             return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[:1])
     if not isinstance(mesh, jax.sharding.Mesh):
@@ -171,34 +169,27 @@ def _mesh(settings: DecoderConfig, mesh: Any) -> jax.sharding.Mesh:
 
 
 def _named(settings: DecoderConfig) -> tuple[str, ...]:
-    names: list[str] = []
-    for axes in (settings.batch_axis_name, settings.axis_name, settings.head_axis_name):
-        names += [axes] if isinstance(axes, str) else list(axes or ())
-    return tuple(names)
-
-
-def _count(mesh: jax.sharding.Mesh, axes: Any) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[name] for name in names)
+    axes = (settings.batch_axis_name, settings.axis_name, settings.head_axis_name)
+    return tuple(name for entry in axes for name in program.axes_of(entry))
 
 
 def _check_batches(
     name: str, batches: Batches, settings: DecoderConfig, mesh: jax.sharding.Mesh, optimizer: Optimizer
 ) -> None:
-    ring = _count(mesh, settings.axis_name)
+    ring = program.size_of(mesh, settings.axis_name)
     shards = ring if settings.num_shards is None else settings.num_shards
     if ring not in (1, shards):
         raise ValueError(f"model.config.num_shards must be the {ring} devices on the ring. Got {shards}.")
     if batches.num_shards != shards:
         raise ValueError(f"{name} must be dealt for num_shards = {shards}, as the decoder. Got {batches.num_shards}.")
-    layouts = [_LAYOUTS.get(layout, layout) if isinstance(layout, str) else layout for layout in
-               (settings.layout, batches.layout)]  # fmt: skip
-    if shards > 1 and layouts[0] != layouts[1]:
+    length = batches.config.sequence_length
+    orders = [ringjax.ring_positions(length, layout=x, num_shards=shards) for x in (settings.layout, batches.layout)]
+    if not np.array_equal(orders[0], orders[1]):
         raise ValueError(f"{name} must have the decoder's layout, {settings.layout!r}. Got {batches.layout!r}.")
     largest = int(batches.corpus.text.max())
     if largest >= settings.vocab_size:
         raise ValueError(f"{name} must hold ids below the decoder's vocab_size, {settings.vocab_size}. Got {largest}.")
-    rows = optimizer.accumulate * _count(mesh, settings.batch_axis_name)
+    rows = optimizer.accumulate * program.size_of(mesh, settings.batch_axis_name)
     if name == "batches" and batches.config.batch_size % rows:
         raise ValueError(
             f"batches must have a batch_size that is a multiple of optimizer.accumulate times the devices on the batch "
@@ -226,16 +217,6 @@ def _about(
         "seed": seed,
     }
     return {"config": json.loads(json.dumps(table, default=repr)), "text": batches.corpus.fingerprint}
-
-
-def _prepare(output: Path) -> None:
-    failure = None
-    try:
-        if jax.process_index() == 0:
-            prepare(output, name="directory")
-    except OutputError as error:
-        failure = error
-    processes.raise_together(failure, OutputError(f"directory: process 0 cannot write to {output}."))
 
 
 def _params(model: Decoder, made: program.Functions) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from . import data, devices, export, metrics, pretrained, processes, program, te
 from .checkpoints import CheckpointError, Checkpoints
 from .config import Config
 from .loading import ConfigError, to_table
-from .output import OutputError, TrainingError, prepare, reason_of
+from .output import OutputError, TrainingError, reason_of
 from .plot import plot_loss
 from .progress import Reporter
 from .resume import Resume, Start, find_start
@@ -78,7 +78,7 @@ def train(
     if config.data.eval_fraction:
         corpus, held_out = data.hold_out(corpus, config.data.eval_fraction, config.data.seed)
     made = program.build(config, mesh, subject.decoder)
-    _prepare(output, leader)
+    processes.prepare_output(output)
     with Checkpoints(output / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         start = find_start(checkpoints, made.state, about, resume)
         batches = functools.partial(
@@ -237,14 +237,3 @@ class _Run:
 
 def _amount(corpus: data.Corpus) -> str:
     return f"{len(corpus.text):,} {corpus.unit}s of text in {len(corpus.lengths):,} documents"
-
-
-def _prepare(output: Path, leader: bool) -> None:
-    """Process 0 tries the output; all raise OutputError where it cannot be written to."""
-    failure = None
-    try:
-        if leader:
-            prepare(output)
-    except OutputError as error:
-        failure = error
-    processes.raise_together(failure, OutputError(f"output: process 0 cannot write to {output}."))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .output import TrainingError
+from .output import OutputError, TrainingError, prepare
 
 
 def check_same(fingerprint: str, what: str) -> None:
@@ -41,3 +42,14 @@ def raise_together(error: Exception | None, otherwise: Exception) -> None:
         raise error
     if failed:
         raise otherwise
+
+
+def prepare_output(directory: Path, *, name: str = "output") -> None:
+    """Process 0 tries where the run is to write; all raise OutputError where it cannot."""
+    failure = None
+    try:
+        if jax.process_index() == 0:
+            prepare(directory, name=name)
+    except OutputError as error:
+        failure = error
+    raise_together(failure, OutputError(f"{name}: process 0 cannot write to {directory}."))

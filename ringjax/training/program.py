@@ -75,7 +75,7 @@ class Functions:
         if not isinstance(self.mesh, Mesh):
             return {}
         kind = self.mesh.devices.flat[0].device_kind
-        return ring_options(kind, _size(self.mesh, self.config.axis_name), os.environ.get("XLA_FLAGS", ""))
+        return ring_options(kind, size_of(self.mesh, self.config.axis_name), os.environ.get("XLA_FLAGS", ""))
 
     def jit_init(self) -> Any:
         """Creates each parameter in place, sharded; none ever exists whole."""
@@ -244,7 +244,7 @@ def _in_parts(of_batch: Any, count: int, shardings: Any, sharding: Any) -> Any:
 
     so that the parts weigh what they have in the whole batch's mean, and a part without targets nothing.
     """
-    groups = math.prod(sharding.mesh.shape[axis] for axis in _axes(sharding.spec[0]))
+    groups = math.prod(sharding.mesh.shape[axis] for axis in axes_of(sharding.spec[0]))
     placed = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
     def split(x: Array) -> Array:
@@ -269,12 +269,14 @@ def _in_parts(of_batch: Any, count: int, shardings: Any, sharding: Any) -> Any:
     return run
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """Mesh axes that an entry of a PartitionSpec, or a field of a DecoderConfig, names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _size(mesh: Mesh | AbstractMesh, axes: Any) -> int:
-    return math.prod(mesh.shape[axis] for axis in _axes(axes))
+def size_of(mesh: Mesh | AbstractMesh, axes: Any) -> int:
+    """Devices along these axes."""
+    return math.prod(mesh.shape[axis] for axis in axes_of(axes))
 
 
 def decoder_config(config: Config, vocab_size: int = NUM_BYTES) -> DecoderConfig:

@@ -220,10 +220,9 @@ class _Kernel:
     inputs: Any
 
     def __call__(self, *refs: Any) -> None:
-        static, split = self.static, self.scalars.num_leaves
-        scalars = jax.tree.unflatten(self.scalars, refs[:split])
-        x = jax.tree.unflatten(self.inputs, refs[split : split + self.inputs.num_leaves])
-        *results, dq_scratch = refs[split + self.inputs.num_leaves :]
+        static = self.static
+        scalars, x, rest = common.received(refs, self.scalars, self.inputs)
+        *results, dq_scratch = rest
         out = Gradients(*results)
         b, s, g = pl.program_id(0), pl.program_id(2), pl.program_id(3)
         step = static.walk.step(scalars.steps, b, s)

@@ -27,6 +27,13 @@ class Scalars(NamedTuple):
     place: Any = None  # backward: which unit this is
 
 
+def received(refs: tuple[Any, ...], scalars: Any, inputs: Any) -> tuple[Scalars, Any, tuple[Any, ...]]:
+    """A kernel's refs, by the structures of what goes in: those in SMEM, the inputs, and all after them."""
+    split = scalars.num_leaves
+    rest = split + inputs.num_leaves
+    return jax.tree.unflatten(scalars, refs[:split]), jax.tree.unflatten(inputs, refs[split:rest]), refs[rest:]
+
+
 class TileMask(NamedTuple):
     """The mask of a block as its PARTIAL tiles apply it. None where it has none."""
 

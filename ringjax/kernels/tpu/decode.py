@@ -198,10 +198,9 @@ class _Kernel:
     inputs: Any
 
     def __call__(self, *refs: Any) -> None:
-        static, split = self.static, self.scalars.num_leaves
-        scalars = jax.tree.unflatten(self.scalars, refs[:split])
-        x = jax.tree.unflatten(self.inputs, refs[split : split + self.inputs.num_leaves])
-        out, *per_query, acc, top, total = refs[split + self.inputs.num_leaves :]
+        static = self.static
+        scalars, x, rest = common.received(refs, self.scalars, self.inputs)
+        out, *per_query, acc, top, total = rest
         state = State(acc=acc, max=top, sum=total)
         b, s = pl.program_id(0), pl.program_id(2)
         step = static.walk.step(scalars.steps, b, s)

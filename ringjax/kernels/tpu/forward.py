@@ -147,10 +147,9 @@ class _Kernel:
     inputs: Any
 
     def __call__(self, *refs: Any) -> None:
-        static, split = self.static, self.scalars.num_leaves
-        scalars = jax.tree.unflatten(self.scalars, refs[:split])
-        x = jax.tree.unflatten(self.inputs, refs[split : split + self.inputs.num_leaves])
-        *out, acc, top, total = refs[split + self.inputs.num_leaves :]
+        static = self.static
+        scalars, x, rest = common.received(refs, self.scalars, self.inputs)
+        *out, acc, top, total = rest
         state = State(acc=acc, max=top, sum=total)
         b, n, s = (pl.program_id(axis) for axis in range(3))
         step = static.walk.step(scalars.steps, b, s)
