@@ -55,21 +55,29 @@ kernels = st.one_of(
 )
 
 
+ANY: dict[str, Any] = {
+    "kernel": kernels,
+    "case": problems(),
+    "layout": layouts,
+    "blocks": st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    "seed": st.integers(0, 2**16),
+}
+
+
 @hypothesis.settings(max_examples=14)
-@hypothesis.given(
-    kernel=kernels,
-    case=problems(),
-    layout=layouts,
-    blocks=st.tuples(st.integers(1, 12), st.integers(1, 12)),
-    seed=st.integers(0, 2**16),
-)
-def test_any_problem(
-    kernel: tuple[str, int],
-    case: cases.Case,
-    layout: Any,
-    blocks: tuple[int, int],
-    seed: int,
-) -> None:
+@hypothesis.given(**ANY)
+def test_any_problem(kernel: Any, case: Any, layout: Any, blocks: Any, seed: int) -> None:
+    check(kernel, case, layout, blocks, seed)
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(**ANY)
+def test_any_other_problem(kernel: Any, case: Any, layout: Any, blocks: Any, seed: int) -> None:
+    """Examples follow from a test's name: these are others."""
+    check(kernel, case, layout, blocks, seed)
+
+
+def check(kernel: tuple[str, int], case: cases.Case, layout: Any, blocks: tuple[int, int], seed: int) -> None:
     implementation, num_shards = kernel
     inputs = cases.make_inputs(case, seed=seed)
     result = cases.run_ring(
