@@ -163,15 +163,36 @@ def as_integers(name: str, x: Any) -> Array:
     return _as_array(name, given).astype(jnp.int32)
 
 
+def check_axis_names(axis_name: Any) -> tuple[str, ...]:
+    """The mesh axes of the sequence, outermost first."""
+    axes = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    if not axes or not all(isinstance(axis, str) for axis in axes) or len(set(axes)) != len(axes):
+        raise ValueError(
+            f"axis_name must be the name of a mesh axis, or several different ones, outermost first. Got {axis_name!r}."
+        )
+    return axes
+
+
 def check_axis_name(axis_name: Any) -> str:
-    """The one mesh axis of the sequence."""
+    """The one mesh axis of the sequence, where there can be no more."""
     if isinstance(axis_name, (tuple, list)) and len(axis_name) == 1:
         axis_name = axis_name[0]
-    if isinstance(axis_name, (tuple, list)) and len(axis_name) == 2:
-        raise NotImplementedError(f"axis_name: two-level rings are not implemented yet. Got {axis_name!r}.")
+    if isinstance(axis_name, (tuple, list)) and len(axis_name) > 1:
+        raise NotImplementedError(f"axis_name: a cache is sharded over one mesh axis. Got {axis_name!r}.")
     if not isinstance(axis_name, str):
         raise ValueError(f"axis_name must be the name of a mesh axis. Got {axis_name!r}.")
     return axis_name
+
+
+def check_strategies(strategy: str | tuple[str, ...], axes: tuple[str, ...]) -> tuple[str, ...]:
+    """One word for each axis."""
+    words = (strategy,) * len(axes) if isinstance(strategy, str) else strategy
+    if len(words) != len(axes):
+        raise ValueError(
+            f"config.strategy must be one word, or {len(axes)}, one for each axis of axis_name {axes!r}. "
+            f"Got {strategy!r}."
+        )
+    return words
 
 
 def check_window(local_window_size: Any, is_causal: Any) -> tuple[int | None, int | None]:

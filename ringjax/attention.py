@@ -6,7 +6,15 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from . import _compat
-from .arguments import Arrays, check_arrays, check_axis_name, check_scale, check_soft_cap, check_window
+from .arguments import (
+    Arrays,
+    check_arrays,
+    check_axis_names,
+    check_scale,
+    check_soft_cap,
+    check_strategies,
+    check_window,
+)
 from .config import RingConfig
 from .kernels.choose import choose, interprets
 from .layout import Layout, as_layout
@@ -107,7 +115,8 @@ def ring_attention(
         The error is at most about twice that of dense attention in the same dtype, also where all logits share an
         offset; but the fused kernels round the gradient of 16-bit logits to 16 bits, as FlashAttention does, and what
         keys have in common is multiplied by that.
-      axis_name: mesh axis of the sequence. A pair (outer, inner), a two-level ring, is not implemented yet.
+      axis_name: mesh axis of the sequence, or several, outermost first: the layout deals tokens over all their devices,
+        row-major. What each axis does with its part is ``config.strategy``.
       mesh: the mesh, outside ``shard_map``; None takes that of the context (``jax.set_mesh``).
       batch_axis_name, head_axis_name: mesh axes that shard batch and heads, outside ``shard_map`` only. On Explicit
         axes they are read off the sharding of the inputs. One K/V head is kept whole where heads are sharded.
@@ -158,18 +167,25 @@ def ring_attention(
     if not isinstance(return_residual, bool):
         raise ValueError(f"return_residual must be True or False. Got {return_residual!r}.")
     left, right = check_window(local_window_size, is_causal)
-    axis = check_axis_name(axis_name)
-    inside = _compat.axis_is_bound(axis)
+    axes = check_axis_names(axis_name)
+    bound = [axis for axis in axes if _compat.axis_is_bound(axis)]
+    if bound and len(bound) < len(axes):
+        raise ValueError(
+            f"axis_name: either all of its axes must be manual here (inside shard_map or vmap) or none. Got {axes!r}, "
+            f"of which {', '.join(map(repr, bound))} {'is' if len(bound) == 1 else 'are'}."
+        )
+    inside = bool(bound)
     if inside:
-        _refuse_outside_arguments(axis, mesh, batch_axis_name, head_axis_name)
-    whole_mesh = None if inside else find_mesh(axis, mesh)
+        _refuse_outside_arguments(axes, mesh, batch_axis_name, head_axis_name)
+    whole_mesh = None if inside else find_mesh(axes, mesh)
     _refuse_symbolic_sizes(arrays, _compat.mesh_size_inside() if whole_mesh is None else whole_mesh.size)
     target = target_of(mesh)
     largest_head = max(arrays.query.shape[3], arrays.value.shape[3])
     backend = choose(config, target, arrays.query.dtype, largest_head)
     interpreted = backend.interpretable and interprets(config)
     call = Call(
-        axis_name=axis,
+        axis_names=axes,
+        strategies=check_strategies(config.strategy, axes),
         layout=as_layout(layout),
         left=left,
         right=right,
@@ -177,7 +193,7 @@ def ring_attention(
         logits_soft_cap=check_soft_cap(logits_soft_cap),
         config=config,
         kernel=backend.load(),
-        unroll=hops_per_iteration(config, axis, inside, target.platform),
+        unroll=hops_per_iteration(config, axes, inside, target.platform),
         device_kind=target.device_kind,
         interpreted=interpreted,
     )
@@ -202,11 +218,11 @@ def _refuse_symbolic_sizes(arrays: Arrays, num_devices: int) -> None:
             )
 
 
-def _refuse_outside_arguments(axis: str, mesh: Any, batch_axis_name: Any, head_axis_name: Any) -> None:
+def _refuse_outside_arguments(axes: tuple[str, ...], mesh: Any, batch_axis_name: Any, head_axis_name: Any) -> None:
     given = {"mesh": mesh, "batch_axis_name": batch_axis_name, "head_axis_name": head_axis_name}
     for name, value in given.items():
         if value is not None:
             raise ValueError(
-                f"{name} must be None where axis {axis!r} is already manual (inside shard_map or vmap): the arrays "
+                f"{name} must be None where axis {axes[0]!r} is already manual (inside shard_map or vmap): the arrays "
                 f"are local shards there. Got {value!r}."
             )

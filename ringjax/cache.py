@@ -104,7 +104,7 @@ class KVCache:
         for name, size in sizes.items():
             if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name} must be a positive integer. Got {size!r}.")
-        on_mesh = None if mesh is None else find_mesh(check_axis_name(axis_name), mesh).shape[axis_name]
+        on_mesh = None if mesh is None else find_mesh((check_axis_name(axis_name),), mesh).shape[axis_name]
         shards = (on_mesh or 1) if num_shards is None else num_shards
         if not isinstance(shards, int) or shards < 1:
             raise ValueError(f"num_shards must be a positive integer. Got {num_shards!r}.")
@@ -251,7 +251,7 @@ class KVCache:
                     raise ValueError(f"{name} must be None where axis {axis!r} is already manual. Got {given!r}.")
             size, whole = jax.lax.axis_size(axis), None
         else:
-            whole = find_mesh(axis, mesh)
+            whole = find_mesh((axis,), mesh)
             size = whole.shape[axis]
         if size != self.num_shards:
             raise ValueError(f"cache: axis {axis!r} must have {self.num_shards} devices, its num_shards. Got {size}.")
@@ -425,7 +425,8 @@ def cached_attention(
     target = target_of(mesh)
     backend = choose(config, target, query.dtype, max(query.shape[3], value.shape[3]))
     call = Call(
-        axis_name=axis,
+        axis_names=(axis,),
+        strategies=("ring",),
         layout=cache.layout,
         left=left,
         right=0,
@@ -433,7 +434,7 @@ def cached_attention(
         logits_soft_cap=check_soft_cap(logits_soft_cap),
         config=config,
         kernel=backend.load(),
-        unroll=hops_per_iteration(config, axis, inside, target.platform),
+        unroll=hops_per_iteration(config, (axis,), inside, target.platform),
         device_kind=target.device_kind,
         interpreted=backend.interpretable and interprets(config),
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from . import _compat
-from .exchange import gather_tokens, merge_ranks, to_ranks_order
+from .exchange import Gather, gather_tokens, merge_ranks, to_ranks_order
 from .layout import Layout, Runs
 from .local import Call, ring_spec, vary_alike, without_absent
 from .mask import Mask, Tokens
@@ -60,16 +60,17 @@ class CacheMask:
     def travels(self) -> None:
         return None
 
-    def between(self, owner: Array, arrived: None) -> Mask:
-        del arrived  # Unused.
-        runs = self.layout.runs(owner, self.shard_length, self.num_shards)
+    def between(self, owner: tuple[Array, ...], arrived: None, keys: None) -> Mask:
+        del arrived, keys  # Unused: blocks travel whole.
+        (rank,) = owner
+        runs = self.layout.runs(rank, self.shard_length, self.num_shards)
         if self.rolls:
             slots = runs.at(jnp.arange(self.shard_length, dtype=jnp.int32))[None]
-            keys = Tokens(positions=_last_in_slot(slots, self.lengths[:, None], self.shard_length * self.num_shards))
+            there = Tokens(positions=_last_in_slot(slots, self.lengths[:, None], self.shard_length * self.num_shards))
         else:
-            keys = Tokens(positions=runs if self.bounded else None, length=runs.count_below(self.lengths))
+            there = Tokens(positions=runs if self.bounded else None, length=runs.count_below(self.lengths))
         right = 0 if self.bounded else None
-        return Mask(queries=self.queries, keys=_typed(keys, self.axes), left=self.left, right=right)
+        return Mask(queries=self.queries, keys=_typed(there, self.axes), left=self.left, right=right)
 
 
 def _last_in_slot(slots: Array, lengths: Array, capacity: int) -> Array:
@@ -85,7 +86,8 @@ def _typed(tree: Any, axes: frozenset[str]) -> Any:
 
 def attend_cached(call: Call, way: Way, cached: Cached, *, rolls: bool) -> tuple[Array, Array]:
     """Attention to all that is cached, and its log-sum-exp; of this rank's queries, or of all if they are merged."""
-    axis, layout, num_shards = call.axis_name, call.layout, jax.lax.axis_size(call.axis_name)
+    (axis,) = call.axis_names
+    layout, num_shards = call.layout, jax.lax.axis_size(axis)
     # Tokens beyond the capacity were written nowhere: their rows must show it.
     lost = cached.lengths > cached.key.shape[1] * num_shards
     sinks = cached.sinks  # of the ring's kernels on a rank of its own, of the merge on all alike
@@ -115,7 +117,7 @@ def attend_cached(call: Call, way: Way, cached: Cached, *, rolls: bool) -> tuple
         axes=axes,
     )
     offsets = tuple(range(num_shards)) if way == "keys" else (0,)
-    spec = ring_spec(call, Schedule(num_shards, (offsets,)))
+    spec = ring_spec(call, Schedule(num_shards, (offsets,)), axis_names=(axis,), gather=Gather(), both=False)
     result: Any = ring(spec, query, key, value, cached.sinks if way == "keys" else None, mask)
     out, lse = result
     out = without_absent(out, present)

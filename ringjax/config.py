@@ -4,6 +4,7 @@ import dataclasses
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu", "pallas_triton")
 DIRECTIONS = ("forward", "both")
+STRATEGIES = ("ring", "all_to_all", "all_gather")
 DKV_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -16,7 +17,15 @@ class RingConfig:
         platform lacks raises. None: the best one for the platform; on NVIDIA GPUs "pallas_gpu" on Hopper for 16-bit
         inputs and heads of up to 256, otherwise "pallas_triton". All multiply float32 in full: "xla" does not take TF32
         on GPUs, where logits that share an offset would lose their digits.
-      direction: "forward" (every block travels the same way round) or "both" (half of K/V each way; not yet there).
+      strategy: how the sequence is shared along each axis of ``axis_name``: one word for all of them, or one for each.
+        "ring": K/V blocks travel; memory O(n / C). "all_to_all": tokens are exchanged for heads (Ulysses), N must be a
+        multiple of the size of the axis. "all_gather": K/V of the axis are gathered; where a window leaves ranks out,
+        only what it needs is fetched, as "ring" does. Exchanges come first, then what is left goes round the rings;
+        several are rings within rings, the outermost with the fewest transfers. A cache is sharded over its keys
+        whatever the strategy, so :func:`ringjax.cached_attention` needs none.
+      direction: of the rings. "forward": every block travels the same way round. "both": half of it each way, of the
+        K/V heads if their number is even, otherwise of the tokens, so that each direction of a link carries half. Under
+        a window blocks take the shorter way in any case.
       block_q, block_kv: tile sizes in tokens; None chooses, on GPU from the table that `ringjax tune` has written, if
         there is one. A kernel may pad a shard up to a multiple of them. The backward pass of "pallas_gpu" has tiles of
         its own, for which the registers leave no choice.
@@ -30,6 +39,7 @@ class RingConfig:
     """
 
     implementation: str | None = None
+    strategy: str | tuple[str, ...] = "ring"
     direction: str = "forward"
     block_q: int | None = None
     block_kv: int | None = None
@@ -40,6 +50,10 @@ class RingConfig:
 
     def __post_init__(self) -> None:
         _one_of("implementation", self.implementation, (None, *IMPLEMENTATIONS))
+        if isinstance(self.strategy, list):
+            object.__setattr__(self, "strategy", tuple(self.strategy))
+        for word in self.strategy if isinstance(self.strategy, tuple) and self.strategy else (self.strategy,):
+            _one_of("strategy", word, STRATEGIES)
         _one_of("direction", self.direction, DIRECTIONS)
         _one_of("dkv_dtype", self.dkv_dtype, DKV_DTYPES)
         for name in ("interpret", "deterministic"):

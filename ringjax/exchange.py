@@ -1,9 +1,17 @@
-"""Collectives around a shard's attention: partial results of the ranks become one, queries are gathered. No kernels.
+"""Collectives around a shard's attention: keys are gathered, tokens exchanged for heads, results merged. No kernels.
 
-Each rank has attended to its own keys. The results over all keys follow from these and their log-sum-exps, by one
-maximum and one sum over the axis; see :mod:`ringjax.partial`.
+Gathering the keys of an axis brings those of all its ranks to each (:class:`Gather`); their gradients are summed and go
+home in one reduce-scatter, as wide as they were computed. Exchanging tokens for heads gives each rank of an axis the
+tokens of all and its share of the heads (:class:`HeadExchange`; Jacobs et al. 2023, arXiv:2309.14509).
+
+In decoding each rank attends to its own keys. The results over all keys follow from these and their log-sum-exps, by
+one maximum and one sum over the axis; see :mod:`ringjax.partial`.
 """
 
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +20,196 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._compat import axis_is_bound, take
+from .deal import Deal
 from .layout import Layout, ring_order
 from .partial import finite_lse, normalise, weigh, wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """Brings the keys of some axes together.
+
+    Attributes:
+      axis_names: of the sequence, outermost first.
+      gathered: for each, whether keys are gathered over it.
+      deal: of the keys afterwards; None: there is nothing to gather or to merge, and nothing is done.
+    """
+
+    axis_names: tuple[str, ...] = ()
+    gathered: tuple[bool, ...] = ()
+    deal: Deal | None = None
+
+    def collect(self, tree: Any) -> Any:
+        """Every array [B, L', ...] with the keys of all ranks of these axes, in the order of their positions.
+
+        L' has already the shards of other axes that :class:`HeadExchange` has brought here, rank after rank.
+        """
+        if self.deal is None:
+            return tree
+        return jax.tree.map(self._collect, tree)
+
+    def scatter(self, tree: Any) -> Any:
+        """The transpose of collect: sums over the ranks, and each gets those of its own keys."""
+        if self.deal is None:
+            return tree
+        return jax.tree.map(self._scatter, tree)
+
+    def half(self, length: int) -> int:
+        """Where to cut a block in two: at a tile, and where a run starts."""
+        runs = None if self.deal is None else self.deal.runs((0,) * len(self.deal.ring_sizes))
+        if runs is not None and runs.run < length:
+            return -(-length // runs.run) // 2 * runs.run
+        return length // 256 * 128 or length // 2
+
+    def _collect(self, x: Array) -> Array:
+        assert self.deal is not None
+        x = x.reshape(x.shape[0], *self._sizes(brought=True), self.deal.shard_length, *x.shape[2:])
+        for place, name in self._places():
+            x = jax.lax.all_gather(x, name, axis=place)
+        x = x.reshape(x.shape[0], self.deal.num_merged, *x.shape[1 + len(self._sizes()) :])
+        return self.deal.merge(x)
+
+    def _scatter(self, x: Array) -> Array:
+        assert self.deal is not None
+        x = self.deal.split(x)
+        x = x.reshape(x.shape[0], *self._sizes(), *x.shape[2:])
+        for place, name in reversed(self._places()):
+            x = jax.lax.psum_scatter(x, name, scatter_dimension=place)
+        return x.reshape(x.shape[0], -1, *x.shape[2 + len(self._sizes(brought=True)) :])
+
+    def _sizes(self, *, brought: bool = False) -> tuple[int, ...]:
+        """Of the axes whose shards are merged; or of those only whose shards are here already."""
+        assert self.deal is not None
+        each = zip(self.deal.sizes, self.deal.merged, self.gathered, strict=True)
+        return tuple(size for size, merged, gathered in each if merged and not (brought and gathered))
+
+    def _places(self) -> list[tuple[int, str]]:
+        """Dimension and name of the gathered axes, in order."""
+        assert self.deal is not None
+        merged = [n for n, merged in enumerate(self.deal.merged) if merged]
+        return [(1 + place, self.axis_names[n]) for place, n in enumerate(merged) if self.gathered[n]]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadExchange:
+    """Exchanges the tokens of some axes for heads.
+
+    A rank of an axis of c gets N / c of the query heads and the K/V heads that these use: K / c of them, or fewer
+    different ones where c does not divide K. With g = gcd(K, c) the heads are g groups, each of c / g ranks, which
+    share its K / g K/V heads and have a part each of the query heads of every one.
+
+    Attributes:
+      axis_names: of the exchanged axes, outermost first.
+      sizes: of these axes.
+      num_heads, num_kv_heads: N and K before the exchange; N is a multiple of the product of the sizes.
+    """
+
+    axis_names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+
+    def queries(self, x: Float[Array, "B L N H"]) -> Float[Array, "B ranks*L n H"]:
+        """This rank's heads of the tokens of all ranks, rank after rank."""
+        return self._by_head(x, lambda heads, x: heads.queries_by_rank(x, axis=-2))
+
+    def keys(self, x: Float[Array, "B L K H"]) -> Float[Array, "B ranks*L k H"]:
+        """The K/V heads that they use."""
+        return self._by_head(x, lambda heads, x: heads.keys_by_rank(x))
+
+    def back(self, x: Float[Array, "B ranks*L n H"]) -> Float[Array, "B L N H"]:
+        """The inverse of queries: all heads of this rank's tokens."""
+        x = x.reshape(x.shape[0], *self.sizes, x.shape[1] // math.prod(self.sizes), *x.shape[2:])
+        for place, (name, heads) in reversed(
+            list(enumerate(zip(self.axis_names, self._heads(), strict=True), start=1))
+        ):
+            x = jax.lax.all_to_all(x, name, split_axis=place, concat_axis=x.ndim - 2, tiled=True)
+            x = heads.queries_together(jnp.squeeze(x, place))
+        return x
+
+    def _by_head(self, x: Array, by_rank: Callable[["_Heads", Array], Array]) -> Array:
+        for place, (name, heads) in enumerate(zip(self.axis_names, self._heads(), strict=True), start=1):
+            x = jnp.expand_dims(by_rank(heads, x), place)
+            # Tiled: the transpose of the other form mixes up its axes, JAX 0.10 to 0.12.
+            x = jax.lax.all_to_all(x, name, split_axis=x.ndim - 2, concat_axis=place, tiled=True)
+        return x.reshape(x.shape[0], -1, *x.shape[-2:])
+
+    def sinks(self, x: Float[Array, " N"]) -> Float[Array, " n"]:
+        """Those of this rank's heads."""
+        for name, heads in zip(self.axis_names, self._heads(), strict=True):
+            x = heads.queries_by_rank(x, axis=0)
+            here = x.shape[0] // heads.num_ranks
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(name) * here, here)
+        return x
+
+    def tokens(self, x: Array) -> Array:
+        """[B, L], the same for all heads, to [B, ranks*L]."""
+        for place, name in enumerate(self.axis_names):
+            x = jax.lax.all_gather(x, name, axis=1 + place)
+        return x.reshape(x.shape[0], -1)
+
+    def _heads(self) -> list["_Heads"]:
+        """The split over each axis in turn."""
+        found, num_heads, num_kv_heads = [], self.num_heads, self.num_kv_heads
+        for size in self.sizes:
+            shared = math.gcd(num_kv_heads, size)
+            found.append(_Heads(shared, size // shared, num_kv_heads // shared, num_heads // num_kv_heads))
+            num_heads, num_kv_heads = num_heads // size, num_kv_heads // shared
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """Heads as they are dealt to the ranks of one axis; see :class:`HeadExchange`."""
+
+    groups: int  # g
+    ranks: int  # c / g of a group, which need the same K/V heads
+    kv_heads: int  # K / g of a group
+    per_kv_head: int  # query heads N / K of a K/V head
+
+    @property
+    def num_ranks(self) -> int:
+        """c."""
+        return self.groups * self.ranks
+
+    def queries_by_rank(self, x: Array, axis: int) -> Array:
+        """Query heads along ``axis``, N / c of each rank after those of the one before."""
+        axis %= x.ndim
+        before, after, part = x.shape[:axis], x.shape[axis + 1 :], self.per_kv_head // self.ranks
+        x = x.reshape(*before, self.groups, self.kv_heads, self.ranks, part, *after)
+        return jnp.swapaxes(x, axis + 1, axis + 2).reshape(*before, -1, *after)
+
+    def queries_together(self, x: Array) -> Array:
+        """The inverse, of [..., N, H]."""
+        before, size, part = x.shape[:-2], x.shape[-1], self.per_kv_head // self.ranks
+        x = x.reshape(*before, self.groups, self.ranks, self.kv_heads, part, size)
+        return jnp.swapaxes(x, -4, -3).reshape(*before, -1, size)
+
+    def keys_by_rank(self, x: Array) -> Array:
+        """[..., K, H] to [..., c K / g, H]: those that each rank needs after those of the one before."""
+        before, size = x.shape[:-2], x.shape[-1]
+        x = x.reshape(*before, self.groups, self.kv_heads, size)
+        if self.ranks > 1:
+            x = _copies(x, x.ndim - 2, self.ranks)
+        return x.reshape(*before, -1, size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copies(x: Array, axis: int, count: int) -> Array:
+    """``count`` times the same along a new axis. Its gradient is summed in float32."""
+    return jnp.repeat(jnp.expand_dims(x, axis), count, axis=axis)
+
+
+def _copies_fwd(x: Array, axis: int, count: int) -> tuple[Array, None]:
+    return _copies(x, axis, count), None
+
+
+def _copies_bwd(axis: int, count: int, residuals: None, cotangent: Array) -> tuple[Array]:
+    del count, residuals  # Unused.
+    return (jnp.sum(cotangent.astype(wide(cotangent.dtype)), axis=axis).astype(cotangent.dtype),)
+
+
+_copies.defvjp(_copies_fwd, _copies_bwd)
 
 
 def merge_over_axis(

@@ -46,6 +46,15 @@ class Runs:
         runs = jax.lax.div(index, jnp.int32(self.run)) if isinstance(index, jax.Array) else index // self.run
         return self.base + index + runs * (self.step - self.run)
 
+    def part(self, start: int, stop: int) -> "Runs":
+        """Of the tokens [start, stop): within one run, or from the start of a run on."""
+        if start // self.run == (stop - 1) // self.run:
+            length = stop - start
+            return Runs(base=self.at(start), step=length, run=length, length=length)
+        if start % self.run:
+            raise ValueError(f"start must be a multiple of {self.run} for a part that several runs share. Got {start}.")
+        return Runs(base=self.at(start), step=self.step, run=self.run, length=stop - start)
+
     def find(self, position: Any) -> Any:
         """Index of the token at ``position``; ``length`` where it is none of this shard."""
         ahead = position - self.base
@@ -93,34 +102,28 @@ class Layout:
         """Global position of the token at ``index`` of the shard of ``rank``; integers, numpy or JAX arrays."""
         return self.runs(rank, shard_length, num_shards).at(index)
 
-    def needed_offsets(
-        self, num_shards: int, query_length: int, key_length: int, left: int | None, right: int | None
-    ) -> set[int]:
-        """Offsets t such that some rank r has a query that may attend to a key of rank (r + t) mod C.
+    def merge(self, x: Any) -> Any:
+        """[B, shards, L, ...], the shards of ascending ranks, to [B, shards * L, ...] in ascending order."""
+        raise NotImplementedError
 
-        ``query_length`` and ``key_length`` are lengths of a shard. A query at p sees keys in [p - left, p + right];
-        None means no bound.
-        """
-        q_chunk, k_chunk = self.chunk_length(query_length), self.chunk_length(key_length)
-        num_q = num_shards * query_length // q_chunk
-        num_k = num_shards * key_length // k_chunk
-        found: set[int] = set()
-        for chunk in range(num_q):
-            first, last = _visible_chunks(chunk, q_chunk, k_chunk, num_k, left, right)
-            owners = self.owner(np.arange(first, last + 1), num_shards)
-            found.update(((owners - self.owner(chunk, num_shards)) % num_shards).tolist())
-            if len(found) == num_shards:
-                break
-        return found
+    def split(self, x: Any, num_shards: int) -> Any:
+        """The inverse of merge: [B, shards * L, ...] to [B, shards, L, ...]."""
+        raise NotImplementedError
+
+    def merged_runs(self, first: Any, offsets: tuple[int, ...], shard_length: int, num_shards: int) -> Runs | None:
+        """Positions of the shards of ranks ``first + offsets``, merged. None: they are not three integers."""
+        return self.runs(first, shard_length, num_shards) if offsets == (0,) else None
 
 
-def _visible_chunks(
-    chunk: int, q_chunk: int, k_chunk: int, num_k: int, left: int | None, right: int | None
-) -> tuple[int, int]:
-    """First and last chunk of keys that some query of this chunk may attend (last < first: none)."""
-    first = 0 if left is None else max(0, chunk * q_chunk - left) // k_chunk
-    last = num_k - 1 if right is None else ((chunk + 1) * q_chunk - 1 + right) // k_chunk
-    return first, min(last, num_k - 1)
+def _spacing(offsets: tuple[int, ...]) -> int | None:
+    """The distance between neighbours where it is the same for all."""
+    gaps = {after - before for before, after in zip(offsets[:-1], offsets[1:], strict=True)}
+    return gaps.pop() if len(gaps) == 1 else None
+
+
+def _rows(x: Any, *sizes: int) -> Any:
+    """[B, n, ...] to [B, *sizes, ...]: the second axis alone changes."""
+    return x.reshape(x.shape[0], *sizes, *x.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,22 @@ class Contiguous(Layout):
 
     def runs(self, rank: Any, shard_length: int, num_shards: int) -> Runs:
         return Runs(base=rank * shard_length, step=shard_length, run=shard_length, length=shard_length)
+
+    def merge(self, x: Any) -> Any:
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    def split(self, x: Any, num_shards: int) -> Any:
+        return _rows(x, num_shards, x.shape[1] // num_shards)
+
+    def merged_runs(self, first: Any, offsets: tuple[int, ...], shard_length: int, num_shards: int) -> Runs | None:
+        if len(offsets) == 1:
+            return self.runs(first, shard_length, num_shards)
+        gap = _spacing(offsets)
+        if gap is None:
+            return None
+        length = len(offsets) * shard_length
+        run = length if gap == 1 else shard_length
+        return Runs(base=first * shard_length, step=max(gap * shard_length, run), run=run, length=length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +176,27 @@ class Zigzag(Layout):
         half = shard_length // 2
         between = 2 * num_shards - 1 - 2 * rank  # chunks from the early one to the late one
         return Runs(base=rank * half, step=between * half, run=half, length=shard_length)
+
+    def merge(self, x: Any) -> Any:
+        # The early chunks of all, then the late ones, of which the last rank holds the first.
+        half = x.shape[2] // 2
+        x = x.reshape(*x.shape[:2], 2, half, *x.shape[3:])
+        both = jnp.stack([x[:, :, 0], x[:, ::-1, 1]], axis=1)
+        return both.reshape(x.shape[0], -1, *x.shape[4:])
+
+    def split(self, x: Any, num_shards: int) -> Any:
+        x = _rows(x, 2, num_shards, x.shape[1] // (2 * num_shards))
+        both = jnp.stack([x[:, 0], x[:, 1, ::-1]], axis=2)
+        return both.reshape(x.shape[0], num_shards, -1, *x.shape[4:])
+
+    def merged_runs(self, first: Any, offsets: tuple[int, ...], shard_length: int, num_shards: int) -> Runs | None:
+        if len(offsets) == 1:
+            return self.runs(first, shard_length, num_shards)
+        if _spacing(offsets) != 1:
+            return None
+        half, count = shard_length // 2, len(offsets)
+        between = 2 * num_shards - count - 2 * first
+        return Runs(base=first * half, step=between * half, run=count * half, length=count * shard_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,17 +221,25 @@ class Striped(Layout):
     def runs(self, rank: Any, shard_length: int, num_shards: int) -> Runs:
         return Runs(base=rank * self.stripe, step=num_shards * self.stripe, run=self.stripe, length=shard_length)
 
-    def needed_offsets(
-        self, num_shards: int, query_length: int, key_length: int, left: int | None, right: int | None
-    ) -> set[int]:
-        # Only the distance between two stripes counts, so there is no need to walk over the (many) stripes.
-        num_q = num_shards * query_length // self.stripe
-        num_k = num_shards * key_length // self.stripe
-        back = num_q - 1 if left is None else min(num_q - 1, (left + self.stripe - 1) // self.stripe)
-        ahead = num_k - 1 if right is None else min(num_k - 1, (right + self.stripe - 1) // self.stripe)
-        if back + ahead + 1 >= num_shards:
-            return set(range(num_shards))
-        return {distance % num_shards for distance in range(-back, ahead + 1)}
+    def merge(self, x: Any) -> Any:
+        x = x.reshape(*x.shape[:2], -1, self.stripe, *x.shape[3:])
+        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], -1, *x.shape[4:])
+
+    def split(self, x: Any, num_shards: int) -> Any:
+        x = _rows(x, x.shape[1] // (num_shards * self.stripe), num_shards, self.stripe)
+        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], num_shards, -1, *x.shape[4:])
+
+    def merged_runs(self, first: Any, offsets: tuple[int, ...], shard_length: int, num_shards: int) -> Runs | None:
+        count, gap = len(offsets), _spacing(offsets)
+        if count == 1:
+            return self.runs(first, shard_length, num_shards)
+        length, base = count * shard_length, first * self.stripe
+        if gap == 1:
+            run = min(count * self.stripe, length)
+            return Runs(base=base, step=num_shards * self.stripe, run=run, length=length)
+        if gap is not None and gap * count == num_shards:
+            return Runs(base=base, step=gap * self.stripe, run=self.stripe, length=length)
+        return None
 
 
 _LAYOUTS: dict[str, Layout] = {"contiguous": Contiguous(), "zigzag": Zigzag(), "striped": Striped()}

@@ -1,7 +1,8 @@
-"""A shard's work: its positions and mask, the schedule, then the ring."""
+"""A shard's work: how each axis shares the sequence, positions and mask, the schedule, then the ring."""
 
 import dataclasses
 import functools
+import math
 from typing import Any, TypeVar
 
 import jax
@@ -11,11 +12,13 @@ from jaxtyping import Array, Int32
 from . import _compat
 from .arguments import Arrays
 from .config import RingConfig
+from .deal import Deal
+from .exchange import Gather, HeadExchange
 from .kernels.base import Kernel, KernelParams
-from .layout import Layout
+from .layout import Layout, Runs
 from .mask import Mask, Tokens, Vectors
 from .ring import RingSpec, ring
-from .schedule import Schedule, plan
+from .schedule import Keys, Schedule, plan_rings
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
@@ -25,7 +28,8 @@ T = TypeVar("T")
 class Call:
     """What is known of a call at trace time, complete: nothing below fills in a default."""
 
-    axis_name: str
+    axis_names: tuple[str, ...]  # of the sequence, outermost first
+    strategies: tuple[str, ...]  # one word for each
     layout: Layout
     left: int | None
     right: int | None
@@ -41,13 +45,13 @@ class Call:
     key_length: int | None = None
 
 
-def hops_per_iteration(config: RingConfig, axis: str, inside: bool, platform: str) -> int:
+def hops_per_iteration(config: RingConfig, axes: tuple[str, ...], inside: bool, platform: str) -> int:
     """Of the compiled loop, see RingConfig.unroll."""
     if config.unroll is not None:
         return config.unroll
-    if inside and axis not in _compat.manual_axes():
+    if inside and not set(axes) <= set(_compat.manual_axes()):
         # An axis of vmap. JAX cannot differentiate, outside the vmap, a custom_vjp rule with a collective in a loop.
-        return jax.lax.axis_size(axis)
+        return max(jax.lax.axis_size(axis) for axis in axes)
     return 1 if platform == "cpu" else 2
 
 
@@ -62,22 +66,97 @@ def refuse_interpreter(call: Call) -> None:
 
 def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     """Attention of this rank's queries to the whole sequence: output and log-sum-exp."""
-    num_shards = jax.lax.axis_size(call.axis_name)
-    q_length, k_length = arrays.query.shape[1], arrays.key.shape[1]
-    _check_lengths(call.layout, num_shards, q_length, k_length)
+    sizes = tuple(jax.lax.axis_size(name) for name in call.axis_names)
+    _check_lengths(call.layout, math.prod(sizes), arrays.query.shape[1], arrays.key.shape[1])
     arrays, axes = vary_alike(call, arrays)
-    # Positions that only the run time knows say nothing of which hops are needed.
-    static = call.layout if arrays.q_positions is None else None
-    schedule = plan(
-        num_shards, static, q_length, k_length, left=call.left, right=call.right, direction=call.config.direction
+    sharing = share(call, sizes, arrays)
+    heads = sharing.heads(call, arrays)
+    here = _exchanged(heads, arrays)
+    spec = ring_spec(
+        call, sharing.schedule, axis_names=sharing.ring_axes(call), gather=sharing.gather(call), both=sharing.both
     )
-    spec = ring_spec(call, schedule)
-    mask = _shard_mask(call, arrays, num_shards, axes)
-    result: Any = ring(spec, arrays.query, arrays.key, arrays.value, arrays.sinks, mask)
+    mask = _shard_mask(call, sharing, here, axes)
+    query = sharing.queries.merge(_by_shard(here.query, sharing.queries))
+    result: Any = ring(spec, query, here.key, here.value, here.sinks, mask)
     out, lse = result
-    if mask.queries.length is None or arrays.q_lengths is None:
+    if mask.queries.length is not None and here.q_lengths is not None:
+        out = without_absent(out, mask.queries.length)
+    if heads is None:
         return out, lse
-    return without_absent(out, mask.queries.length), lse
+    split = lambda x: sharing.queries.split(x).reshape(x.shape)  # noqa: E731
+    return heads.back(split(out)), heads.back(split(lse)[..., None])[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """How the axes share the work: which tokens a device has in the end, and what then goes round the others."""
+
+    words: tuple[str, ...]
+    queries: Deal
+    keys: Deal
+    schedule: Schedule | None
+    both: bool
+
+    def ring_axes(self, call: Call) -> tuple[str, ...]:
+        return tuple(name for name, word in zip(call.axis_names, self.words, strict=True) if word == "ring")
+
+    def gather(self, call: Call) -> Gather:
+        gathered = tuple(word == "all_gather" for word in self.words)
+        return Gather(call.axis_names, gathered, self.keys)
+
+    def heads(self, call: Call, arrays: Arrays) -> HeadExchange | None:
+        found = [n for n, word in enumerate(self.words) if word == "all_to_all"]
+        if not found:
+            return None
+        sizes, heads = tuple(self.queries.sizes[n] for n in found), arrays.query.shape[2]
+        names = tuple(call.axis_names[n] for n in found)
+        if heads % math.prod(sizes):
+            raise ValueError(
+                f"query: strategy 'all_to_all' over {', '.join(map(repr, names))} needs a number of heads that is a "
+                f"multiple of {math.prod(sizes)}, the devices on these axes. Got N = {heads}."
+            )
+        return HeadExchange(names, sizes, heads, arrays.key.shape[2])
+
+
+def share(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> Sharing:
+    """Deals out queries and keys as the strategies say, and plans the rings of the axes that are left."""
+    words = tuple("ring" if size == 1 else word for word, size in zip(call.strategies, sizes, strict=True))
+    # Positions that only the run time knows say nothing of which keys are needed.
+    left, right = (call.left, call.right) if arrays.q_positions is None else (None, None)
+    deal = functools.partial(Deal, call.layout, sizes)
+    queries = deal(tuple(word == "all_to_all" for word in words), arrays.query.shape[1])
+
+    def plan(words: tuple[str, ...]) -> tuple[Deal, Schedule]:
+        keys = deal(tuple(word != "ring" for word in words), arrays.key.shape[1])
+        return keys, plan_rings(queries, keys, left, right)
+
+    if left is not None and right is not None and "all_gather" in words:
+        # Where a window leaves ranks out, what it needs is fetched from the others and nothing is gathered.
+        sparing = tuple("ring" if word == "all_gather" else word for word in words)
+        keys, schedule = plan(sparing)
+        if not schedule.is_full:
+            return Sharing(sparing, queries, keys, schedule, both=False)
+    keys, schedule = plan(words)
+    rings = bool(keys.ring_sizes)
+    both = call.config.direction == "both" and schedule.is_full and rings
+    return Sharing(words, queries, keys, schedule if rings else None, both)
+
+
+def _exchanged(heads: HeadExchange | None, arrays: Arrays) -> Arrays:
+    """What this device has once tokens are exchanged for heads; the keys not yet in order."""
+    if heads is None:
+        return arrays
+    tokens = lambda x: None if x is None else heads.tokens(x)  # noqa: E731
+    return arrays._replace(
+        query=heads.queries(arrays.query),
+        key=heads.keys(arrays.key),
+        value=heads.keys(arrays.value),
+        sinks=None if arrays.sinks is None else heads.sinks(arrays.sinks),
+        q_positions=tokens(arrays.q_positions),
+        kv_positions=tokens(arrays.kv_positions),
+        q_segments=tokens(arrays.q_segments),
+        kv_segments=tokens(arrays.kv_segments),
+    )
 
 
 def without_absent(out: Array, present: Array) -> Array:
@@ -89,16 +168,20 @@ def without_absent(out: Array, present: Array) -> Array:
 def vary_alike(call: Call, tree: T) -> tuple[T, frozenset[str]]:
     """One type for all under check_vma: the gradient of what is replicated is then summed by JAX itself."""
     # An axis of vmap is no mesh axis, and nothing is typed by it.
-    axes = frozenset({call.axis_name}).intersection(_compat.manual_axes() if _compat.checks_varying_axes() else ())
+    axes = frozenset(call.axis_names).intersection(_compat.manual_axes() if _compat.checks_varying_axes() else ())
     axes = axes.union(*(_compat.varying_axes(x) for x in jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: _compat.vary_over(x, axes), tree), axes
 
 
-def ring_spec(call: Call, schedule: Schedule) -> RingSpec:
+def ring_spec(
+    call: Call, schedule: Schedule | None, *, axis_names: tuple[str, ...], gather: Gather, both: bool
+) -> RingSpec:
     config = call.config
     return RingSpec(
-        axis_name=call.axis_name,
+        axis_names=axis_names,
         schedule=schedule,
+        gather=gather,
+        both=both,
         kernel=call.kernel,
         params=KernelParams(
             scale=call.scale,
@@ -129,7 +212,7 @@ def _check_lengths(layout: Layout, num_shards: int, q_length: int, k_length: int
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("queries", "travels", "key_lengths"),
-    meta_fields=("layout", "num_shards", "shard_length", "left", "right", "axes"),
+    meta_fields=("deal", "left", "right", "axes"),
 )
 @dataclasses.dataclass(frozen=True)
 class ShardMask:
@@ -138,54 +221,81 @@ class ShardMask:
     queries: Tokens
     travels: Vectors  # positions that the user gave, and segments, of the keys
     key_lengths: Int32[Array, " B1"] | None  # of the whole sequences; None: every key is present
-    layout: Layout
-    num_shards: int
-    shard_length: int  # of the keys
+    deal: Deal  # of the keys
     left: int | None
     right: int | None
     axes: frozenset[str]  # that everything varies over under check_vma
 
-    def between(self, owner: Array, arrived: Vectors) -> Mask:
-        """The mask between the own queries and the block of rank ``owner``."""
-        runs = self.layout.runs(owner, self.shard_length, self.num_shards)
+    def between(self, owner: tuple[Any, ...], arrived: Vectors, keys: Keys | None) -> Mask:
+        """The mask between the own queries and the block of the device at ``owner``, or these of its keys."""
         bounded = self.left is not None or self.right is not None
-        keys = Tokens(
-            positions=arrived.positions if arrived.positions is not None or not bounded else runs,
-            segments=arrived.segments,
-            length=None if self.key_lengths is None else runs.count_below(self.key_lengths),
+        where = _where(self.deal, owner)
+        if keys is not None:
+            where = where.part(*keys) if isinstance(where, Runs) else where[:, keys[0] : keys[1]]
+        return Mask(
+            queries=self.queries,
+            keys=_typed(
+                Tokens(
+                    positions=arrived.positions if arrived.positions is not None or not bounded else where,
+                    segments=arrived.segments,
+                    length=None if self.key_lengths is None else _count_below(where, self.key_lengths),
+                ),
+                self.axes,
+            ),
+            left=self.left,
+            right=self.right,
         )
-        return Mask(queries=self.queries, keys=self._typed(keys), left=self.left, right=self.right)
-
-    def _typed(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: _compat.vary_over(jnp.asarray(x, jnp.int32), self.axes), tree)
 
 
-def _shard_mask(call: Call, arrays: Arrays, num_shards: int, axes: frozenset[str]) -> ShardMask:
-    q_length, k_length = arrays.query.shape[1], arrays.key.shape[1]
+def _where(deal: Deal, place: tuple[Any, ...]) -> Runs | Array:
+    """Positions of the tokens of the device at ``place``; ascending, so that absent ones are the last."""
+    runs = deal.runs(place)
+    return deal.positions(place) if runs is None else runs
+
+
+def _count_below(where: Runs | Array, lengths: Array) -> Array:
+    """How many of the tokens are present."""
+    if isinstance(where, Runs):
+        return where.count_below(lengths)
+    return jnp.sum(where < lengths[:, None], axis=1, dtype=jnp.int32)
+
+
+def _typed(tree: T, axes: frozenset[str]) -> T:
+    return jax.tree.map(lambda x: _compat.vary_over(jnp.asarray(x, jnp.int32), axes), tree)
+
+
+def _shard_mask(call: Call, sharing: Sharing, arrays: Arrays, axes: frozenset[str]) -> ShardMask:
     left, right = call.left, call.right
+    queries, keys = sharing.queries, sharing.keys
     if arrays.q_positions is None:  # a bound that no distance can exceed is no bound
-        total = num_shards * max(q_length, k_length)
+        total = queries.num_ranks * max(queries.shard_length, keys.shard_length)
         left, right = (None if bound is None or bound >= total else bound for bound in (left, right))
-    runs = call.layout.runs(jax.lax.axis_index(call.axis_name), q_length, num_shards)
+    place = tuple(
+        jax.lax.axis_index(name) for name, merged in zip(call.axis_names, queries.merged, strict=True) if not merged
+    )
+    where = _where(queries, place)
     bounded = left is not None or right is not None
     q_lengths = _shorter(arrays.q_lengths, call.query_length)
-    queries = Tokens(
-        positions=None if not bounded else runs if arrays.q_positions is None else arrays.q_positions,
-        segments=arrays.q_segments,
-        length=None if q_lengths is None else runs.count_below(q_lengths),
-    )
+    in_order = lambda x: None if x is None else queries.merge(_by_shard(x, queries))  # noqa: E731
     mask = ShardMask(
-        queries=queries,
+        queries=Tokens(
+            positions=None if not bounded else where if arrays.q_positions is None else in_order(arrays.q_positions),
+            segments=in_order(arrays.q_segments),
+            length=None if q_lengths is None else _count_below(where, q_lengths),
+        ),
         travels=Vectors(arrays.kv_positions if bounded else None, arrays.kv_segments),
         key_lengths=_shorter(arrays.kv_lengths, call.key_length),
-        layout=call.layout,
-        num_shards=num_shards,
-        shard_length=k_length,
+        deal=keys,
         left=left,
         right=right,
         axes=axes,
     )
-    return mask._typed(mask)
+    return _typed(mask, axes)
+
+
+def _by_shard(x: Array, deal: Deal) -> Array:
+    """[B, L', ...], shard after shard, to [B, shards, L, ...]."""
+    return x.reshape(x.shape[0], deal.num_merged, deal.shard_length, *x.shape[2:])
 
 
 def _shorter(lengths: Int32[Array, " B"] | None, length: int | None) -> Int32[Array, " B1"] | None:

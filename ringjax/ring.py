@@ -1,10 +1,14 @@
-"""The ring: rotates K/V blocks and folds each into a result. The only file with collectives; it owns the gradient.
+"""The ring: rotates K/V blocks and folds each into a result. The only file with ``ppermute``; it owns the gradient.
 
 Every hop is   issue the rotation of the next block -> run the kernel on this block -> optimization_barrier.   The
 barrier keeps the order on every TPU generation, so that the wire works behind the kernel. Nothing here knows what a
 logit or a position is. What travels is one pytree: K, V and the part of the mask that no rank can compute; in backward
 also the sums of dK and dV, which stay with the block they belong to. After Liu, Zaharia and Abbeel 2023,
 arXiv:2310.01889.
+
+Several axes are rings within rings: what a hop of an outer one does with its block is to send it once round the rings
+within, while the next block of the outer one is on its way. With ``both`` half of every block goes each way round: two
+streams in lockstep, of the heads if these divide, otherwise of the tokens.
 """
 
 import dataclasses
@@ -18,21 +22,24 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from .exchange import Gather
 from .kernels.base import Block, Carry, Kernel, KernelParams, Upstream
 from .partial import attends_to_nothing, wide
-from .schedule import Schedule, permutation
+from .schedule import Keys, Schedule, permutation
 
 
 @dataclasses.dataclass(frozen=True)
 class RingSpec:
     """All that is known at trace time."""
 
-    axis_name: str
-    schedule: Schedule
+    axis_names: tuple[str, ...]  # of the rings, outermost first; none where every key is here
+    schedule: Schedule | None  # of the outermost one; None where there is none
+    gather: Gather  # brings the keys of the other axes here, before they travel
     kernel: Kernel
     params: KernelParams
     unroll: int
     dkv_dtype: str
+    both: bool = False  # half of every block goes each way round
 
 
 class ShardMask(Protocol):
@@ -43,8 +50,12 @@ class ShardMask(Protocol):
         """The part of it that belongs to the keys and that no rank can compute. A pytree, maybe an empty one."""
         ...
 
-    def between(self, owner: Array, arrived: Any) -> Any:
-        """The mask between the own queries and the block of rank ``owner``, of which ``arrived`` has travelled."""
+    def between(self, owner: tuple[Array, ...], arrived: Any, keys: Keys | None) -> Any:
+        """The mask between the own queries and a block, or those of its keys that are given as a range.
+
+        ``owner`` is the place on the axes of the rings of the device whose block it is, of which ``arrived`` has
+        travelled.
+        """
         ...
 
 
@@ -54,6 +65,15 @@ class Travelling(NamedTuple):
     k: Array
     v: Array
     mask: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """What goes one way round: these heads and keys of every block. ``group`` counts the states that are kept."""
+
+    sign: int = 1
+    group: int = 0
+    keys: Keys | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,13 +108,9 @@ def _ring_bwd(spec: RingSpec, residuals: tuple[Any, ...], cotangents: tuple[Arra
     if sinks is not None:  # the sink is a key whose value is zero: dsink = sum of p (0 - delta)
         p = jnp.exp(sinks.astype(dtype)[None, None, :] - lse) if sink is None else jnp.swapaxes(sink, 1, 2)
         dsinks = -jnp.sum(jnp.where(attends_to_nothing(lse), 0.0, p * delta), axis=(0, 1)).astype(sinks.dtype)
-    upstream = Upstream(
-        dout=_head_major(dout), lse=jnp.swapaxes(lse, 1, 2), delta=jnp.swapaxes(delta, 1, 2), saved=saved
-    )
-    home = Travelling(_head_major(k), _head_major(v), mask.travels)
-    grads = _backward(spec, _head_major(q), upstream, home, mask)
-    grads = (_head_major(g).astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
-    return *grads, dsinks, None
+    rows = _head_major(dout), jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
+    grads = _backward(spec, _head_major(q), rows, saved, k, v, mask)
+    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), dsinks, None
 
 
 ring.defvjp(_ring_fwd, _ring_bwd)
@@ -102,87 +118,194 @@ ring.defvjp(_ring_fwd, _ring_bwd)
 
 def _forward(spec: RingSpec, q: Array, k: Array, v: Array, sinks: Array | None, mask: ShardMask) -> tuple[Any, ...]:
     """The output, the log-sum-exp, and what else the kernel keeps for backward."""
-    queries, num_hops = _head_major(q), len(spec.schedule.hops)
+    home, streams = _home(spec, k, v, mask)
+    groups = 1 + streams[-1].group
+    queries, sinks_of = (
+        _groups(_head_major(q), groups),
+        (None,) * groups if sinks is None else _groups(sinks, groups, 0),
+    )
 
-    def hop(index: int, here: Travelling, owner: Array, carry: Carry) -> Carry:
-        block = Block(q=queries, k=here.k, v=here.v, mask=mask.between(owner, here.mask), sinks=sinks)
-        return spec.kernel.forward(block, spec.params, carry, finish=index == num_hops - 1)
+    def work(here: _Place, keys: Keys | None, state: Any, finish: bool) -> tuple[Any, None]:
+        carries: list[Any] = list(state or (None,) * groups)
+        for stream, owner, block in zip(streams, here.owners, here.blocks, strict=True):
+            attended = mask.between(owner, block.mask, stream.keys or keys)
+            n = stream.group
+            carries[n] = spec.kernel.forward(
+                Block(q=queries[n], k=block.k, v=block.v, mask=attended, sinks=sinks_of[n]),
+                spec.params,
+                carries[n],
+                finish=finish and _is_last(stream, streams),
+            )
+        return tuple(carries), None
 
-    out, lse, saved, rest, sink = _walk(spec, Travelling(_head_major(k), _head_major(v), mask.travels), hop)
+    finished, _ = _walk(spec, streams, spec.schedule, home, None, None, work, finish=True)
+    outs, lses, saved, rests, sink_parts = zip(*finished, strict=True)
     # A remat policy that keeps these two names never runs the ring again.
-    out, rest = checkpoint_name((_head_major(out), rest), "ring_out")
-    lse, saved, sink = checkpoint_name((jnp.swapaxes(lse, 1, 2), saved, sink), "ring_lse")
+    out, rest = checkpoint_name((_head_major(_joined(outs)), _joined(rests)), "ring_out")
+    lse, saved, sink = checkpoint_name((jnp.swapaxes(_joined(lses), 1, 2), saved, _joined(sink_parts)), "ring_lse")
     return out, lse, saved, rest, sink
 
 
-class _Sums(NamedTuple):
-    """State of the backward pass. None: nothing yet."""
-
-    dq: Carry  # stays, and is carried through the kernels
-    strand: tuple[Array, Array] | None  # dk and dv of the current strand, which travel with their block
-    landed: tuple[Array, Array] | None  # those that have come home
-
-
 def _backward(
-    spec: RingSpec, q: Array, upstream: Upstream, home: Travelling, mask: ShardMask
+    spec: RingSpec, q: Array, rows: tuple[Array, ...], saved: Any, k: Array, v: Array, mask: ShardMask
 ) -> tuple[Array, Array, Array]:
-    """dq, dk and dv, head-major."""
-    hops = spec.schedule.hops
-    dkv_dtype = wide(q.dtype) if spec.dkv_dtype == "float32" else jnp.dtype(spec.dkv_dtype)
+    """dq, dk and dv; wide, or as they have travelled."""
+    home, streams = _home(spec, k, v, mask)
+    groups = 1 + streams[-1].group
+    queries = _groups(q, groups)
+    dout, lse, delta = (_groups(x, groups) for x in rows)
+    upstream = [Upstream(dout=dout[n], lse=lse[n], delta=delta[n], saved=saved[n]) for n in range(groups)]
 
-    def hop(index: int, arrived: Travelling, owner: Array, state: _Sums | None) -> _Sums:
-        here, finish = hops[index], index == len(hops) - 1
-        dq, strand, landed = state or _Sums(None, None, None)
-        # Issued before the kernel, used after it: the sums of the previous hop travel while this hop is computed.
-        if strand is not None and here.first:
-            landed, strand = _add(landed, _rotate(spec, strand, hops[index - 1].homeward)), None
-        elif strand is not None:
-            strand = _rotate(spec, strand, here.shift)
-        block = Block(q=q, k=arrived.k, v=arrived.v, mask=mask.between(owner, arrived.mask))
-        dq, dk, dv = spec.kernel.backward(block, upstream, spec.params, dq, finish=finish)
-        # On the last hop no block arrives, and nothing else orders the sums' rotation before the kernel.
-        strand, dq, dk, dv = jax.lax.optimization_barrier((strand, dq, dk, dv))
-        return _Sums(dq, _add(strand, (dk.astype(dkv_dtype), dv.astype(dkv_dtype))), landed)
+    def work(here: _Place, keys: Keys | None, state: Any, finish: bool) -> tuple[Any, Any]:
+        carries: list[Carry] = list(state or (None,) * groups)
+        sums = []
+        for stream, owner, block in zip(streams, here.owners, here.blocks, strict=True):
+            attended = mask.between(owner, block.mask, stream.keys or keys)
+            n = stream.group
+            carries[n], dk, dv = spec.kernel.backward(
+                Block(q=queries[n], k=block.k, v=block.v, mask=attended),
+                upstream[n],
+                spec.params,
+                carries[n],
+                finish=finish and _is_last(stream, streams),
+            )
+            sums.append((dk, dv))
+        return tuple(carries), tuple(sums)
 
-    dq, strand, landed = _walk(spec, home, hop)
-    dk, dv = _add(landed, _rotate(spec, strand, hops[-1].homeward))
-    return dq, dk, dv
+    dq, sums = _walk(spec, streams, spec.schedule, home, None, None, work, finish=True)
+    axis = 1 if groups > 1 else 2
+    dk, dv = (_head_major(_joined(parts, axis)) for parts in zip(*_cast(spec, q.dtype, sums), strict=True))
+    dk, dv = spec.gather.scatter((dk, dv))
+    return _head_major(_joined(dq)), dk, dv
 
 
-def _walk(spec: RingSpec, home: Travelling, run_hop: Callable[[int, Travelling, Array, Any], Any]) -> Any:
-    """Run every hop of the schedule: ``run_hop(index, block, owner, state)`` returns the new state, None at first.
+class _Place(NamedTuple):
+    """What a device holds: of every stream a block, and whose it is, as the place on the axes from the outermost on."""
+
+    blocks: tuple[Travelling, ...]
+    owners: tuple[tuple[Array, ...], ...]
+
+
+def _home(spec: RingSpec, k: Array, v: Array, mask: ShardMask) -> tuple[_Place, tuple[_Stream, ...]]:
+    """The own block, as streams."""
+    k, v, travels = spec.gather.collect((k, v, mask.travels))
+    whole = Travelling(_head_major(k), _head_major(v), travels)
+    heads, length = whole.k.shape[1:3]
+    if not spec.both or (heads % 2 and length < 2):
+        streams = (_Stream(),)
+        blocks: tuple[Travelling, ...] = (whole,)
+    elif heads % 2 == 0:
+        streams = (_Stream(), _Stream(sign=-1, group=1))
+        halves = zip(_groups(whole.k, 2), _groups(whole.v, 2), strict=True)
+        blocks = tuple(Travelling(half_k, half_v, travels) for half_k, half_v in halves)
+    else:
+        half = spec.gather.half(length)
+        streams = (_Stream(keys=(0, half)), _Stream(sign=-1, keys=(half, length)))
+        blocks = tuple(_narrow(whole, None, stream.keys) for stream in streams)
+    return _Place(blocks, ((),) * len(streams)), streams
+
+
+class _Sums(NamedTuple):
+    """Sums of dK and dV of every stream. None: nothing yet, and always in forward."""
+
+    strand: Any = None  # of the current strand, which travel with their block
+    landed: Any = None  # those that have come home
+
+
+Work = Callable[[_Place, Keys | None, Any, bool], tuple[Any, Any]]
+
+
+def _walk(
+    spec: RingSpec,
+    streams: tuple[_Stream, ...],
+    schedule: Schedule | None,
+    home: _Place,
+    held: Keys | None,
+    state: Any,
+    work: Work,
+    finish: bool,
+) -> tuple[Any, Any]:
+    """Run every hop of a schedule, and those of the axes within.
+
+    Args:
+      home: the block, or the part ``held`` of it, that the device has before this axis moves it.
+      state: of the kernels; None before the first one.
+      work: what a kernel makes of a block: ``work(place, keys, state, finish)`` returns the new state, and sums of dK
+        and dV for these keys or None.
+      finish: the last hop is the last of all.
+
+    Returns:
+      The state, and sums for the keys of ``home``.
 
     The first and the last hop stand alone (nothing to start from, a result to finish). Of those between, equal ones in
     a row become one compiled loop, in which ``index`` is that of its first hop.
     """
-    hops, num_shards = spec.schedule.hops, spec.schedule.num_shards
-    rank = jax.lax.axis_index(spec.axis_name)
+    if schedule is None:
+        return work(home, held, state, finish)
+    hops, size = schedule.hops, schedule.num_shards
+    axis_name = spec.axis_names[len(home.owners[0])]
+    rank = jax.lax.axis_index(axis_name)
+    home = home._replace(owners=tuple((*owner, rank) for owner in home.owners))
+    rotate = functools.partial(_rotate, axis_name, size, streams)
 
-    def step(index: int, block: Travelling, owner: Array, state: Any) -> tuple[Travelling, Array, Any]:
-        if index == len(hops) - 1:
-            return block, owner, run_hop(index, block, owner, state)
-        following = hops[index + 1]
-        arriving = _rotate(spec, home if following.first else block, following.shift)
-        next_owner = _shifted(rank if following.first else owner, following.shift, num_shards)
-        arriving, state = jax.lax.optimization_barrier((arriving, run_hop(index, block, owner, state)))
-        return arriving, next_owner, state
+    def step(index: int, here: _Place, state: Any, sums: _Sums) -> tuple[_Place, Any, _Sums]:
+        hop, last = hops[index], index == len(hops) - 1
+        arriving = here
+        if not last:
+            following = hops[index + 1]
+            source, keys = (home, held) if following.first else (here, hop.keys or held)
+            blocks = rotate([_narrow(block, keys, following.keys) for block in source.blocks], following.shift)
+            owners = [(*owner[:-1], _shifted(owner[-1], stream.sign * following.shift, size))
+                      for owner, stream in zip(source.owners, streams, strict=True)]  # fmt: skip
+            arriving = _Place(blocks, tuple(owners))
+        # Issued before the kernel, used after it: the sums of the previous hop travel while this hop is computed.
+        if sums.strand is not None:
+            sums = _moved_on(hops[index - 1], hop, sums)
+        state, new = _walk(spec, streams, hop.inner, here, hop.keys or held, state, work, finish and last)
+        if new is not None:
+            # On the last hop no block arrives, and nothing else orders the sums' rotation before the kernel.
+            strand, state, new = jax.lax.optimization_barrier((sums.strand, state, new))
+            new = _cast(spec, here.blocks[0].k.dtype, new)
+            sums = sums._replace(strand=_add(strand, new))
+        if not last:
+            arriving, state, sums = jax.lax.optimization_barrier((arriving, state, sums))
+        return arriving, state, sums
+
+    def _moved_on(before: Any, hop: Any, sums: _Sums) -> _Sums:
+        """The sums where ``hop`` needs them; those of keys that go no further go home."""
+        strand, landed = sums
+        if hop.first:
+            return _Sums(None, land(landed, rotate(strand, before.homeward), before.keys))
+        if before.keys != hop.keys:
+            for gone in _beyond(before.keys or held, hop.keys, home.blocks[0].k.shape[2]):
+                pieces = [_part(x, before.keys or held, gone) for x in strand]
+                landed = land(landed, rotate(pieces, before.homeward), gone)
+            strand = tuple(_part(x, before.keys or held, hop.keys) for x in strand)
+        return _Sums(rotate(strand, hop.shift), landed)
+
+    def land(landed: Any, strand: Any, keys: Keys | None) -> Any:
+        return _land(landed, strand, held, keys, [block.k.shape[2] for block in home.blocks])
 
     def kind(index: int) -> tuple[Any, ...]:
         if index in (0, len(hops) - 1) or hops[index].first or hops[index + 1].first:
             return (index,)  # alone
-        return ("loop", hops[index].shift, hops[index + 1].shift)
+        before, here, following = hops[index - 1 : index + 2]
+        if before.keys != here.keys:
+            return (index,)
+        return ("loop", here.shift, following.shift, here.keys, following.keys, here.inner)
 
-    block, owner, state = home, rank, None
+    here, sums = home, _Sums()
     for _, group in itertools.groupby(range(len(hops)), kind):
         indices = list(group)
         if len(indices) <= max(spec.unroll, 1):
             for index in indices:
-                block, owner, state = step(index, block, owner, state)
+                here, state, sums = step(index, here, state, sums)
         else:
             body = functools.partial(_loop_body, step, indices[0])
-            carry = (block, owner, state)
-            (block, owner, state), _ = jax.lax.scan(body, carry, length=len(indices), unroll=spec.unroll)
-    return state
+            (here, state, sums), _ = jax.lax.scan(body, (here, state, sums), length=len(indices), unroll=spec.unroll)
+    if sums.strand is None:
+        return state, None
+    return state, land(sums.landed, rotate(sums.strand, hops[-1].homeward), hops[-1].keys)
 
 
 def _loop_body(step: Callable[..., Any], index: int, carry: tuple[Any, ...], _: None) -> tuple[Any, None]:
@@ -194,12 +317,84 @@ def _shifted(owner: Array, shift: int, num_shards: int) -> Array:
     return jax.lax.rem(owner + jnp.int32(shift % num_shards), jnp.int32(num_shards))
 
 
-def _rotate(spec: RingSpec, tree: Any, shift: int) -> Any:
-    """Move every rank's view by ``shift`` offsets. Serves blocks, dK and dV alike."""
-    if shift % spec.schedule.num_shards == 0:
+def _rotate(axis_name: str, size: int, streams: tuple[_Stream, ...], trees: Any, shift: int) -> tuple[Any, ...]:
+    """Move every device's view of each stream by ``shift`` offsets, the way it goes. Blocks, dK and dV alike."""
+    return tuple(
+        rotate(tree, axis_name, stream.sign * shift, size) for tree, stream in zip(trees, streams, strict=True)
+    )
+
+
+def rotate(tree: Any, axis_name: str, shift: int, size: int) -> Any:
+    """Every rank r gets what rank (r + shift) mod size has."""
+    if shift % size == 0:
         return tree
-    pairs = permutation(shift, spec.schedule.num_shards)
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, spec.axis_name, pairs), tree)
+    pairs = permutation(shift, size)
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, pairs), tree)
+
+
+def _narrow(block: Travelling, held: Keys | None, keys: Keys | None) -> Travelling:
+    """These keys of a block of which there are those ``held``."""
+    if keys is None or keys == held:
+        return block
+    start = 0 if held is None else held[0]
+    low, high = keys[0] - start, keys[1] - start
+    of_mask = jax.tree.map(lambda x: x[:, low:high], block.mask)
+    return Travelling(block.k[:, :, low:high], block.v[:, :, low:high], of_mask)
+
+
+def _part(sums: Any, held: Keys | None, keys: Keys | None) -> Any:
+    """The same of sums of dK and dV."""
+    if keys is None:
+        return sums
+    start = 0 if held is None else held[0]
+    return jax.tree.map(lambda x: x[:, :, keys[0] - start : keys[1] - start], sums)
+
+
+def _beyond(held: Keys | None, keys: Keys | None, length: int) -> list[Keys]:
+    """The ranges that are held and are no longer needed."""
+    low, high = held or (0, length)
+    start, stop = keys or (low, high)
+    return [piece for piece in ((low, start), (stop, high)) if piece[0] < piece[1]]
+
+
+def _land(landed: Any, sums: Any, held: Keys | None, keys: Keys | None, lengths: list[int]) -> Any:
+    """Adds sums for these keys to those for all keys of the home block, of which there may be none yet."""
+    if keys is None or keys == held:
+        return _add(landed, sums)
+    start = keys[0] - (0 if held is None else held[0])
+    if landed is None:
+        ends = [(start, length - start - (keys[1] - keys[0])) for length in lengths]
+        return tuple(
+            jax.tree.map(lambda x, end=end: jnp.pad(x, ((0, 0), (0, 0), end, (0, 0))), part)
+            for part, end in zip(sums, ends, strict=True)
+        )
+
+    def add(whole: Array, part: Array) -> Array:
+        there = jax.lax.slice_in_dim(whole, start, start + part.shape[2], axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(whole, there + part, start, axis=2)
+
+    return jax.tree.map(add, landed, sums)
+
+
+def _cast(spec: RingSpec, dtype: Any, sums: Any) -> Any:
+    """As they are summed and travel."""
+    dkv_dtype = wide(dtype) if spec.dkv_dtype == "float32" else jnp.dtype(spec.dkv_dtype)
+    return jax.tree.map(lambda x: x.astype(dkv_dtype), sums)
+
+
+def _is_last(stream: _Stream, streams: tuple[_Stream, ...]) -> bool:
+    """Of those that go into the same state."""
+    return stream is [other for other in streams if other.group == stream.group][-1]
+
+
+def _groups(x: Array, groups: int, axis: int = 1) -> list[Array]:
+    """The heads of each group."""
+    return [x] if groups == 1 else jnp.split(x, groups, axis=axis)
+
+
+def _joined(parts: tuple[Any, ...], axis: int = 1) -> Any:
+    """The inverse; None stays None."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else jnp.concatenate(parts, axis=axis)
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -5,12 +5,29 @@ offset a to offset b every rank r sends what it holds to rank (r - (b - a)) mod 
 
 A *strand* is a chain of offsets that one travelling block visits, starting from home (offset 0, whether or not home
 itself is one of its hops). A full ring is one strand 0, 1, ..., C-1. A sliding window needs only the ranks near the
-own one, some before and some after it, so it has up to two strands: 0, 1, 2 one way round and -1, -2 the other.
+own one, some before and some after it, so it has the own block and up to two strands: 1, 2 one way round and -1, -2 the
+other; and of a block only the keys that some rank needs travel, here or further on the strand.
+
+Several axes are rings within rings. A hop of an outer one brings the block of another rank along that axis, and has a
+schedule of its own for the axes within, round which that block goes before the next one is needed.
 """
 
 import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
 
-from .layout import Layout
+import numpy as np
+
+from .deal import Deal
+from .layout import Layout, Striped
+
+# More chunks than these are not looked at one by one.
+_MOST_CHUNKS = 8192
+# Keys of a block travel in tiles of this size if it divides a shard, otherwise of the smaller one, or one by one.
+_TILES = (128, 8)
+
+Keys = tuple[int, int]  # a range [start, stop) of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +35,15 @@ class Hop:
     """One step: every rank works on the block at ``offset``.
 
     ``shift`` is the rotation that brings the block here: from the previous hop, or from home if the hop is the
-    ``first`` of its strand. ``homeward`` is the rotation from here back home.
+    ``first`` of its strand. ``homeward`` is the rotation from here back home. ``keys`` is what arrives of the block,
+    None being all of it. ``inner`` says what follows on the axes within; None: this is the innermost.
     """
 
     offset: int
     shift: int
     first: bool
+    keys: Keys | None = None
+    inner: "Schedule | None" = None
 
     @property
     def homeward(self) -> int:
@@ -32,24 +52,47 @@ class Hop:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The hops of one attention call on a ring of ``num_shards`` devices; a strand is a tuple of offsets."""
+    """The hops of one attention call along one axis of ``num_shards`` devices; a strand is a tuple of offsets.
+
+    ``keys`` and ``inner`` have one entry for every hop, in order; None stands for all None.
+    """
 
     num_shards: int
     strands: tuple[tuple[int, ...], ...]
+    keys: tuple[Keys | None, ...] | None = None
+    inner: "tuple[Schedule | None, ...] | None" = None
 
-    @property
+    @functools.cached_property
     def hops(self) -> tuple[Hop, ...]:
         """All hops, strand after strand."""
-        return tuple(
-            Hop(offset=offset, shift=offset - (strand[i - 1] if i else 0), first=i == 0)
+        steps = [
+            (offset, offset - (strand[i - 1] if i else 0), i == 0)
             for strand in self.strands
             for i, offset in enumerate(strand)
+        ]
+        nothing = (None,) * len(steps)
+        return tuple(
+            Hop(offset=offset, shift=shift, first=first, keys=keys, inner=inner)
+            for (offset, shift, first), keys, inner in zip(
+                steps, self.keys or nothing, self.inner or nothing, strict=True
+            )
         )
 
     @property
+    def is_full(self) -> bool:
+        """Every block goes round whole, here and on the axes within."""
+        whole = all(hop.keys is None and (hop.inner is None or hop.inner.is_full) for hop in self.hops)
+        return whole and self.strands == (tuple(range(self.num_shards)),)
+
+    @property
     def num_rotations(self) -> int:
-        """Rotations of K/V in the forward pass; the backward pass makes as many."""
+        """Rotations of K/V along this axis in the forward pass; the backward pass makes as many."""
         return sum(hop.shift != 0 for hop in self.hops)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, or parts of blocks, that a rank works on."""
+        return sum(1 if hop.inner is None else hop.inner.num_blocks for hop in self.hops)
 
     def holds(self, rank: int) -> tuple[int, ...]:
         """The blocks that this rank works on, hop by hop."""
@@ -69,31 +112,175 @@ def plan(
     *,
     left: int | None,
     right: int | None,
-    direction: str = "forward",
 ) -> Schedule:
-    """The hops that at least one rank needs.
+    """The hops that at least one rank needs on a ring of one axis.
 
     Args:
       num_shards: C.
       layout: None where positions are given by the user, so that nothing is known before run time: every hop is made.
       query_length, key_length: shard lengths.
       left, right: a query at position p sees keys in [p - left, p + right]; None is unbounded. Causal is right = 0.
-      direction: "forward". "both" (half of K/V each way round) is not implemented yet.
     """
-    if direction != "forward":
-        raise NotImplementedError(f"direction: only 'forward' is implemented. Got {direction!r}.")
-    needed = set(range(num_shards))
-    if layout is not None and (left is not None or right is not None):
-        needed = layout.needed_offsets(num_shards, query_length, key_length, left, right) | {0}
-    return Schedule(num_shards, _strands(needed, num_shards))
+    if layout is None:
+        return full_schedule((num_shards,))
+    queries, keys = (Deal(layout, (num_shards,), (False,), length) for length in (query_length, key_length))
+    return plan_rings(queries, keys, left, right)
 
 
-def _strands(needed: set[int], num_shards: int) -> tuple[tuple[int, ...], ...]:
-    """Cut the circle of offsets at its widest gap: what lies before the gap goes forward, the rest backward."""
-    ring = [*sorted(needed), num_shards]  # offset C is home again
-    gaps = [after - before for before, after in zip(ring[:-1], ring[1:], strict=True)]
-    # On a tie cut late: a full ring (all gaps 1) is then one forward strand that ends at C-1.
-    cut = max(range(len(gaps)), key=lambda i: (gaps[i], i))
-    forward = tuple(ring[: cut + 1])
-    backward = tuple(t - num_shards for t in reversed(ring[cut + 1 : -1]))
-    return (forward, backward) if backward else (forward,)
+def full_schedule(sizes: tuple[int, ...]) -> Schedule:
+    """Every block goes round all axes, outermost first."""
+    if not sizes:
+        return Schedule(1, ((0,),))
+    inner = None if len(sizes) == 1 else (full_schedule(sizes[1:]),) * sizes[0]
+    return Schedule(sizes[0], (tuple(range(sizes[0])),), inner=inner)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_rings(queries: Deal, keys: Deal, left: int | None, right: int | None) -> Schedule:
+    """The hops that at least one device needs, on the axes along which the keys are not merged.
+
+    The queries may be merged along fewer axes than the keys: along the others each device has its own.
+    """
+    sizes = keys.ring_sizes
+    if not sizes or (left is None and right is None):
+        return full_schedule(sizes)
+    needed = needed_keys(queries, keys, left, right)
+    needed.setdefault((0,) * len(sizes), (0, keys.length))  # the own block costs nothing
+    return _schedule(sizes, needed, keys.length)
+
+
+def _schedule(sizes: tuple[int, ...], needed: Mapping[tuple[int, ...], Keys], length: int) -> Schedule:
+    """From what is needed at each combination of offsets."""
+    size, within = sizes[0], sizes[1:]
+    by_offset: dict[int, dict[tuple[int, ...], Keys]] = {}
+    for (offset, *rest), keys in needed.items():
+        by_offset.setdefault(offset, {})[tuple(rest)] = keys
+    if len(needed) == math.prod(sizes) and all(keys == (0, length) for keys in needed.values()):
+        return full_schedule(sizes)
+    here = {offset: _hull(inner.values()) for offset, inner in by_offset.items()}
+    strands, held = min((_held(strands, here, size) for strands in _strands(set(here), size)), key=_travelled)
+    whole = (0, length)
+    keys = tuple(None if strand == (0,) or part == whole else part
+                 for strand, parts in zip(strands, held, strict=True) for part in parts)  # fmt: skip
+    inner = [_schedule(within, by_offset[t % size], length) for strand in strands for t in strand] if within else None
+    return Schedule(size, strands, keys=keys, inner=None if inner is None else tuple(inner))
+
+
+Strands = tuple[tuple[int, ...], ...]
+
+
+def _strands(needed: set[int], num_shards: int) -> list[Strands]:
+    """Ways to reach these offsets from home, both ways round.
+
+    One that leaves offsets out cuts the circle at its widest gap, on a tie late: what lies before the gap goes forward,
+    the rest backward. Where none is left out it is all forward, half and half, or all backward.
+    """
+    ring = [0, *sorted(needed - {0}), num_shards]  # offset C is home again
+    cuts = [len(ring) - 2, (len(ring) - 2) // 2, 0]
+    if len(needed | {0}) < num_shards:
+        gaps = [after - before for before, after in zip(ring[:-1], ring[1:], strict=True)]
+        cuts = [max(range(len(gaps)), key=lambda i: (gaps[i], i))]
+    own = (0,) if 0 in needed else ()
+    ways = ((own, ring[1 : cut + 1], [t - num_shards for t in reversed(ring[cut + 1 : -1])]) for cut in cuts)
+    return [tuple(tuple(strand) for strand in way if strand) for way in ways]
+
+
+def _held(strands: Strands, here: Mapping[int, Keys], size: int) -> tuple[Strands, list[list[Keys]]]:
+    """With what a rank holds of a block at each offset: all that is needed there, or wherever it goes from there."""
+    held = []
+    for strand in strands:
+        parts: list[Keys] = []
+        for offset in reversed(strand):
+            parts.insert(0, _hull([here[offset % size], *parts[:1]]))
+        held.append(parts)
+    return strands, held
+
+
+def _travelled(way: tuple[Strands, list[list[Keys]]]) -> int:
+    """Keys times the links that they pass."""
+    steps = 0
+    for strand, parts in zip(*way, strict=True):
+        for before, offset, (start, stop) in zip((0, *strand), strand, parts):  # noqa: B905  one longer
+            steps += abs(offset - before) * (stop - start)
+    return steps
+
+
+def _hull(ranges: Iterable[Keys]) -> Keys:
+    starts, stops = zip(*ranges, strict=True)
+    return min(starts), max(stops)
+
+
+def needed_keys(queries: Deal, keys: Deal, left: int | None, right: int | None) -> dict[tuple[int, ...], Keys]:
+    """For offsets on the axes along which keys are not merged: the range of a block's keys that some query attends to.
+
+    Left out are offsets at which nobody attends to anything. A query at p sees keys in [p - left, p + right]; None is
+    no bound. Ranges are of whole tiles, and of whole runs where they reach across one.
+    """
+    sizes = keys.ring_sizes
+    count = math.prod(sizes)
+    # Queries that are split along an axis of merged keys are of one device as far as these are concerned.
+    q_size, k_size = (deal.layout.chunk_length(deal.shard_length) for deal in (queries, keys))
+    num_q, num_k = (deal.num_ranks * deal.shard_length // size for deal, size in ((queries, q_size), (keys, k_size)))
+    if max(num_q, num_k) > _MOST_CHUNKS:
+        offsets = _distant(queries, keys, q_size, left, right, (num_q, num_k))
+        return dict.fromkeys(_offsets(offsets, sizes), (0, keys.length))
+    of_query = keys.device_of(queries.layout.owner(np.arange(num_q), queries.num_ranks))
+    of_key, at = keys.chunks()
+    start, stop = np.full(count, keys.length), np.zeros(count, int)
+    for chunk in range(num_q):
+        low = 0 if left is None else max(0, chunk * q_size - left)
+        high = num_k * k_size - 1 if right is None else min(num_k * k_size - 1, (chunk + 1) * q_size - 1 + right)
+        seen = np.arange(low // k_size, high // k_size + 1)
+        offset = _difference(of_key[seen], of_query[chunk], sizes)
+        first = at[seen] + np.maximum(low - seen * k_size, 0)
+        last = at[seen] + np.minimum(high - seen * k_size, k_size - 1)
+        np.minimum.at(start, offset, first)
+        np.maximum.at(stop, offset, last + 1)
+        if (start == 0).all() and (stop == keys.length).all():
+            break
+    found = np.flatnonzero(stop)
+    tiles = [_whole_tiles(keys, int(start[n]), int(stop[n])) for n in found]
+    return dict(zip(_offsets(found, sizes), tiles, strict=True))
+
+
+def _difference(owner: np.ndarray, own: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """Offset of one device from the other, axis by axis; all as indices row-major over the axes."""
+    theirs, ours = np.unravel_index(owner, sizes), np.unravel_index(own, sizes)
+    away = [(a - b) % size for a, b, size in zip(theirs, ours, sizes, strict=True)]
+    return np.ravel_multi_index(away, sizes)
+
+
+def _offsets(flat: Iterable[int], sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [tuple(int(n) for n in np.unravel_index(offset, sizes)) for offset in flat]
+
+
+def _distant(
+    queries: Deal, keys: Deal, size: int, left: int | None, right: int | None, counts: tuple[int, int]
+) -> list[int]:
+    """Offsets from the distance between stripes alone, of which there are too many to look at each."""
+    everything = list(range(math.prod(keys.ring_sizes)))
+    if not isinstance(queries.layout, Striped):
+        return everything
+    back, ahead = (
+        count - 1 if bound is None else min(count - 1, (bound + size - 1) // size)
+        for bound, count in zip((left, right), counts, strict=True)
+    )
+    num_ranks = keys.num_ranks
+    if back + ahead + 1 >= num_ranks:
+        return everything
+    ranks = np.arange(num_ranks)
+    device = keys.device_of(ranks)
+    found: set[int] = set()
+    for distance in range(-back, ahead + 1):
+        found.update(_difference(device[(ranks + distance) % num_ranks], device, keys.ring_sizes).tolist())
+    return sorted(found)
+
+
+def _whole_tiles(keys: Deal, start: int, stop: int) -> Keys:
+    """Rounded outwards: to tiles, and to the start of a run if it reaches across one, as Runs.part needs it."""
+    tile = next((size for size in _TILES if keys.length % size == 0), 1)
+    start, stop = start // tile * tile, min(-(-stop // tile) * tile, keys.length)
+    runs = keys.runs((0,) * len(keys.ring_sizes))
+    if runs is not None and start // runs.run != (stop - 1) // runs.run:
+        start = start // runs.run * runs.run
+    return start, stop

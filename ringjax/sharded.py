@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,26 +36,31 @@ def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
     )
 
 
-def find_mesh(axis: str, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
+def find_mesh(axes: tuple[str, ...], mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
     manual = _compat.manual_axes()
     if manual:
         raise ValueError(
             f"axis_name must be a manual axis inside shard_map: one of {', '.join(map(repr, manual))}. For a ring over "
             "another axis use one shard_map over all of these and it, since JAX cannot differentiate one shard_map "
-            f"within another. Got {axis!r}{'' if mesh is None else ' and a mesh'}."
+            f"within another. Got {_quoted(axes)}{'' if mesh is None else ' and a mesh'}."
         )
     found = mesh if mesh is not None else jax.sharding.get_abstract_mesh()
     if not isinstance(found, (Mesh, AbstractMesh)):
         raise ValueError(f"mesh must be a jax.sharding.Mesh or None. Got {type(found).__name__}.")
     if found.empty:
         raise ValueError(
-            f"axis_name {axis!r} must be an axis of a mesh: pass mesh=, set one with jax.set_mesh, or call inside "
-            "shard_map over it. Got no mesh."
+            f"axis_name {_quoted(axes)} must be an axis of a mesh: pass mesh=, set one with jax.set_mesh, or call "
+            "inside shard_map over it. Got no mesh."
         )
-    if axis not in found.axis_names:
-        where = "mesh" if mesh is not None else "axis_name: the mesh of the context"
-        raise ValueError(f"{where} must have an axis {axis!r}. Got axes {', '.join(map(repr, found.axis_names))}.")
+    for axis in axes:
+        if axis not in found.axis_names:
+            where = "mesh" if mesh is not None else "axis_name: the mesh of the context"
+            raise ValueError(f"{where} must have an axis {axis!r}. Got axes {', '.join(map(repr, found.axis_names))}.")
     return found
+
+
+def _quoted(axes: tuple[str, ...]) -> str:
+    return repr(axes[0] if len(axes) == 1 else axes)
 
 
 def sharded(
@@ -70,11 +76,11 @@ def sharded(
     kv_heads = heads if arrays.key.shape[2] > 1 else None  # a single K/V head stays whole
     _check_sizes(call, arrays, mesh, batch, heads)
     _check_placed(arrays, mesh)
-    num_shards = mesh.shape[call.axis_name]
+    num_shards = _num_shards(call, mesh)
     lengths = (x.shape[1] for x in (arrays.query, arrays.key))
     padded = [length if padded_length(length, call.layout, num_shards) != length else None for length in lengths]
     call = dataclasses.replace(call, query_length=padded[0], key_length=padded[1])
-    specs = _specs(arrays, call.axis_name, batch, heads, kv_heads)
+    specs = _specs(arrays, call.axis_names, batch, heads, kv_heads)
     # Pallas' interpreter mixes types, JAX 0.10 to 0.12. vmap(spmd_axis_name=) adds its axis to the types of the arrays
     # that it maps, but not to those of constants: of no loop that starts from one, nor of Pallas' outputs.
     check_vma = not call.interpreted and not _compat.inside_spmd_vmap()
@@ -89,7 +95,7 @@ def _compiled(
     check_vma: bool,
 ) -> Callable[[dict[str, Array]], tuple[Array, Array]]:
     """The sharded call under jit. Cached, or every eager call would compile anew."""
-    by_name = dict(specs)
+    by_name, num_shards = dict(specs), _num_shards(call, mesh)
     out_spec = by_name["query"]
     absent = dict.fromkeys(set(Arrays._fields) - set(by_name))
 
@@ -107,14 +113,14 @@ def _compiled(
     def run(given: dict[str, Array]) -> tuple[Array, Array]:
         fitted = {}
         for name, x in given.items():
-            if call.axis_name in by_name[name]:  # by construction axis 1
-                x = _pad_to_ring(x, call.layout, mesh.shape[call.axis_name], mesh)
+            if not name.endswith("lengths") and name != "sinks":  # axis 1 is the sequence
+                x = _pad_to_ring(x, call.layout, num_shards, mesh)
             fitted[name] = reshard(x, by_name[name], mesh)
         cut = functools.partial(
             _cut_from_ring,
             length=given["query"].shape[1],
             layout=call.layout,
-            num_shards=mesh.shape[call.axis_name],
+            num_shards=num_shards,
             mesh=mesh,
         )
         out, lse = ring(fitted)
@@ -123,10 +129,16 @@ def _compiled(
     return jax.jit(run)
 
 
+def _num_shards(call: Call, mesh: Mesh | AbstractMesh) -> int:
+    """C."""
+    return math.prod(mesh.shape[axis] for axis in call.axis_names)
+
+
 def _specs(
-    arrays: Arrays, sequence: str, batch: AxisNames | None, heads: AxisNames | None, kv_heads: AxisNames | None
+    arrays: Arrays, axes: tuple[str, ...], batch: AxisNames | None, heads: AxisNames | None, kv_heads: AxisNames | None
 ) -> dict[str, PartitionSpec]:
     """A PartitionSpec for every array that is given."""
+    sequence = axes[0] if len(axes) == 1 else axes
     specs: dict[str, PartitionSpec] = {}
     for name, x in arrays._asdict().items():
         if x is None:
@@ -147,8 +159,8 @@ def _check_sizes(
     call: Call, arrays: Arrays, mesh: Mesh | AbstractMesh, batch: AxisNames | None, heads: AxisNames | None
 ) -> None:
     """Batch and heads divide over their mesh axes."""
-    num_batch = _mesh_size("batch_axis_name", batch, call.axis_name, mesh)
-    num_heads = _mesh_size("head_axis_name", heads, call.axis_name, mesh)
+    num_batch = _mesh_size("batch_axis_name", batch, call.axis_names, mesh)
+    num_heads = _mesh_size("head_axis_name", heads, call.axis_names, mesh)
     (size, _, q_heads, _), kv_heads = arrays.query.shape, arrays.key.shape[2]
     if size % num_batch:
         raise ValueError(
@@ -175,12 +187,12 @@ def _check_placed(arrays: Arrays, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def _mesh_size(name: str, axes: AxisNames | None, sequence: str, mesh: Mesh | AbstractMesh) -> int:
+def _mesh_size(name: str, axes: AxisNames | None, sequence: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
     """The product of the sizes of these mesh axes."""
     size = 1
     for axis in (axes,) if isinstance(axes, str) else axes or ():
-        if axis not in mesh.axis_names or axis == sequence:
-            allowed = ", ".join(repr(a) for a in mesh.axis_names if a != sequence)
+        if axis not in mesh.axis_names or axis in sequence:
+            allowed = ", ".join(repr(a) for a in mesh.axis_names if a not in sequence)
             raise ValueError(f"{name} must name mesh axes other than axis_name: of {allowed or 'none'}. Got {axis!r}.")
         size *= mesh.shape[axis]
     return size

@@ -160,13 +160,28 @@ def test_a_context_mesh_without_the_axis() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"axis_name": ("outer", "sp")}, r"axis_name: two-level.*\('outer', 'sp'\)"),
-        ({"config": RingConfig(direction="both")}, "direction.*'forward'.*'both'"),
+        ({"axis_name": ("outer", "sp")}, "mesh must have an axis 'outer'. Got axes 'sp'"),
+        ({"axis_name": ("sp", "sp")}, r"axis_name must be .*several different ones.*\('sp', 'sp'\)"),
+        ({"axis_name": ()}, r"axis_name must be the name of a mesh axis.*Got \(\)"),
+        ({"config": RingConfig(strategy=("ring", "ring"))}, "config.strategy must be one word, or 1, .*'ring', 'ring'"),
+        (
+            {"query": (2, 16, 6, 8), "config": RingConfig(strategy="all_to_all")},
+            "'all_to_all' over 'sp' needs a number of heads .* of 4.*N = 6",
+        ),
     ],
 )
-def test_what_is_not_there_yet(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(NotImplementedError, match=words):
+def test_axes_and_their_strategies(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         call(**options)
+
+
+def test_some_axes_inside_and_some_outside() -> None:
+    def inside(x: Any) -> Any:
+        return ringjax.ring_attention(x, x, x, axis_name=("outer", "sp"))
+
+    x = np.zeros((4, 1, 4, 2, 8), np.float32)
+    with pytest.raises(ValueError, match="axis_name: either all of its axes must be manual.*of which 'sp' is"):
+        jax.vmap(inside, axis_name="sp")(x)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +246,9 @@ def test_what_runs_where_no_kernel_is_named(
     ("field", "value", "words"),
     [
         ("implementation", "cuda", "implementation must be one of.*'xla'.*'cuda'"),
+        ("strategy", "ulysses", "strategy must be one of 'ring', 'all_to_all', 'all_gather'. Got 'ulysses'"),
+        ("strategy", ("ring", 1), "strategy must be one of 'ring', .*Got 1"),
+        ("strategy", (), r"strategy must be one of 'ring', .*Got \(\)"),
         ("direction", "sideways", "direction must be one of.*'forward'.*'sideways'"),
         ("dkv_dtype", "int8", "dkv_dtype must be one of.*'float32'.*'int8'"),
         ("block_q", 0, "block_q must be a positive integer.* 0"),

@@ -108,15 +108,15 @@ def test_float64_travels_as_float64() -> None:
     assert sent(total, "float64") == k_and_v(4, 6 + 4)
 
 
-# Rotations of K and V, and of dK and dV, among 8 shards of 8 tokens. What goes forward (to later keys) sets out with
-# the gradient of the own block; what goes backward starts at its first hop. Both return home in one rotation.
+# Rotations of K and V, and of dK and dV, among 8 shards of 8 tokens. The gradient of the own block stays where it is,
+# but on a whole ring, with which it sets out. All return home in one rotation.
 WINDOWS: dict[str, tuple[dict[str, Any], int, int]] = {
     "own shard": ({"local_window_size": (0, 0)}, 0, 0),
     "one before": ({"local_window_size": (8, 0)}, 1, 1),
     "causal int": ({"local_window_size": 8, "is_causal": True}, 1, 1),
     "just two before": ({"local_window_size": (9, 0)}, 2, 2),
-    "one each way": ({"local_window_size": 8}, 2, 3),
-    "two before, one after": ({"local_window_size": (9, 3)}, 3, 4),
+    "one each way": ({"local_window_size": 8}, 2, 2),
+    "two before, one after": ({"local_window_size": (9, 3)}, 3, 3),
     "all": ({"local_window_size": (64, 0)}, 7, 8),
     "unbounded": ({"local_window_size": (None, 0)}, 7, 8),
 }
