@@ -120,7 +120,12 @@ class Sharing:
 
 def share(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> Sharing:
     """Deals out queries and keys as the strategies say, and plans the rings of the axes that are left."""
-    words = tuple("ring" if size == 1 else word for word, size in zip(call.strategies, sizes, strict=True))
+    # JAX cannot gather in the backward rule of a custom_vjp over an axis of vmap; there nothing is sent anyway.
+    simulated = set(call.axis_names) - set(_compat.manual_axes())
+    words = tuple(
+        "ring" if size == 1 or (word == "all_gather" and name in simulated) else word
+        for word, name, size in zip(call.strategies, call.axis_names, sizes, strict=True)
+    )
     # Positions that only the run time knows say nothing of which keys are needed.
     left, right = (call.left, call.right) if arrays.q_positions is None else (None, None)
     deal = functools.partial(Deal, call.layout, sizes)

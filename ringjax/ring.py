@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from .exchange import Gather
 from .kernels.base import Block, Carry, Kernel, KernelParams, Upstream
 from .partial import attends_to_nothing, wide
-from .schedule import Keys, Schedule, permutation
+from .schedule import Hop, Keys, Schedule, permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,19 +248,24 @@ def _walk(
     home = home._replace(owners=tuple((*owner, rank) for owner in home.owners))
     rotate = functools.partial(_rotate, axis_name, size, streams)
 
+    def moved(source: _Place, keys: Keys | None, hop: Hop) -> _Place:
+        """What arrives for a hop, where there are these keys of the blocks."""
+        blocks = rotate([_narrow(block, keys, hop.keys) for block in source.blocks], hop.shift)
+        owners = (
+            (*owner[:-1], _shifted(owner[-1], stream.sign * hop.shift, size))
+            for owner, stream in zip(source.owners, streams, strict=True)
+        )
+        return _Place(blocks, tuple(owners))
+
     def step(index: int, here: _Place, state: Any, sums: _Sums) -> tuple[_Place, Any, _Sums]:
         hop, last = hops[index], index == len(hops) - 1
         arriving = here
         if not last:
-            following = hops[index + 1]
-            source, keys = (home, held) if following.first else (here, hop.keys or held)
-            blocks = rotate([_narrow(block, keys, following.keys) for block in source.blocks], following.shift)
-            owners = [(*owner[:-1], _shifted(owner[-1], stream.sign * following.shift, size))
-                      for owner, stream in zip(source.owners, streams, strict=True)]  # fmt: skip
-            arriving = _Place(blocks, tuple(owners))
+            from_home = hops[index + 1].first
+            arriving = moved(home if from_home else here, held if from_home else hop.keys or held, hops[index + 1])
         # Issued before the kernel, used after it: the sums of the previous hop travel while this hop is computed.
         if sums.strand is not None:
-            sums = _moved_on(hops[index - 1], hop, sums)
+            sums = moved_on(hops[index - 1], hop, sums)
         state, new = _walk(spec, streams, hop.inner, here, hop.keys or held, state, work, finish and last)
         if new is not None:
             # On the last hop no block arrives, and nothing else orders the sums' rotation before the kernel.
@@ -271,7 +276,7 @@ def _walk(
             arriving, state, sums = jax.lax.optimization_barrier((arriving, state, sums))
         return arriving, state, sums
 
-    def _moved_on(before: Any, hop: Any, sums: _Sums) -> _Sums:
+    def moved_on(before: Hop, hop: Hop, sums: _Sums) -> _Sums:
         """The sums where ``hop`` needs them; those of keys that go no further go home."""
         strand, landed = sums
         if hop.first:
@@ -295,6 +300,8 @@ def _walk(
         return ("loop", here.shift, following.shift, here.keys, following.keys, here.inner)
 
     here, sums = home, _Sums()
+    if hops[0].shift % size:  # an axis within one that brings only what others need
+        here = moved(home, held, hops[0])
     for _, group in itertools.groupby(range(len(hops)), kind):
         indices = list(group)
         if len(indices) <= max(spec.unroll, 1):

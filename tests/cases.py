@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,16 +173,25 @@ def _draw_masks(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     return masks
 
 
+Sizes = int | tuple[int, ...]  # of the axis of the sequence, or of its axes
+
+
 @functools.cache
-def mesh_of(num_shards: int) -> jax.sharding.Mesh:
-    """A one-axis mesh of the first `num_shards` simulated devices."""
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((num_shards,), ("sp",), auto, devices=jax.devices()[:num_shards])
+def mesh_of(num_shards: Sizes, kind: jax.sharding.AxisType = jax.sharding.AxisType.Auto) -> jax.sharding.Mesh:
+    """A mesh of the first simulated devices: an axis "sp", or several of these sizes, see `axes_of`."""
+    sizes = (num_shards,) if isinstance(num_shards, int) else num_shards
+    devices = jax.devices()[: math.prod(sizes)]
+    return jax.make_mesh(sizes, axes_of(num_shards), (kind,) * len(sizes), devices=devices)
 
 
-def orders(case: Case, layout: Any, num_shards: int) -> tuple[np.ndarray, np.ndarray]:
+def axes_of(num_shards: Sizes) -> tuple[str, ...]:
+    """The names of the axes of the sequence."""
+    return ("sp",) if isinstance(num_shards, int) else tuple(f"sp{n}" for n in range(len(num_shards)))
+
+
+def orders(case: Case, layout: Any, num_shards: Sizes) -> tuple[np.ndarray, np.ndarray]:
     """The ring order of queries and of keys, as indices into natural order."""
-    where = functools.partial(ringjax.ring_positions, layout=layout, num_shards=num_shards)
+    where = functools.partial(ringjax.ring_positions, layout=layout, num_shards=int(np.prod(num_shards)))
     return np.asarray(where(case.query_length)), np.asarray(where(case.key_length))
 
 
@@ -225,12 +235,13 @@ def compiled(run: Any, *, as_users: bool) -> Any:
 
 @functools.lru_cache(maxsize=128)
 def ring_program(
-    case: Case, *, layout: Any, num_shards: int, implementation: str = "xla", as_users: bool = False, **config: Any
+    case: Case, *, layout: Any, num_shards: Sizes, implementation: str = "xla", as_users: bool = False, **config: Any
 ) -> Any:
     """The compiled program (arrays, masks) -> out, lse and gradients, all in ring order. Who asks alike shares it."""
     options = dict(
         case.static_options(),
         mesh=mesh_of(num_shards),
+        axis_name=axes_of(num_shards),
         layout=layout,
         return_residual=True,
         config=config_of(implementation, **config),
@@ -250,7 +261,7 @@ def run_ring(
     inputs: Inputs,
     *,
     layout: Any = "contiguous",
-    num_shards: int = 4,
+    num_shards: Sizes = 4,
     program: Any = None,
     **config: Any,
 ) -> Result:

@@ -21,6 +21,7 @@ class Sent:
     shape: tuple[int, ...]
     dtype: np.dtype
     times: int
+    axis: Any
 
     @property
     def size(self) -> int:
@@ -49,17 +50,38 @@ def collectives(jaxpr: Any) -> list[Sent]:
         if equation.primitive.name.startswith(COLLECTIVES):
             for variable in equation.invars:
                 aval = variable.aval
-                found.append(Sent(equation.primitive.name, aval.shape, aval.dtype, times))
+                found.append(Sent(equation.primitive.name, aval.shape, aval.dtype, times, _axis(equation)))
     return found
+
+
+def _axis(equation: Any) -> Any:
+    """The name of its mesh axis, or the names."""
+    names = equation.params.get("axis_name", equation.params.get("axes"))
+    return names[0] if isinstance(names, tuple) and len(names) == 1 else names
+
+
+def float_collectives(jaxpr: Any) -> dict[tuple[str, str, tuple[int, ...]], int]:
+    """How often which collective runs on which floating-point arrays: {(primitive, dtype, shape): times}."""
+    count: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    for sent in collectives(jaxpr):
+        if not np.issubdtype(sent.dtype, np.integer):
+            key = (sent.primitive, sent.dtype.name, sent.shape)
+            count[key] = count.get(key, 0) + sent.times
+    return count
 
 
 def float_permutes(jaxpr: Any) -> dict[tuple[str, tuple[int, ...]], int]:
     """How often which floating-point arrays are permuted: {(dtype, shape): times}."""
-    count: dict[tuple[str, tuple[int, ...]], int] = {}
+    found = float_collectives(jaxpr).items()
+    return {(dtype, shape): times for (name, dtype, shape), times in found if name.startswith("ppermute")}
+
+
+def permutes_by_axis(jaxpr: Any) -> dict[Any, int]:
+    """How often floating-point arrays are permuted over which axis."""
+    count: dict[Any, int] = {}
     for sent in collectives(jaxpr):
         if sent.primitive.startswith("ppermute") and not np.issubdtype(sent.dtype, np.integer):
-            key = (sent.dtype.name, sent.shape)
-            count[key] = count.get(key, 0) + sent.times
+            count[sent.axis] = count.get(sent.axis, 0) + sent.times
     return count
 
 
