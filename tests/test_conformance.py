@@ -34,12 +34,11 @@ def in_words(cell: profiles.Cell) -> str:
 
 
 def of_cells(*features: str) -> Any:
-    """The cells of these features: CI's first round has what users compile, the last some of it and the others."""
+    """The cells of these features: the README's command has what users compile; the largest rings run on both JAXs."""
 
-    def marks(x: profiles.Cell) -> Any:
-        if not x.as_users:
-            return pytest.mark.breadth
-        return pytest.mark.once if x.implementation == "xla" and x.num_shards < 8 else ()
+    def marks(x: profiles.Cell) -> list[Any]:
+        breadth = [] if x.as_users else [pytest.mark.breadth]
+        return [*breadth, pytest.mark.once] if x.implementation == "xla" and x.num_shards < 8 else breadth
 
     cells = [pytest.param(x, id=in_words(x), marks=marks(x)) for x in CELLS if x.feature in features]
     return pytest.mark.parametrize("cell", cells)

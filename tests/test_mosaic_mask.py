@@ -68,9 +68,15 @@ def mask_of(name: str) -> tuple[Mask, tuple[int, int]]:
     return Mask(queries=tokens(0), keys=tokens(1), left=left, right=right), lengths
 
 
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("rows", ["queries", "keys"])
-@pytest.mark.parametrize("name", CASES)
+# Every case with rows of queries and of keys, and with tiles of 64 and of 128 columns; every pair of these as well.
+@pytest.mark.parametrize(
+    ("name", "rows", "block"),
+    [
+        (name, rows, (64, 128)[(number + turn) % 2])
+        for number, name in enumerate(CASES)
+        for turn, rows in enumerate(("queries", "keys"))
+    ],
+)
 def test_what_tiles_visit_and_allow_is_the_mask(name: str, rows: str, block: int) -> None:
     """Tiles of 64 rows, and of 64 or 128 columns."""
     mask, lengths = mask_of(name)

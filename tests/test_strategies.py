@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import ringjax
+from ringjax import schedule as schedules
 
 
 class Sharing(NamedTuple):
@@ -348,7 +349,7 @@ def test_only_what_a_window_needs_travels(window: int, sides: str) -> None:
 
 
 def test_a_window_of_512_in_shards_of_65536() -> None:
-    schedule = ringjax.schedule.plan(8, ringjax.Contiguous(), 65536, 65536, left=512, right=0)
+    schedule = schedules.plan(8, ringjax.Contiguous(), 65536, 65536, left=512, right=0)
     assert [(hop.offset, hop.keys) for hop in schedule.hops] == [(0, None), (-1, (65536 - 512, 65536))]
 
 
