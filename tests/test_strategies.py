@@ -56,7 +56,7 @@ SHARINGS = (
     Sharing((2, 2), (HEADS, GATHER)),
     Sharing((2, 4), (RING, GATHER), "both"),
     Sharing((2, 4), (GATHER, HEADS)),
-    Sharing((4, 2), (RING, RING), "both"),
+    Sharing((4, 2), (RING, RING)),
     Sharing((4, 2), (HEADS, RING)),
     Sharing((3, 2), (RING, GATHER)),
     Sharing((3, 2), (RING, HEADS), "both"),
