@@ -79,6 +79,12 @@ def context_has_devices() -> bool:
     return not _mesh.get_concrete_mesh().empty
 
 
+def concrete_mesh() -> jax.sharding.Mesh | None:
+    """The mesh of the context (``jax.set_mesh``), if it is one of devices."""
+    mesh = _mesh.get_concrete_mesh()
+    return None if mesh.empty else mesh
+
+
 def mesh_size_inside() -> int:
     """Devices of the mesh over which the shard_map is that this is traced in; 1 outside one."""
     return jax.sharding.get_abstract_mesh().size if manual_axes() else 1

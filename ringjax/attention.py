@@ -19,7 +19,7 @@ from .config import RingConfig
 from .kernels.choose import choose, interprets
 from .layout import Layout, as_layout
 from .local import Call, attend, hops_per_iteration, refuse_interpreter
-from .sharded import AxisNames, find_mesh, sharded, target_of
+from .sharded import AxisNames, find_mesh, ring_cycles, sharded, target_of
 
 IntPair = Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]]
 
@@ -174,6 +174,7 @@ def ring_attention(
             f"axis_name: either all of its axes must be manual here (inside shard_map or vmap) or none. Got {axes!r}, "
             f"of which {', '.join(map(repr, bound))} {'is' if len(bound) == 1 else 'are'}."
         )
+    strategies = check_strategies(config.strategy, axes)
     inside = bool(bound)
     if inside:
         _refuse_outside_arguments(axes, mesh, batch_axis_name, head_axis_name)
@@ -185,7 +186,8 @@ def ring_attention(
     interpreted = backend.interpretable and interprets(config)
     call = Call(
         axis_names=axes,
-        strategies=check_strategies(config.strategy, axes),
+        strategies=strategies,
+        cycles=ring_cycles(config, axes, strategies, whole_mesh),
         layout=as_layout(layout),
         left=left,
         right=right,

@@ -19,7 +19,7 @@ from .layout import Layout, Runs
 from .local import Call, ring_spec, vary_alike, without_absent
 from .mask import Mask, Tokens
 from .ring import ring
-from .schedule import Schedule
+from .schedule import Route, Schedule
 
 # How the queries meet the cache, see ringjax.cached_attention.
 Way = Literal["merge", "queries", "keys"]
@@ -117,7 +117,7 @@ def attend_cached(call: Call, way: Way, cached: Cached, *, rolls: bool) -> tuple
         axes=axes,
     )
     offsets = tuple(range(num_shards)) if way == "keys" else (0,)
-    spec = ring_spec(call, Schedule(num_shards, (offsets,)), axis_names=(axis,), gather=Gather(), both=False)
+    spec = ring_spec(call, Schedule(num_shards, (offsets,)), axis_names=(axis,), gather=Gather(), routes=(Route(),))
     result: Any = ring(spec, query, key, value, cached.sinks if way == "keys" else None, mask)
     out, lse = result
     out = without_absent(out, present)

@@ -26,6 +26,9 @@ class RingConfig:
       direction: of the rings. "forward": every block travels the same way round. "both": half of it each way, of the
         K/V heads if their number is even, otherwise of the tokens, so that each direction of a link carries half. Under
         a window blocks take the shorter way in any case.
+      rings: so many rings without a common link on a torus of TPUs, a part of every block on each: 2 on a torus of two
+        dimensions, up to 3 on one of three. One axis with the strategy "ring" must go round the whole torus. With
+        ``direction="both"`` each ring is used in both directions.
       block_q, block_kv: tile sizes in tokens; None chooses, on GPU from the table that `ringjax tune` has written, if
         there is one. A kernel may pad a shard up to a multiple of them. The backward pass of "pallas_gpu" has tiles of
         its own, for which the registers leave no choice.
@@ -41,6 +44,7 @@ class RingConfig:
     implementation: str | None = None
     strategy: str | tuple[str, ...] = "ring"
     direction: str = "forward"
+    rings: int = 1
     block_q: int | None = None
     block_kv: int | None = None
     unroll: int | None = None
@@ -62,7 +66,9 @@ class RingConfig:
             raise ValueError(
                 f"RingConfig: interpret=True needs implementation to name a Pallas kernel. Got {self.implementation!r}."
             )
-        for name in ("block_q", "block_kv", "unroll"):
+        if self.rings is None:
+            raise ValueError("RingConfig: rings must be a positive integer. Got None.")
+        for name in ("block_q", "block_kv", "unroll", "rings"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"RingConfig: {name} must be a positive integer or None. Got {value!r}.")

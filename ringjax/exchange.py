@@ -54,12 +54,21 @@ class Gather:
             return tree
         return jax.tree.map(self._scatter, tree)
 
-    def half(self, length: int) -> int:
-        """Where to cut a block in two: at a tile, and where a run starts."""
+    def cuts(self, length: int, parts: int) -> list[tuple[int, int]]:
+        """A block of so many keys in parts: each within one run of positions, or of whole runs."""
         runs = None if self.deal is None else self.deal.runs((0,) * len(self.deal.ring_sizes))
-        if runs is not None and runs.run < length:
-            return -(-length // runs.run) // 2 * runs.run
-        return length // 256 * 128 or length // 2
+        run = length if runs is None else runs.run
+        count = -(-length // run)
+        if count >= parts:
+            edges = [part * count // parts * run for part in range(parts)]
+        else:
+            edges = []
+            for number in range(count):  # so many parts of this run
+                start, size = number * run, min(run, length - number * run)
+                pieces = (number + 1) * parts // count - number * parts // count
+                tile = 128 if size >= 128 * pieces else 1
+                edges += [start + piece * size // pieces // tile * tile for piece in range(pieces)]
+        return list(zip(edges, [*edges[1:], length], strict=True))
 
     def _collect(self, x: Array) -> Array:
         assert self.deal is not None

@@ -18,7 +18,7 @@ from .kernels.base import Kernel, KernelParams
 from .layout import Layout, Runs
 from .mask import Mask, Tokens, Vectors
 from .ring import RingSpec, ring
-from .schedule import Keys, Schedule, plan_rings
+from .schedule import Keys, Route, Schedule, plan_rings
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class Call:
     unroll: int
     device_kind: str
     interpreted: bool  # the kernel runs in Pallas' interpreter
+    cycles: tuple[tuple[int, ...], ...] = ()  # of ranks, for config.rings of more than one
     # Of the whole sequences, where they were padded: what lies beyond is absent.
     query_length: int | None = None
     key_length: int | None = None
@@ -73,7 +74,11 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     heads = sharing.heads(call, arrays)
     here = _exchanged(heads, arrays)
     spec = ring_spec(
-        call, sharing.schedule, axis_names=sharing.ring_axes(call), gather=sharing.gather(call), both=sharing.both
+        call,
+        sharing.schedule,
+        axis_names=sharing.ring_axes(call),
+        gather=sharing.gather(call),
+        routes=sharing.routes(call),
     )
     mask = _shard_mask(call, sharing, here, axes)
     query = sharing.queries.merge(_by_shard(here.query, sharing.queries))
@@ -94,8 +99,14 @@ class Sharing:
     words: tuple[str, ...]
     queries: Deal
     keys: Deal
-    schedule: Schedule | None
-    both: bool
+    schedule: Schedule | None  # None: there is no ring left
+
+    def routes(self, call: Call) -> tuple[Route, ...]:
+        """One where a window leaves something out: then every block takes the shorter way."""
+        if self.schedule is None or not self.schedule.is_full:
+            return (Route(),)
+        signs = (1, -1) if call.config.direction == "both" else (1,)
+        return tuple(Route(sign, cycle) for cycle in call.cycles or (None,) for sign in signs)
 
     def ring_axes(self, call: Call) -> tuple[str, ...]:
         return tuple(name for name, word in zip(call.axis_names, self.words, strict=True) if word == "ring")
@@ -140,11 +151,9 @@ def share(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> Sharing:
         sparing = tuple("ring" if word == "all_gather" else word for word in words)
         keys, schedule = plan(sparing)
         if not schedule.is_full:
-            return Sharing(sparing, queries, keys, schedule, both=False)
+            return Sharing(sparing, queries, keys, schedule)
     keys, schedule = plan(words)
-    rings = bool(keys.ring_sizes)
-    both = call.config.direction == "both" and schedule.is_full and rings
-    return Sharing(words, queries, keys, schedule if rings else None, both)
+    return Sharing(words, queries, keys, schedule if keys.ring_sizes else None)
 
 
 def _exchanged(heads: HeadExchange | None, arrays: Arrays) -> Arrays:
@@ -179,14 +188,14 @@ def vary_alike(call: Call, tree: T) -> tuple[T, frozenset[str]]:
 
 
 def ring_spec(
-    call: Call, schedule: Schedule | None, *, axis_names: tuple[str, ...], gather: Gather, both: bool
+    call: Call, schedule: Schedule | None, *, axis_names: tuple[str, ...], gather: Gather, routes: tuple[Route, ...]
 ) -> RingSpec:
     config = call.config
     return RingSpec(
         axis_names=axis_names,
         schedule=schedule,
         gather=gather,
-        both=both,
+        routes=routes,
         kernel=call.kernel,
         params=KernelParams(
             scale=call.scale,

@@ -7,8 +7,8 @@ also the sums of dK and dV, which stay with the block they belong to. After Liu,
 arXiv:2310.01889.
 
 Several axes are rings within rings: what a hop of an outer one does with its block is to send it once round the rings
-within, while the next block of the outer one is on its way. With ``both`` half of every block goes each way round: two
-streams in lockstep, of the heads if these divide, otherwise of the tokens.
+within, while the next block of the outer one is on its way. With several routes a part of every block takes each, in
+lockstep: some of the heads if these divide, otherwise some of the tokens.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from .exchange import Gather
 from .kernels.base import Block, Carry, Kernel, KernelParams, Upstream
 from .partial import attends_to_nothing, wide
-from .schedule import Hop, Keys, Schedule, permutation
+from .schedule import Hop, Keys, Route, Schedule, permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RingSpec:
     params: KernelParams
     unroll: int
     dkv_dtype: str
-    both: bool = False  # half of every block goes each way round
+    routes: tuple[Route, ...] = (Route(),)  # a part of every block takes each of them
 
 
 class ShardMask(Protocol):
@@ -69,9 +69,9 @@ class Travelling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Stream:
-    """What goes one way round: these heads and keys of every block. ``group`` counts the states that are kept."""
+    """What takes one route: these heads or keys of every block. ``group`` counts the states that are kept."""
 
-    sign: int = 1
+    route: Route
     group: int = 0
     keys: Keys | None = None
 
@@ -190,18 +190,17 @@ def _home(spec: RingSpec, k: Array, v: Array, mask: ShardMask) -> tuple[_Place, 
     """The own block, as streams."""
     k, v, travels = spec.gather.collect((k, v, mask.travels))
     whole = Travelling(_head_major(k), _head_major(v), travels)
-    heads, length = whole.k.shape[1:3]
-    if not spec.both or (heads % 2 and length < 2):
-        streams = (_Stream(),)
-        blocks: tuple[Travelling, ...] = (whole,)
-    elif heads % 2 == 0:
-        streams = (_Stream(), _Stream(sign=-1, group=1))
-        halves = zip(_groups(whole.k, 2), _groups(whole.v, 2), strict=True)
-        blocks = tuple(Travelling(half_k, half_v, travels) for half_k, half_v in halves)
+    (heads, length), routes = whole.k.shape[1:3], spec.routes
+    if heads % len(routes) == 0:
+        streams = tuple(_Stream(route, group=n) for n, route in enumerate(routes))
+        parts = zip(_groups(whole.k, len(routes)), _groups(whole.v, len(routes)), strict=True)
+        blocks = tuple(Travelling(part_k, part_v, travels) for part_k, part_v in parts)
+    elif length < len(routes):
+        streams, blocks = (_Stream(routes[0]),), (whole,)
     else:
-        half = spec.gather.half(length)
-        streams = (_Stream(keys=(0, half)), _Stream(sign=-1, keys=(half, length)))
-        blocks = tuple(_narrow(whole, None, stream.keys) for stream in streams)
+        cuts = spec.gather.cuts(length, len(routes))
+        streams = tuple(_Stream(route, keys=keys) for route, keys in zip(routes, cuts, strict=True))
+        blocks = tuple(_narrow(whole, None, keys) for keys in cuts)
     return _Place(blocks, ((),) * len(streams)), streams
 
 
@@ -252,7 +251,7 @@ def _walk(
         """What arrives for a hop, where there are these keys of the blocks."""
         blocks = rotate([_narrow(block, keys, hop.keys) for block in source.blocks], hop.shift)
         owners = (
-            (*owner[:-1], _shifted(owner[-1], stream.sign * hop.shift, size))
+            (*owner[:-1], _shifted(owner[-1], stream.route, hop.shift, size))
             for owner, stream in zip(source.owners, streams, strict=True)
         )
         return _Place(blocks, tuple(owners))
@@ -319,23 +318,25 @@ def _loop_body(step: Callable[..., Any], index: int, carry: tuple[Any, ...], _: 
     return step(index, *carry), None
 
 
-def _shifted(owner: Array, shift: int, num_shards: int) -> Array:
+def _shifted(owner: Array, route: Route, shift: int, size: int) -> Array:
     """Whose block it is after a rotation by ``shift`` offsets."""
-    return jax.lax.rem(owner + jnp.int32(shift % num_shards), jnp.int32(num_shards))
+    if route.cycle is None:
+        return jax.lax.rem(owner + jnp.int32(route.sign * shift % size), jnp.int32(size))
+    return jnp.asarray(route.sources(shift, size), jnp.int32)[owner]
 
 
 def _rotate(axis_name: str, size: int, streams: tuple[_Stream, ...], trees: Any, shift: int) -> tuple[Any, ...]:
-    """Move every device's view of each stream by ``shift`` offsets, the way it goes. Blocks, dK and dV alike."""
+    """Move every device's view of each stream by ``shift`` offsets, along its route. Blocks, dK and dV alike."""
     return tuple(
-        rotate(tree, axis_name, stream.sign * shift, size) for tree, stream in zip(trees, streams, strict=True)
+        rotate(tree, axis_name, shift, size, stream.route) for tree, stream in zip(trees, streams, strict=True)
     )
 
 
-def rotate(tree: Any, axis_name: str, shift: int, size: int) -> Any:
-    """Every rank r gets what rank (r + shift) mod size has."""
+def rotate(tree: Any, axis_name: str, shift: int, size: int, route: Route = Route()) -> Any:  # noqa: B008  frozen
+    """Every rank r gets what rank (r + shift) mod size has, or whoever is so far ahead on another route."""
     if shift % size == 0:
         return tree
-    pairs = permutation(shift, size)
+    pairs = permutation(shift, size, route)
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, pairs), tree)
 
 

@@ -99,9 +99,25 @@ class Schedule:
         return tuple((rank + hop.offset) % self.num_shards for hop in self.hops)
 
 
-def permutation(shift: int, num_shards: int) -> tuple[tuple[int, int], ...]:
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A route round a ring: forward or backward (``sign`` -1), past the ranks in their order or in that of ``cycle``."""
+
+    sign: int = 1
+    cycle: tuple[int, ...] | None = None
+
+    def sources(self, shift: int, num_shards: int) -> tuple[int, ...]:
+        """For each rank, the rank whose view it takes over when every view moves by ``shift`` offsets."""
+        cycle = self.cycle or tuple(range(num_shards))
+        source = [0] * num_shards
+        for place, rank in enumerate(cycle):
+            source[rank] = cycle[(place + self.sign * shift) % num_shards]
+        return tuple(source)
+
+
+def permutation(shift: int, num_shards: int, route: Route = Route()) -> tuple[tuple[int, int], ...]:  # noqa: B008  frozen
     """(source, destination) pairs of the rotation that moves every rank's view by ``shift`` offsets."""
-    return tuple((rank, (rank - shift) % num_shards) for rank in range(num_shards))
+    return tuple(sorted((source, rank) for rank, source in enumerate(route.sources(shift, num_shards))))
 
 
 def plan(

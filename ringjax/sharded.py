@@ -13,9 +13,11 @@ from jaxtyping import Array
 
 from . import _compat
 from .arguments import Arrays
+from .config import RingConfig
 from .kernels.choose import Target
 from .layout import Layout, padded_length, ring_runs
 from .local import Call, attend
+from .torus import torus_rings
 
 AxisNames = str | tuple[str, ...]
 
@@ -34,6 +36,31 @@ def target_of(mesh: Mesh | AbstractMesh | None) -> Target:
         device_kind=device.device_kind,
         capability=getattr(device, "compute_capability", None),
     )
+
+
+def ring_cycles(
+    config: RingConfig, axes: tuple[str, ...], strategies: tuple[str, ...], mesh: Mesh | AbstractMesh | None
+) -> tuple[tuple[int, ...], ...]:
+    """Ranks along each of ``config.rings`` rings of a torus; none for one ring. ``mesh``: None inside shard_map."""
+    if config.rings == 1:
+        return ()
+    if strategies != ("ring",):
+        raise ValueError(
+            f"config.rings must be 1 unless the sequence has one axis, of strategy 'ring'. Got {config.rings} for axes "
+            f"{axes!r} of {strategies!r}."
+        )
+    found = mesh if isinstance(mesh, Mesh) else _compat.concrete_mesh()
+    if found is None or axes[0] not in found.axis_names:
+        raise ValueError(
+            "config.rings must be 1 where the devices are not known: pass mesh=, or set one with jax.set_mesh. "
+            f"Got {config.rings}."
+        )
+    if found.size != found.shape[axes[0]]:
+        raise ValueError(
+            f"config.rings must be 1 unless axis {axes[0]!r} goes round all devices of the mesh. Got {config.rings} "
+            f"for {found.shape[axes[0]]} of {found.size}."
+        )
+    return torus_rings(list(found.devices.flat), config.rings)
 
 
 def find_mesh(axes: tuple[str, ...], mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
