@@ -101,7 +101,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A route round a ring: forward or backward (``sign`` -1), past the ranks in their order or in that of ``cycle``."""
+    """Round a ring forward or backward (``sign`` -1), past the ranks in their order or in that of ``cycle``."""
 
     sign: int = 1
     cycle: tuple[int, ...] | None = None

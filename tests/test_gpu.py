@@ -109,6 +109,34 @@ def test_ring_of_two_gpus(name: str, layout: str, implementation: str, dtype: An
     assert_as_good_as_dense(case, inputs, result, implementation)
 
 
+# Shares of the work on two GPUs: words, way round, case, layout.
+SHARES = [
+    ("ring", "both", "causal_gqa", "zigzag"),
+    ("ring", "both", "full_mqa_wide_value", "contiguous"),
+    ("ring", "forward", "causal_window_sinks", "contiguous"),
+    ("all_to_all", "forward", "causal_gqa", "zigzag"),
+    ("all_to_all", "forward", "everything", "striped"),
+    ("all_gather", "forward", "causal_segments", "zigzag"),
+]
+
+
+@pytest.mark.skipif(not ON_GPU or len(jax.devices()) < 2, reason="needs two GPUs: collectives between them")
+@pytest.mark.parametrize(
+    ("strategy", "direction", "name", "layout", "implementation", "dtype"),
+    on_kernels(*((*share, BF16) for share in SHARES)),
+)
+def test_shares_on_two_gpus(
+    strategy: str, direction: str, name: str, layout: str, implementation: str, dtype: Any
+) -> None:
+    case = enlarged(cases.BY_NAME[name], 128)
+    if strategy == "all_to_all":
+        case = dataclasses.replace(case, num_heads=4)
+    inputs = cases.make_inputs(case, dtype)
+    options = dict(interpret=False, block_q=None, block_kv=None, strategy=strategy, direction=direction)
+    result = cases.run_ring(case, inputs, layout=layout, num_shards=2, implementation=implementation, **options)
+    cases.assert_matches(case, inputs, result)
+
+
 FEATURES = [(name, size, BF16) for name in cases.BY_NAME for size in (64, 128)]
 FEATURES += [(name, 128, F16) for name in cases.BY_NAME]
 FEATURES += [(name, 64, F32) for name in cases.BY_NAME]
