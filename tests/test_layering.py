@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("sharded",),
     ("cached",),
-    ("local",),
+    ("local", "targets"),
     ("arguments", "ring"),
     ("exchange",),
     ("kernels",),

@@ -138,6 +138,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens, targets: int [B, T] in ring order; targets[b, i] is what follows tokens[b, i] in natural order.
+            :func:`ringjax.shift_targets` makes them and the mask.
           segment_ids, positions: as in the call.
           loss_mask: bool, int or float [B, T], the weight of each token; None is 1 for all. Where it is 0, the target
             may be anything. A target outside the vocabulary that counts raises, or makes the loss NaN under ``jit``.
