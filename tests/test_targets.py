@@ -120,7 +120,7 @@ def on_shards(axes: tuple[str, ...], layout: Any, given: dict[str, np.ndarray], 
     return jax.shard_map(local, in_specs=(specs,), out_specs=(shard, shard))  # check_vma is on
 
 
-@pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (8,), (2, 4), (3, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1,), (2,), (8,), (3, 2), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_shards(layout: Any, sizes: tuple[int, ...]) -> None:
     num_shards, axes = int(np.prod(sizes)), ("a", "b", "c")[: len(sizes)]
