@@ -68,6 +68,7 @@ BREADTH = (
 ONCE = (
     "test_adapters",
     "test_bench_gpu",
+    "test_bench_ring",
     "test_cache::test_a_prompt_fills_a_cache_as_its_tokens_would_one_by_one",
     "test_cache::test_a_window_keeps_only_what_it_needs",
     "test_cache::test_rows_of_different_lengths_grow_in_place",

@@ -13,14 +13,14 @@ from typer.testing import CliRunner, Result
 
 import ringjax
 from ringjax import cli
-from ringjax.bench import cpu, gpu, tpu
+from ringjax.bench import cpu, gpu, ring, ring_peers, tpu
 from ringjax.cli import app, options
 from ringjax.config import DKV_DTYPES, IMPLEMENTATIONS
 from ringjax.inspect.program import DEVICE_ORDERS, DTYPES
 from ringjax.tune import space
 
 ROOT = tiny_run.ROOT
-COMMANDS = ["train", "demo", "bench cpu", "bench gpu", "bench tpu-static", "tune", "inspect"]
+COMMANDS = ["train", "demo", "bench cpu", "bench gpu", "bench ring", "bench tpu-static", "tune", "inspect"]
 
 
 def invoke(*arguments: object) -> Result:
@@ -43,7 +43,7 @@ def test_help_names_the_commands():
     """Each in one line that is not cut off."""
     for group, names in (
         ((), ["train", "generate", "eval", "demo", "bench", "tune", "inspect"]),
-        (("bench",), ["cpu", "gpu", "tpu-static"]),
+        (("bench",), ["cpu", "gpu", "ring", "tpu-static"]),
     ):
         result = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"})
         assert result.exit_code == 0
@@ -228,6 +228,7 @@ FUNCTIONS: dict[str, Any] = {
     "demo": cli.demo.demo,
     "bench cpu": cli.bench.cpu,
     "bench gpu": cli.bench.gpu,
+    "bench ring": cli.bench.ring,
     "bench tpu-static": cli.bench.tpu_static,
     "tune": cli.tune.tune,
     "inspect": cli.inspect.inspect,
@@ -269,9 +270,11 @@ def test_words_are_those_of_the_library():
     assert values(cli.inspect.DeviceOrder) == set(DEVICE_ORDERS)
     assert values(cli.bench.Generation) == set(tpu.TOPOLOGIES)
     assert values(cli.bench.GpuImplementation) == set(IMPLEMENTATIONS) - {"pallas_tpu"}
+    assert values(cli.bench.RingImplementation) == set(IMPLEMENTATIONS)
+    assert values(cli.bench.PeerName) == set(ring_peers.PEERS)
     assert values(cli.tune.TunedImplementation) == {implementation for implementation, _ in space.KERNELS}
     assert f"{options.LayoutName.zigzag!r}" == "'zigzag'", "as messages of the library quote it"
-    assert len(gpu.SHAPES) == 4, "as the help says"
+    assert (len(gpu.SHAPES), len(ring.PROBLEMS)) == (4, 7), "as the help says"
 
 
 def test_a_command_is_imported_when_it_is_called():

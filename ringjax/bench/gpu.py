@@ -111,7 +111,9 @@ def draw(shape: Shape, dtype: Any, seed: int = 0) -> tuple[jax.Array, ...]:
     return tuple(jax.random.normal(k, s, jnp.float32).astype(dtype) for k, s in zip(keys, sizes, strict=True))
 
 
-def _directed(attend: Callable[..., Any], direction: str) -> Callable[..., Any]:
+def directed(attend: Callable[..., Any], direction: str) -> Callable[..., Any]:
+    """A program of query, key, value, cotangent and what else ``attend`` takes: its output, and all gradients."""
+
     def gradients(q: Any, k: Any, v: Any, dout: Any, *rest: Any) -> Any:
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *rest), q, k, v)
         return out, *pull(dout)
@@ -156,8 +158,8 @@ def attention(shape: Shape, config: ringjax.RingConfig, *, dtype: Any, reference
         causal = mask == "causal"
         of_jax: Any = jax.nn.dot_product_attention
         dense = functools.partial(of_jax, is_causal=causal, implementation=reference)
-        ours = Timed(_directed(_ours(config, is_causal=causal), direction), inputs)
-        theirs = Timed(_directed(dense, direction), inputs)
+        ours = Timed(directed(_ours(config, is_causal=causal), direction), inputs)
+        theirs = Timed(directed(dense, direction), inputs)
         work = flops(shape, mask, direction)
         row = functools.partial(_row, str(shape), mask, direction, work=work)
         found.append(Measurement((ours, theirs), row))
@@ -240,7 +242,7 @@ def packed(shape: Shape, config: ringjax.RingConfig, *, dtype: Any) -> list[Meas
     inputs, found = draw(shape, dtype), []
     what = f"{shape}, {document} documents: packed / one document"
     for direction in PASSES:
-        run = _directed(_ours(config, is_causal=True), direction)
+        run = directed(_ours(config, is_causal=True), direction)
         programs = tuple(Timed(run, (*inputs, jnp.asarray(ids))) for ids in (segments, np.zeros_like(segments)))
         row = functools.partial(_row, what, "causal", direction, work=flops(shape, "causal", direction))
         found.append(Measurement(programs, row))

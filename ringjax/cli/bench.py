@@ -1,5 +1,6 @@
-"""`ringjax bench cpu|gpu|tpu-static`."""
+"""`ringjax bench cpu|gpu|ring|tpu-static`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,18 +17,20 @@ from .options import (
     Heads,
     JsonFile,
     LayoutName,
+    OptionalDevices,
     PassName,
     Rounds,
     SeqLen,
     Timeout,
     WriteDocs,
     integer,
+    number,
 )
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Times attention on CPU or GPU, or estimates its cycles on TPU.",
+    help="Times attention on CPU and GPUs, or estimates its cycles on TPU.",
 )
 
 
@@ -43,6 +46,19 @@ class GpuImplementation(Choice):
 
 
 class Reference(Choice):
+    cudnn = "cudnn"
+    xla = "xla"
+
+
+class RingImplementation(Choice):
+    xla = "xla"
+    pallas_tpu = "pallas_tpu"
+    pallas_gpu = "pallas_gpu"
+    pallas_triton = "pallas_triton"
+
+
+class PeerName(Choice):
+    flash_attention_3 = "flash_attention_3"
     cudnn = "cudnn"
     xla = "xla"
 
@@ -149,6 +165,90 @@ def gpu(
             num_shards=num_shards,
             rounds=rounds,
             ceiling=ceiling,
+        )
+        command.main(request, json_file=json, docs=write_docs)
+
+
+@app.command()
+def ring(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="B,T,N,K,H",
+            help="Sequences, tokens, query heads, key/value heads, size of a head. Repeatable; default, if no mask is "
+            "given either: seven shapes with a mask each.",
+        ),
+    ] = None,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="full|causal|W",
+            help="Which keys a query attends to; W: at most W before it, causal. Repeatable; default: full and causal.",
+        ),
+    ] = None,
+    passes: Annotated[
+        list[PassName] | None,
+        typer.Option("--pass", help="backward: forward and all gradients in one program. Repeatable; default: both."),
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORD[,WORD]",
+            help="As in RingConfig; two words: of two axes, outermost first, of all sizes there are. Repeatable; "
+            "default: all that fit.",
+        ),
+    ] = None,
+    peer: Annotated[
+        list[PeerName] | None,
+        typer.Option(help="Whose kernel runs under plain collectives. Repeatable; default: all but xla, on CPU all."),
+    ] = None,
+    flash_attention: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="FlashAttention-3's library. Default: that of the package dew-flash-attn-cu13."
+        ),
+    ] = None,
+    torch: Annotated[
+        bool, typer.Option("--torch", help="Also time PyTorch's context parallelism, first and in its own processes.")
+    ] = False,
+    dtype: Dtype = DtypeName.bfloat16,
+    implementation: Annotated[
+        RingImplementation | None, typer.Option(help="Our block kernel. Default: the best one.")
+    ] = None,
+    devices: OptionalDevices = None,
+    rounds: Rounds = 4,
+    seconds_per_row: Annotated[
+        float, typer.Option(parser=number, metavar="S", help="Time for the calls of one program, all rounds together.")
+    ] = 0.25,
+    time_limit: Annotated[
+        float | None, typer.Option(parser=number, metavar="S", help="Begin no further problem after so many seconds.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Also mark the strategy that the planner chooses.")] = False,
+    json: JsonFile = None,
+    write_docs: WriteDocs = None,
+) -> None:
+    """Times every strategy on all devices beside other kernels under plain collectives.
+
+    All programs of a problem are compiled together, checked against each other and called in turns; a figure is the
+    median over the rounds. What cannot be timed is named, and why.
+    """
+    from ..bench import ring as command
+
+    with refusals():
+        request = command.Request(
+            problems=command.parse_problems(shape or (), mask or ()),
+            passes=tuple(passes or PassName),
+            strategies=tuple(map(command.parse_strategy, strategy or ())),
+            peers=tuple(peer or ()),
+            flash_attention=flash_attention,
+            torch=torch,
+            dtype=dtype,
+            implementation=implementation,
+            devices=devices,
+            rounds=rounds,
+            seconds=seconds_per_row,
+            time_limit=time_limit,
+            plan=plan,
         )
         command.main(request, json_file=json, docs=write_docs)
 

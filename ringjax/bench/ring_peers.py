@@ -1,0 +1,183 @@
+"""Attention of other libraries on one device, as `ringjax bench ring` calls it under collectives written by hand.
+
+Every kernel has one face: ``attend(q, k, v, offset=, window=)``. Query i stands at position i + offset of the keys and
+attends to itself, and to the keys before it, at most ``window`` of them; offset None: to all keys.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ringjax.hopper import is_hopper
+
+Attend = Callable[..., jax.Array]  # attend(q, k, v, *, offset, window)
+PEERS = ("flash_attention_3", "cudnn", "xla")
+
+_PACKAGE, _LIBRARY = "dew_flash_attn", "libdew_flash_attn3.so"
+_RUNTIME = "libcudart.so.13"
+
+
+class Refused(ValueError):
+    """A peer cannot compute this problem; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A kernel of another library.
+
+    Attributes:
+      name: as tables call it.
+      attend: see the head of this file; raises Refused for what it cannot compute.
+      absent: why it cannot be called here; then attend is None.
+    """
+
+    name: str
+    attend: Attend | None
+    absent: str = ""
+
+
+def find(name: str, device: Any, library: Path | None = None) -> Peer:
+    """One of PEERS on these devices.
+
+    Args:
+      name: "flash_attention_3", "cudnn" or "xla".
+      device: one of those that are measured.
+      library: of FlashAttention-3; None: the one that the installed package brings.
+    """
+    if name == "flash_attention_3":
+        return _flash_attention_3(device, library)
+    if name == "cudnn":
+        absent = "" if device.platform == "gpu" else f"needs an NVIDIA GPU. Got platform {device.platform!r}."
+        return Peer("cuDNN", None if absent else _cudnn, absent)
+    return Peer("XLA", _xla)
+
+
+def _of_jax(q: Any, k: Any, v: Any, **options: Any) -> jax.Array:
+    attend: Any = jax.nn.dot_product_attention
+    return attend(q, k, v, **options)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int | None, window: int | None) -> jax.Array:
+    if offset:
+        raise Refused(
+            "its causal mask starts at the first key, and jax.nn.dot_product_attention takes no offset: causal "
+            "attention to a prefix that others hold would need a mask of T x S"
+        )
+    sides = None if window is None else (window, 0)
+    return _of_jax(q, k, v, is_causal=offset is not None, local_window_size=sides, implementation="cudnn")
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int | None, window: int | None) -> jax.Array:
+    if offset is None:
+        return _of_jax(q, k, v, implementation="xla")
+    left = k.shape[1] if window is None else window - offset
+    return _of_jax(q, k, v, local_window_size=(left, offset), implementation="xla")
+
+
+def _flash_attention_3(device: Any, library: Path | None) -> Peer:
+    name = "FlashAttention-3"
+    if device.platform != "gpu" or not is_hopper(device.device_kind):
+        return Peer(name, None, f"needs an NVIDIA Hopper GPU. Got {device.device_kind!r}.")
+    file = library or _installed()
+    if file is None:
+        return Peer(name, None, f"the package dew-flash-attn-cu13, which brings {_LIBRARY}, is not installed")
+    try:
+        _register(file)
+    except (OSError, AttributeError) as error:
+        return Peer(name, None, f"{file} cannot be loaded: {error}")
+    return Peer(name, _flash)
+
+
+def _installed() -> Path | None:
+    """The library in the installed package, which is not imported: it would load another one, of 340 MB."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = [Path(folder) / _LIBRARY for folder in folders]
+    return next((file for file in files if file.is_file()), None)
+
+
+@functools.cache
+def _register(file: Path) -> None:
+    """Makes the library's functions targets of JAX's foreign calls."""
+    try:
+        found = ctypes.CDLL(str(file.resolve()))
+    except OSError as error:
+        if _RUNTIME not in str(error):
+            raise
+        # It names no folder for CUDA's runtime, which JAX has perhaps loaded under another path.
+        roots = [*map(Path, _nvidia_folders()), Path("/usr/local"), Path("/opt")]
+        runtime = next((path for root in roots for path in sorted(root.rglob(f"{_RUNTIME}*"))), None)
+        if runtime is None:
+            raise
+        ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+        found = ctypes.CDLL(str(file.resolve()))
+    for what in ("fwd", "bwd"):
+        target = jax.ffi.pycapsule(getattr(found, f"dew_flash3_mha_{what}"))
+        jax.ffi.register_ffi_target(f"ringjax_bench_flash_attention_3_{what}", target, platform="CUDA")
+
+
+def _nvidia_folders() -> list[str]:
+    spec = importlib.util.find_spec("nvidia")
+    return [] if spec is None else list(spec.submodule_search_locations or ())
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int | None, window: int | None) -> jax.Array:
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise Refused(f"needs bfloat16 or float16. Got {q.dtype.name}")
+    if q.shape[-1] not in (64, 128, 192, 256):
+        raise Refused(f"needs heads of 64, 128, 192 or 256. Got {q.shape[-1]}")
+    if offset is not None and offset != k.shape[1] - q.shape[1]:
+        raise Refused("its causal mask is aligned with the last key")
+    return _flash_call(q, k, v, offset is not None, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _flash_call(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, window: int | None) -> jax.Array:
+    return _flash_forward(q, k, v, causal, window)[0]
+
+
+def _flash_options(q: jax.Array, causal: bool, window: int | None) -> dict[str, Any]:
+    """A window to the left and none to the right is causal by itself; -1 is no bound."""
+    left, right = (-1, -1) if window is None else (window, 0)
+    return {
+        "softmax_scale": np.float64(q.shape[-1] ** -0.5),
+        "is_causal": causal and window is None,
+        "window_size_left": np.int64(left),
+        "window_size_right": np.int64(right),
+    }
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _flash_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, window: int | None) -> tuple[Any, Any]:
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    batch, length, heads, _ = q.shape
+    results = (_like(q), float32((batch, heads, length)), float32((1, 1, 1, 1)), float32((1, 1, 1)))
+    call = jax.ffi.ffi_call("ringjax_bench_flash_attention_3_fwd", results)
+    out, lse, *_ = call(q, k, v, **_flash_options(q, causal, window))
+    return out, (q, k, v, out, lse)
+
+
+def _flash_backward(causal: bool, window: int | None, saved: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
+    q, k, v, out, lse = saved
+    batch, length, heads, _ = q.shape
+    # Two buffers of work: rows of every head, each sequence rounded up to the kernel's block.
+    rows = jax.ShapeDtypeStruct((heads * (batch * length + 128 * (batch + 1)),), jnp.float32)
+    call = jax.ffi.ffi_call("ringjax_bench_flash_attention_3_bwd", (_like(q), _like(k), _like(v), rows, rows))
+    dq, dk, dv, *_ = call(dout, q, k, v, out, lse, **_flash_options(q, causal, window))
+    return dq, dk, dv
+
+
+_flash_call.defvjp(_flash_forward, _flash_backward)
