@@ -3,6 +3,8 @@
 import json
 import math
 import statistics
+import sys
+import types
 
 import jax
 import numpy as np
@@ -48,7 +50,7 @@ def test_command_measures_everything_and_writes_it(tmp_path):
         assert [row["of_plain"] is not None for row in rows] == [False, True, True] + [False] * 6
         assert group["peer"] in ("plain all-gather, XLA", "plain Ulysses, XLA")
         # Under this window both fetch the eight keys before the shard, and nothing is compiled or timed twice.
-        assert rows[1]["same_as"] == "ring, ringjax" and rows[1]["rounds"] == rows[0]["rounds"]
+        assert rows[1]["same_as"] == "ring" and rows[1]["rounds"] == rows[0]["rounds"]
         assert [row["same_as"] for row in rows].count(None) == 8
     left = "\n".join(record["left"])
     assert "FlashAttention-3: needs an NVIDIA Hopper GPU. Got 'cpu'." in left
@@ -231,6 +233,23 @@ def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatc
     assert late["groups"] == [] and late["left"][-1] == "1 x 16 x 2 x 8, full: --time-limit 1e-09 was over"
 
 
+def test_one_program_under_two_names_stands_or_falls_together(monkeypatch: pytest.MonkeyPatch):
+    problem = Problem(Shape(1, 16, 2, 2, 8), is_causal=False)
+    twins = [program("one", OURS, count=1), program("two", OURS, count=1)]
+    data = ring_measure.Data(problem, jax.devices()[:2], "float32")
+    options = {"dtype": "float32", "rounds": 1, "seconds": 1e-6}
+    measured, left = ring_measure.measure(twins, data, "fwd", **options)
+    assert measured.same == [None, twins[0]] and measured.times[0] is measured.times[1] and left == []
+
+    def fails(timed: Timed, count: int) -> float:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Timed, "milliseconds", fails)
+    measured, left = ring_measure.measure(twins, data, "fwd", **options)
+    assert measured.programs == []
+    assert left == [Left("one", OURS, "out of memory"), Left("two", OURS, "is the program of one, ringjax")]
+
+
 def test_nan_is_no_match():
     problem = Problem(Shape(1, 16, 2, 2, 8), is_causal=False)
     data = ring_measure.Data(problem, jax.devices()[:2], "float32")
@@ -251,11 +270,16 @@ def test_the_planner_is_asked_for_every_mesh(monkeypatch: pytest.MonkeyPatch):
     found = ring_table.plan_of(choose, problem, "fwd", [(4,), (2, 2)], jax.devices()[0], 2)
     assert found == [((4,), ("ring",)), ((2, 2), ("ring", "ring"))]
     assert asked[0] == dict(
-        axis_sizes=(4,), device_kind="cpu", platform="cpu", query_length=64, key_length=64, num_heads=4,
-        num_kv_heads=2, head_size=16, value_size=16, itemsize=2, batch=2, is_causal=True, window=5, backward=False,
+        axis_sizes=(4,), device_kind="cpu", platform="cpu", query_length=16, key_length=16, num_heads=4,
+        num_kv_heads=2, head_size=16, value_size=16, itemsize=2, batch=2, is_causal=True, window=(5, 0),
+        layout="contiguous", backward=False,
     )  # fmt: skip
-    monkeypatch.setattr(ring_table.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    assert ring_table.find_planner() is None
+    monkeypatch.setitem(sys.modules, "ringjax.planner", types.ModuleType("ringjax.planner"))
+    absent, reason = ring_table.find_planner()
+    assert absent is None and "choose_strategy" in reason
+    choose_strategy = lambda **_: ("ring",)  # noqa: E731
+    monkeypatch.setattr(sys.modules["ringjax.planner"], "choose_strategy", choose_strategy, raising=False)
+    assert ring_table.find_planner() == (choose_strategy, "")
 
 
 def test_processes_of_pytorch(monkeypatch: pytest.MonkeyPatch):

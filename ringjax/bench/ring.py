@@ -21,8 +21,8 @@ import ringjax
 from ringjax.bench import document, ring_peers, ring_torch
 from ringjax.bench.cpu import PASSES
 from ringjax.bench.gpu import parse_shape
-from ringjax.bench.ring_measure import Data, measure
-from ringjax.bench.ring_programs import Problem, factors, programs, strategies_for
+from ringjax.bench.ring_measure import Data, measure, reason_of
+from ringjax.bench.ring_programs import OURS, Left, Problem, factors, programs, strategies_for
 from ringjax.bench.ring_table import (
     Group,
     cells,
@@ -166,8 +166,8 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
     peers = [ring_peers.find(name, devices[0], request.flash_attention) for name in names]
     left = [f"{peer.name}: {peer.absent}" for peer in peers if peer.attend is None]
     left += [f"{ring_torch.KERNEL}: {no_torch}"] * bool(no_torch)
-    choose = find_planner() if request.plan else None
-    left += ["the plan: this version has no ringjax.planner"] * (request.plan and choose is None)
+    choose, no_plan = find_planner() if request.plan else (None, "")
+    left += [f"the plan: {no_plan}"] * bool(no_plan)
     config = ringjax.RingConfig(implementation=request.implementation)
     title = (
         f"{len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}, {request.dtype}; medians of "
@@ -206,8 +206,15 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
             measured, failed = measure(
                 found, data, direction, dtype=request.dtype, rounds=request.rounds, seconds=request.seconds
             )
-            chosen = [] if choose is None else plan_of(choose, problem, direction, sizes, devices[0], dtype.itemsize)
-            group = conclude(problem, direction, measured, [*refused, *failed], chosen)
+            missing = [*refused, *failed]
+            try:
+                chosen = (
+                    [] if choose is None else plan_of(choose, problem, direction, sizes, devices[0], dtype.itemsize)
+                )
+            except Exception as error:  # the times are worth more than the plan
+                chosen = []
+                missing.append(Left("the plan", OURS, reason_of(error)))
+            group = conclude(problem, direction, measured, missing, chosen)
             finish(with_others(group, problem, len(devices), by_torch.get((problem, direction), [])))
     record["summary"] = summary(groups)
     for line in record["summary"]:

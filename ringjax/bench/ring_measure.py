@@ -88,7 +88,7 @@ def _difference(ours: tuple[jax.Array, ...], theirs: tuple[jax.Array, ...]) -> t
     return jnp.max(jnp.stack(norms)), jnp.max(jnp.stack(largest))
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """In one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."
@@ -116,13 +116,13 @@ def compile_group(
                 options: Any = dict(program.options)
                 waiting[index] = pool.submit(lowered.compile, compiler_options=options or None)
             except Exception as error:  # whatever it is, the others go on
-                left.append(Left(program.name, program.kernel, _reason(error)))
+                left.append(Left(program.name, program.kernel, reason_of(error)))
         for index, future in waiting.items():
             try:
                 compiled[index] = Timed(future.result(), data.of(found[index]))
             except Exception as error:
-                left.append(Left(found[index].name, found[index].kernel, _reason(error)))
-    return compiled, {a: b for a, b in same.items() if b in compiled}, left
+                left.append(Left(found[index].name, found[index].kernel, reason_of(error)))
+    return compiled, same, left
 
 
 def check_group(
@@ -141,7 +141,7 @@ def check_group(
                 reference, first = results, program.label
             norm, largest = (float(x) for x in _difference(reference, results))
         except Exception as error:
-            left.append(Left(program.name, program.kernel, _reason(error)))
+            left.append(Left(program.name, program.kernel, reason_of(error)))
             continue
         del results
         if norm <= NORM_BOUND[dtype] and largest <= LARGEST_BOUND[dtype]:
@@ -169,7 +169,7 @@ def time_group(
                 times[index].append(timed.milliseconds(calls[index]))
         except Exception as error:
             calls.pop(index, None)
-            left.append(Left(found[index].name, found[index].kernel, _reason(error)))
+            left.append(Left(found[index].name, found[index].kernel, reason_of(error)))
     return {index: times[index] for index in calls}, left
 
 
@@ -182,6 +182,11 @@ def measure(
     kept = {index: compiled[index] for index in differences}
     times, failed = time_group(found, kept, rounds=rounds, seconds=seconds)
     shared = {index: first for index, first in same.items() if first in times}
+    lost = [
+        Left(found[index].name, found[index].kernel, f"is the program of {found[first].label}")
+        for index, first in same.items()
+        if first not in times
+    ]
     order = sorted([*times, *shared])
     measured = Measured(
         programs=[found[index] for index in order],
@@ -189,4 +194,4 @@ def measure(
         differences=[differences[shared.get(index, index)] for index in order],
         same=[found[shared[index]] if index in shared else None for index in order],
     )
-    return measured, [*left, *wrong, *failed]
+    return measured, [*left, *wrong, *failed, *lost]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ class Row:
       of_plain: this time over that of the same exchange written by hand around our kernel. None: there is none.
       difference, largest_difference: of the results from those of the first program, relative to its norm and its
         largest entry. None: not compared.
-      same_as: the program that this one compiles to as well, and whose time this is.
+      same_as: the earlier one of ours that compiles to the same program, and whose time this is.
       plan: what the planner's choice costs: this time over that of our fastest; None: it chose another.
       rounds: the times.
     """
@@ -110,7 +111,7 @@ def conclude(
                 of_plain=None if by_hand is None else ratio(times, by_hand),
                 difference=measured.differences[number][0],
                 largest_difference=measured.differences[number][1],
-                same_as=None if same is None else same.label,
+                same_as=None if same is None else same.name,
                 plan=None if ours is None or not _is_chosen(program, chosen) else ratio(times, ours[1]),
                 rounds=times,
             )
@@ -159,12 +160,12 @@ def with_others(group: Group, problem: Problem, num_devices: int, results: Seque
     return dataclasses.replace(group, rows=[*group.rows, *rows], left=[*group.left, *left])
 
 
-def find_planner() -> Callable[..., tuple[str, ...]] | None:
-    """The function that chooses strategies; None: this version has none."""
+def find_planner() -> tuple[Callable[..., tuple[str, ...]] | None, str]:
+    """The function that chooses strategies, and why there is none."""
     try:
-        return importlib.import_module("ringjax.planner").choose_strategy
-    except (ImportError, AttributeError):
-        return None
+        return importlib.import_module("ringjax.planner").choose_strategy, ""
+    except (ImportError, AttributeError) as error:
+        return None, str(error)
 
 
 def plan_of(
@@ -175,7 +176,7 @@ def plan_of(
     device: Any,
     itemsize: int,
 ) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
-    """What the planner chooses on each mesh."""
+    """What the planner chooses on each mesh, told what a call knows at trace time: lengths are a shard's."""
     shape = problem.shape
     return [
         (
@@ -185,8 +186,8 @@ def plan_of(
                     axis_sizes=each,
                     device_kind=device.device_kind,
                     platform=device.platform,
-                    query_length=shape.length,
-                    key_length=shape.length,
+                    query_length=shape.length // math.prod(each),
+                    key_length=shape.length // math.prod(each),
                     num_heads=shape.heads,
                     num_kv_heads=shape.kv_heads,
                     head_size=shape.head_size,
@@ -194,7 +195,8 @@ def plan_of(
                     itemsize=itemsize,
                     batch=shape.batch,
                     is_causal=problem.is_causal,
-                    window=problem.window,
+                    window=None if problem.window is None else (problem.window, 0),
+                    layout=problem.balancing,
                     backward=direction == "fwd+bwd",
                 )
             ),
@@ -210,7 +212,7 @@ def columns(with_plan: bool) -> tuple[str, ...]:
 def cells(row: Row, with_plan: bool = False) -> tuple[str, ...]:
     """As columns names them."""
     figure = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
-    name = row.name if row.same_as is None else f"{row.name} (the program of {row.same_as})"
+    name = row.name if row.same_as is None else f"{row.name} (as {row.same_as})"
     found = (
         name,
         row.kernel,

@@ -30,7 +30,7 @@ from .options import (
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Times attention on CPU and GPUs, or estimates its cycles on TPU.",
+    help="Times attention on CPU or GPU, or estimates its cycles on TPU.",
 )
 
 
@@ -227,10 +227,10 @@ def ring(
     json: JsonFile = None,
     write_docs: WriteDocs = None,
 ) -> None:
-    """Times every strategy on all devices beside other kernels under plain collectives.
+    """Times every strategy on all devices beside other kernels.
 
-    All programs of a problem are compiled together, checked against each other and called in turns; a figure is the
-    median over the rounds. What cannot be timed is named, and why.
+    Those run under plain collectives. All programs of a problem are compiled together, checked against each other and
+    called in turns; a figure is the median over the rounds. What cannot be timed is named, and why.
     """
     from ..bench import ring as command
 
