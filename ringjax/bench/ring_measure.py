@@ -103,11 +103,14 @@ def compile_group(
     left: list[Left] = []
     waiting: dict[int, concurrent.futures.Future[Any]] = {}
     first: dict[Any, int] = {}
+    traced: dict[Any, Any] = {}  # variants of one strategy differ in the compiler's options alone
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for index, program in enumerate(found):
             try:
-                run = jax.jit(directed(program.attend, direction), out_shardings=program.sharding)
-                lowered = run.lower(*data.of(program))
+                if program.attend not in traced:
+                    run = jax.jit(directed(program.attend, direction), out_shardings=program.sharding)
+                    traced[program.attend] = run.lower(*data.of(program))
+                lowered = traced[program.attend]
                 # One mesh or two of the same sizes: the text says which devices talk to which.
                 key = lowered.as_text(), program.layout, program.num_devices, tuple(program.options.items())
                 if first.setdefault(key, index) != index:

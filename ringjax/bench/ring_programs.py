@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -168,9 +167,12 @@ def _ours(
         # With two devices both ways lead to the same one, and under a window blocks take the shorter way in any case.
         ways = ("forward", "both") if ring > 2 and problem.window is None else ("forward",)
         options = ring_options(devices[0].device_kind, ring, os.environ.get("XLA_FLAGS", ""))
-        for way, given in itertools.product(ways, (options, {}) if options else ({},)):
-            variant = (", both ways" if way == "both" else "") + (", XLA's defaults" if options and not given else "")
-            found.append(_strategy(problem, devices, words, sizes, way, config, name, variant, given))
+        for way in ways:
+            program = _strategy(problem, devices, words, sizes, way, config, name, options)
+            found.append(program)
+            if options:  # the same function, so that it is traced once
+                variant = f"{program.variant}, XLA's defaults"
+                found.append(dataclasses.replace(program, name=name + variant, variant=variant, options={}))
     return found, left
 
 
@@ -182,7 +184,6 @@ def _strategy(
     direction: str,
     config: ringjax.RingConfig,
     name: str,
-    variant: str,
     options: dict[str, int],
 ) -> Program:
     axes = ("sp",) if len(sizes) == 1 else ("outer", "inner")
@@ -197,6 +198,7 @@ def _strategy(
         local_window_size=None if problem.window is None else (problem.window, 0),
         config=dataclasses.replace(config, strategy=words, direction=direction),
     )
+    variant = ", both ways" if direction == "both" else ""
     return Program(
         name=name + variant,
         kernel=OURS,
