@@ -1,5 +1,6 @@
 """`ringjax bench ring` on simulated devices, small; and what it makes of times that are given."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -149,6 +150,14 @@ def test_ratios_are_of_rounds():
     assert math.isclose(rows[3].tflops, 4 * 2 * 1000**2 * 8 / 4e-3 / 1e12), "on one device"
     assert [one.name for one in group.left] == ["plain Ulysses", "the plan's ring x ring on 2 x 2"]
     slow = ring_table.conclude(problem, "fwd", measured, [], [((2,), ("ring",))])
+    # What is not the planner's to choose, flags and meshes, is nothing to compare it with.
+    faster = [
+        dataclasses.replace(given[1][0], **{"name": "x", **change}) for change in ({"variant": "x"}, {"sizes": (1, 2)})
+    ]
+    others = Measured(
+        [*measured.programs, *faster], [*measured.times, [1.0] * 3, [1.0] * 3], [(0.0, 0.0)] * 9, [None] * 9
+    )
+    assert ring_table.conclude(problem, "fwd", others, [], [((2,), ("ring",))]).rows[0].plan == slow.rows[0].plan
     assert slow.rows[0].plan == statistics.median([2 / 2, 4 / 2.2, 6 / 2.1])
     assert ring_table.cells(slow.rows[0], with_plan=True)[-1] == "1.818, not within 5%"
     assert ring_table.cells(rows[1], with_plan=True)[-1] == "1.000, within 5%"

@@ -225,7 +225,7 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
 
 def _lines(group: Group, with_plan: bool) -> list[str]:
     """Of the terminal."""
-    widths = (34, 18, 9, 19, 14, 11, 9)
+    widths = (48, 18, 9, 19, 14, 11, 9)
 
     def aligned(texts: Sequence[str]) -> str:
         sized = zip(texts, widths, strict=False)

@@ -32,7 +32,8 @@ class Row:
       difference, largest_difference: of the results from those of the first program, relative to its norm and its
         largest entry. None: not compared.
       same_as: the earlier one of ours that compiles to the same program, and whose time this is.
-      plan: what the planner's choice costs: this time over that of our fastest; None: it chose another.
+      plan: of the planner's choice, this time over that of the fastest of ours on the same mesh, one direction and one
+        set of flags alike, which are not the planner's to choose; None: it chose another.
       rounds: the times.
     """
 
@@ -89,7 +90,10 @@ def conclude(
     is_peer = lambda program: program.kernel != OURS and program.name != ONE_DEVICE  # noqa: E731
     median = lambda pair: statistics.median(pair[1])  # noqa: E731
     peer = min((pair for pair in pairs if is_peer(pair[0])), key=median, default=None)
-    ours = min((pair for pair in pairs if pair[0].strategy), key=median, default=None)
+    ours: dict[tuple[int, ...], list[float]] = {}  # the fastest on each mesh
+    for program, times in sorted(pairs, key=median):
+        if program.strategy and not program.variant:
+            ours.setdefault(program.sizes, times)
     alone = {program.kernel: times for program, times in pairs if program.name == ONE_DEVICE}
     plain = {program.name: times for program, times in pairs if program.kernel == OURS and not program.strategy}
     work, rows = problem.flops(direction), []
@@ -112,7 +116,7 @@ def conclude(
                 difference=measured.differences[number][0],
                 largest_difference=measured.differences[number][1],
                 same_as=None if same is None else same.name,
-                plan=None if ours is None or not _is_chosen(program, chosen) else ratio(times, ours[1]),
+                plan=ratio(times, ours[program.sizes]) if _is_chosen(program, chosen) else None,
                 rounds=times,
             )
         )
