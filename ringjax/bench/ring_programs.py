@@ -230,7 +230,7 @@ def _by_hand(
     spec = P(None, "sp")
     # Foreign calls are typed by no axes.
     attend = jax.shard_map(on_shards, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-    sharding = NamedSharding(Mesh(np.asarray(devices), ("sp",)) if count > 1 else mesh, spec)
+    sharding = NamedSharding(mesh, spec)  # on that mesh: cuDNN's partitioning takes no other
     sizes = (count,) if count > 1 else ()
     return Program(name=name, kernel=kernel, layout=layout, sharding=sharding, attend=attend, sizes=sizes)
 
