@@ -48,9 +48,9 @@ def test_every_estimate_is_possible(cycles):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("generation", "most"), [("v5e", 80_000), ("v6e", 50_000)])
+@pytest.mark.parametrize(("generation", "most"), [("v5e", 72_000), ("v6e", 40_000)])
 def test_forward_cycles(cycles, generation: str, most: int):
-    """Not held against splash, whose forward pass the libtpu of JAX 0.12 estimates lower than that of 0.10 does."""
+    """Below splash's best by libtpu 0.0.42 and by 0.0.50: 78,648 and 73,740 on v5e, 48,599 and 42,938 on v6e."""
     assert cycles[generation, "forward", "ringjax"] <= most
 
 

@@ -120,6 +120,54 @@ def test_tiles_of_a_chip(name: str, tiles: str) -> None:
     cases.assert_matches(case, inputs, in_two_hops(case, inputs, TILES[tiles]))
 
 
+# What is added to the logits of the first keys and of the rest, and which key stands out.
+FAR = {
+    "near": (0.0, 0.0, 1.0),
+    "low": (-300.0, -300.0, 1.0),
+    "high": (300.0, 300.0, 1.0),
+    "falling": (300.0, -300.0, 1.0),
+    "rising": (-300.0, 300.0, 1.0),
+    "at the edge": (-45.0, 45.0, 1.0),
+    "outlier": (0.0, 0.0, 200.0),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("hops", [1, 2])
+def test_logits_far_from_zero(name: str, hops: int) -> None:
+    """16-bit tiles are tried with the maximum as it is; where that loses weights or overflows nobody can tell."""
+    before, after, outlier = FAR[name]
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.normal(size=(1, 2, 256, 64)).astype(np.float32) for _ in range(3))
+    q[..., 0] = 8.0  # times the scale 1/8: what a key has in its first place is added to all its logits
+    k[..., :128, 0], k[..., 128:, 0] = before, after
+    k[..., 7, :] *= outlier
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    tiles = TileSizes(256, 128, 256, 128, MIB)
+    params = KernelParams(0.125, interpret=True)
+    carry: Any = None
+    for hop in range(hops):
+        keys = slice(256 * hop // hops, 256 * (hop + 1) // hops)
+        block = Block(q=q, k=k[:, :, keys], v=v[:, :, keys], mask=Mask())
+        carry = tpu_forward.forward(block, params, tiles, carry, finish=hop == hops - 1)
+    exact_q, exact_k, exact_v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    logits = exact_q @ np.swapaxes(exact_k, 2, 3) * 0.125
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    total = p.sum(-1, keepdims=True)
+    lse = logits.max(-1) + np.log(total[..., 0])
+    np.testing.assert_allclose(np.asarray(carry.lse), lse, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(carry.out).astype(np.float64), p / total @ exact_v, rtol=2**-7, atol=2**-7)
+
+
+def test_a_query_that_is_not_finite_spoils_no_other() -> None:
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in np.random.default_rng(6).normal(size=(3, 1, 1, 256, 64)))
+    q = q.at[0, 0, 3, 0].set(jnp.nan)
+    tiles, params = TileSizes(256, 128, 256, 128, MIB), KernelParams(0.125, interpret=True)
+    found = tpu_forward.forward(Block(q=q, k=k, v=v, mask=Mask()), params, tiles, None, finish=True)
+    spoilt = np.isnan(np.asarray(found.out).astype(np.float32)).any(-1)[0, 0]
+    assert np.flatnonzero(spoilt).tolist() == [3]
+
+
 def test_units_hold_all_queries_and_fit() -> None:
     for group, num_q, fitting in ((4, 7, 2), (4, 3, 9), (6, 3, 12), (1, 1, 0), (8, 5, 40)):
         units = tpu_backward._cut(group, num_q, 100, 100 * fitting)

@@ -6,6 +6,7 @@ tiles of keys that it sees pass by: FULL ones without a predicate, EMPTY ones no
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,8 @@ from .online import Running, State
 from .steps import Step, Walk, plan_steps
 from .tiles import LANES, TileSizes, sub_tile
 
-# Queries of a PARTIAL tile worked on at a time.
-_PARTIAL_ROWS = 256
+# Queries worked on at a time, where not all of a tile are.
+_ROWS = 256
 
 
 class _Inputs(NamedTuple):
@@ -48,6 +49,8 @@ class _Static:
     params: KernelParams
     tiles: TileSizes
     finish: bool
+    q_length: int
+    num_states: int  # 2: one is kept while a FULL tile tries the maximum as it is
 
 
 def forward(
@@ -61,7 +64,11 @@ def forward(
     # Rows beyond the last query are not written, so a tile may be ragged there and still be FULL.
     tile_mask = None if steps is None else common.tile_mask(mask, q_length, k_length, tiles)
     rule, queries, keys, numbers = tile_mask or (None, None, None, None)
-    static = _Static(walk=plan.walk, rule=rule, params=params, tiles=tiles, finish=finish)
+    # float32 always takes the maximum: its rounding grows with how far below what is subtracted the logits are.
+    num_states = 2 if q.dtype.itemsize == 2 else 1
+    static = _Static(
+        walk=plan.walk, rule=rule, params=params, tiles=tiles, finish=finish, q_length=q_length, num_states=num_states
+    )
     scalars = Scalars(steps=steps, numbers=numbers)
     prefetch, scalars_tree = jax.tree.flatten(scalars)
     sinks = sinks.astype(jnp.float32) if sinks is not None and finish else None
@@ -86,7 +93,7 @@ def forward(
             grid=(batch, heads, num_steps),
             in_specs=jax.tree.leaves(specs if carry is not None else specs._replace(carry=None)),
             out_specs=(specs.carry.acc, *(specs.carry.max,) * num_rows),
-            scratch_shapes=tuple(state),
+            scratch_shapes=tuple(state) * num_states,
         ),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
@@ -149,25 +156,76 @@ class _Kernel:
     def __call__(self, *refs: Any) -> None:
         static = self.static
         scalars, x, rest = common.received(refs, self.scalars, self.inputs)
-        *out, acc, top, total = rest
-        state = State(acc=acc, max=top, sum=total)
+        held = [State(*refs) for refs in zip(*[iter(rest[-3 * static.num_states :])] * 3, strict=True)]
+        out, state, before = rest[: -3 * static.num_states], held[0], held[1] if len(held) > 1 else None
         b, n, s = (pl.program_id(axis) for axis in range(3))
         step = static.walk.step(scalars.steps, b, s)
+        end = _finish if static.finish else _carry_on
+
+        def finish() -> None:
+            end(x, n, state, out, static.params)
+
+        if not static.walk.lists and before is not None:
+            # All in one go, so that it runs beside the products; what the last step of a row writes stays.
+            _fold_full(x, state, before, static, step, step.first if static.walk.num_columns > 1 else True, finish)
+            return
         pl.when(step.first)(lambda: online.begin(state, x.carry))
         if not static.walk.lists:
-            _fold_full(x, state, static)
+            _fold_full(x, state, before, static, step)
         else:
-            pl.when(step.kind == FULL)(lambda: _fold_full(x, state, static))
+            pl.when(step.kind == FULL)(lambda: _fold_full(x, state, before, static, step))
             if static.rule is not None:
                 pl.when(step.kind == PARTIAL)(lambda: _fold_partial(x, state, static, scalars.numbers, b, step))
-        end = _finish if static.finish else _carry_on
-        pl.when(step.last)(lambda: end(x, n, state, out, static.params))
+        pl.when(step.last)(finish)
 
 
-def _fold_full(x: _Inputs, state: State, static: _Static) -> None:
-    """A FULL tile of keys, some at a time, all queries at once."""
-    for start in range(0, x.k.shape[0], static.tiles.sub_kv):
-        _fold(x, state, static.params, slice(None), pl.ds(start, static.tiles.sub_kv), None)
+def _fold_full(
+    x: _Inputs,
+    state: State,
+    before: State | None,
+    static: _Static,
+    step: Step,
+    first: Any = False,
+    finish: Callable[[], None] = lambda: None,
+) -> None:
+    """A FULL tile of keys. ``first``: whether the state begins here; ``finish``: what is to be done with it."""
+    params, tiles = static.params, static.tiles
+    if before is None:
+        for start in range(0, tiles.block_kv, tiles.sub_kv):
+            _fold(x, state, params, slice(None), pl.ds(start, tiles.sub_kv), None)
+        finish()
+        return
+    online.keep(before, state, x.carry, first)
+    k, v = x.k[...], x.v[...]
+    num_rows = sub_tile(tiles.block_q, _ROWS)
+    for start in range(0, tiles.block_q, num_rows):
+        rows = pl.ds(start, num_rows)
+        products = dot(x.q[rows], k, (1, 1))
+        online.fold_as_is(state, before, rows, products, lambda p: online.weighed(p, v, None), params)
+    finish()
+    present = None
+    if static.q_length % tiles.block_q:
+        row = jax.lax.broadcasted_iota(jnp.int32, (1, tiles.block_q), 1)
+        present = row < static.q_length - step.row * tiles.block_q
+
+    @pl.when(online.out_of_range(state, x.carry, params, present))
+    def _() -> None:
+        """Once more, with the maximum."""
+        online.keep(state, before, None, False)
+        _by_pieces(tiles, lambda rows, columns: _fold(x, state, params, rows, columns, None))
+        finish()
+
+
+def _by_pieces(tiles: TileSizes, fold: Callable[[Any, Any], None]) -> None:
+    """In a compiled loop: few tiles come here, and unrolled they would be most of the program."""
+    rows, sub = sub_tile(tiles.block_q, _ROWS), tiles.sub_kv
+    pieces = tiles.block_kv // sub
+
+    def piece(index: Array, _: None) -> None:
+        of_queries, of_keys = jax.lax.div(index, pieces) * rows, jax.lax.rem(index, pieces) * sub
+        fold(pl.ds(pl.multiple_of(of_queries, rows), rows), pl.ds(pl.multiple_of(of_keys, sub), sub))
+
+    jax.lax.fori_loop(0, tiles.block_q // rows * pieces, piece, None)
 
 
 def _fold_partial(x: _Inputs, state: State, static: _Static, numbers_smem: Any, b: Any, step: Step) -> None:
@@ -177,15 +235,7 @@ def _fold_partial(x: _Inputs, state: State, static: _Static, numbers_smem: Any, 
     which = common.predicate(
         static.rule, numbers_smem, b, first_query=step.row * tiles.block_q, first_key=step.column * tiles.block_kv
     )
-    rows, sub = sub_tile(tiles.block_q, _PARTIAL_ROWS), tiles.sub_kv
-    pieces = tiles.block_kv // sub
-
-    def piece(index: Array, _: None) -> None:
-        of_queries, of_keys = jax.lax.div(index, pieces) * rows, jax.lax.rem(index, pieces) * sub
-        at = (pl.ds(pl.multiple_of(of_queries, rows), rows), pl.ds(pl.multiple_of(of_keys, sub), sub))
-        _fold(x, state, static.params, *at, which)
-
-    jax.lax.fori_loop(0, tiles.block_q // rows * pieces, piece, None)
+    _by_pieces(tiles, lambda rows, columns: _fold(x, state, static.params, rows, columns, which))
 
 
 def _fold(x: _Inputs, state: State, params: KernelParams, rows: Any, columns: Any, which: Predicate | None) -> None:

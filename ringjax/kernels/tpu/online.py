@@ -11,6 +11,7 @@ Milakov and Gimelshein 2018, arXiv:1805.02867.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -20,6 +21,9 @@ from ...partial import NO_LOGIT, close
 from ..base import KernelParams
 from ..softmax import clean, factor, is_finite, scores, to_save
 from .common import column, dot, repeat_lanes, weights
+
+# In powers of two: sums in this range, either side of 1, are those of weights that float32 holds.
+_RANGE = 60
 
 
 class Running(NamedTuple):
@@ -44,13 +48,26 @@ def scratch(shape: tuple[int, ...], v_size: int, lanes: int) -> State:
 
 
 def begin(state: State, carry: Running | None) -> None:
-    state.sum[...] = jnp.zeros_like(state.sum)
+    for ref, x in zip(state, _start(state, carry), strict=True):
+        ref[...] = x
+
+
+def _start(state: State, carry: Running | None) -> State:
+    """The carry, or what is held over no keys."""
+    acc, top, total = (jnp.zeros_like(ref) for ref in state)
     if carry is None:
-        state.acc[...] = jnp.zeros_like(state.acc)
-        state.max[...] = jnp.full_like(state.max, NO_LOGIT)
-    else:
-        state.acc[...] = carry.acc[...]
-        state.max[...] = column(carry.max[...], state.max.shape[1])
+        return State(acc=acc, max=jnp.full_like(top, NO_LOGIT), sum=total)
+    return State(acc=carry.acc[...], max=column(carry.max[...], top.shape[1]), sum=total)
+
+
+def keep(before: State, state: State, carry: Running | None, first: Array | bool) -> None:
+    """The state into ``before``, begun where it is ``first``: a choice, since a branch would keep all else waiting."""
+    if first is False:
+        for kept, ref in zip(before, state, strict=True):
+            kept[...] = ref[...]
+        return
+    for kept, ref, x in zip(before, state, _start(state, carry), strict=True):
+        kept[...] = x if first is True else jnp.where(first, x, ref[...])
 
 
 def fold(
@@ -83,6 +100,38 @@ def fold(
     state.acc[rows] = repeat_lanes(rescale, values.shape[1]) * state.acc[rows] + values
 
 
+def fold_as_is(
+    state: State, before: State, rows: Any, products: Array, weigh: Callable[[Array], Array], params: KernelParams
+) -> None:
+    """:func:`fold` of ``before``, all to all, with the maximum as it is: right unless :func:`out_of_range`.
+
+    What is subtracted cancels in the end, so it need not be the maximum: that of the keys before will do, or 0 if there
+    are none. Then no weight waits for the maximum of its row, and nothing is rescaled.
+    """
+    old = before.max[rows]
+    top = jnp.where(old == NO_LOGIT, jnp.zeros_like(old), old)
+    s = scores(products, params)
+    p = weights(s, repeat_lanes(top, s.shape[1]), params)
+    state.max[rows] = top
+    state.sum[rows] = before.sum[rows] + _sum_to_lanes(p, old.shape[1])
+    state.acc[rows] = before.acc[rows] + weigh(p)
+
+
+def out_of_range(state: State, carry: Running | None, params: KernelParams, present: Array | None) -> Array:
+    """Whether the state may have lost weights that matter, or may overflow. NaN is out of range.
+
+    Weights below 2^-126 are lost. Beside a sum of 2^-60 each is less than 2^-66 of it.
+
+    Args:
+      present: [1, rows], which rows count; None: all.
+    """
+    _, total = max_and_sum(state, carry, params)
+    good = (total >= 2.0**-_RANGE) & (total <= 2.0**_RANGE)
+    if present is not None:
+        good = good | ~present
+    return jnp.max(jnp.where(good, 0.0, 1.0)) > 0.0
+
+
 def weighed(p: Array, v: Array, allowed: Array | None, v_axis: int = 0) -> Array:
     """p v, of values that lie along this axis of v. Numbers that are not finite: see :func:`mark_poison`."""
     return dot(p.astype(v.dtype), v if allowed is None else clean(v), (1, v_axis))
@@ -104,12 +153,25 @@ def mark_poison(state: State, rows: Any, v: Array, allowed: Array, v_axis: int =
         state.acc[rows] = jnp.where(hits > 0.0, jnp.nan, state.acc[rows])
 
 
+def _row(ref: Any) -> Array:
+    """Equal lanes as one row: their diagonals, since the unit that transposes is busy with the sums."""
+    rows, lanes = ref.shape
+    if rows % lanes:
+        return ref[...].T[:1]
+    eye = jax.lax.broadcasted_iota(jnp.int32, (lanes, lanes), 0) == jax.lax.broadcasted_iota(
+        jnp.int32, (lanes, lanes), 1
+    )
+    parts = [jnp.where(eye, ref[pl.ds(start, lanes)], -jnp.inf) for start in range(0, rows, lanes)]
+    return jnp.concatenate([jnp.max(part, axis=0, keepdims=True) for part in parts], axis=1)
+
+
 def max_and_sum(state: State, carry: Running | None, params: KernelParams) -> tuple[Array, Array]:
     """Both as rows [1, rows].
 
     The carry's sum comes in here, not into the lanes of the state: so a hop rounds it once, not once a lane.
     """
-    top = state.max[...].T[:1]
+    # With a carry the transpose costs less in the compiler's schedule, without one the diagonals do.
+    top = _row(state.max) if carry is None else state.max[...].T[:1]
     total = jnp.sum(state.sum[...].T, axis=0, keepdims=True)
     if carry is None:
         return top, total
