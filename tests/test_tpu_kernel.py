@@ -23,7 +23,7 @@ from tpu import needs_libtpu
 
 import ringjax
 from ringjax.inspect.process import ENVIRONMENT
-from ringjax.kernels.base import Block, KernelParams, Upstream
+from ringjax.kernels.base import Block, Finished, KernelParams, Upstream
 from ringjax.kernels.tpu import backward as tpu_backward
 from ringjax.kernels.tpu import forward as tpu_forward
 from ringjax.kernels.tpu import tiles as tpu_tiles
@@ -150,6 +150,7 @@ def test_logits_far_from_zero(name: str, hops: int) -> None:
         keys = slice(256 * hop // hops, 256 * (hop + 1) // hops)
         block = Block(q=q, k=k[:, :, keys], v=v[:, :, keys], mask=Mask())
         carry = tpu_forward.forward(block, params, tiles, carry, finish=hop == hops - 1)
+    assert isinstance(carry, Finished)
     exact_q, exact_k, exact_v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     logits = exact_q @ np.swapaxes(exact_k, 2, 3) * 0.125
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -164,6 +165,7 @@ def test_a_query_that_is_not_finite_spoils_no_other() -> None:
     q = q.at[0, 0, 3, 0].set(jnp.nan)
     tiles, params = TileSizes(256, 128, 256, 128, MIB), KernelParams(0.125, interpret=True)
     found = tpu_forward.forward(Block(q=q, k=k, v=v, mask=Mask()), params, tiles, None, finish=True)
+    assert isinstance(found, Finished)
     spoilt = np.isnan(np.asarray(found.out).astype(np.float32)).any(-1)[0, 0]
     assert np.flatnonzero(spoilt).tolist() == [3]
 

@@ -157,7 +157,8 @@ class _Kernel:
         static = self.static
         scalars, x, rest = common.received(refs, self.scalars, self.inputs)
         held = [State(*refs) for refs in zip(*[iter(rest[-3 * static.num_states :])] * 3, strict=True)]
-        out, state, before = rest[: -3 * static.num_states], held[0], held[1] if len(held) > 1 else None
+        out, state = list(rest[: -3 * static.num_states]), held[0]
+        before = held[1] if len(held) > 1 else None
         b, n, s = (pl.program_id(axis) for axis in range(3))
         step = static.walk.step(scalars.steps, b, s)
         end = _finish if static.finish else _carry_on
