@@ -2,7 +2,10 @@
 
 A grid over (batch row, query head, visited tile). The running softmax of a tile of queries lives in VMEM while the
 tiles of keys that it sees pass by: FULL ones without a predicate, EMPTY ones not at all. The arithmetic is that of
-:mod:`ringjax.kernels.tpu.online`; the maximum in the carry is that of its scores, which only this kernel reads.
+:mod:`ringjax.kernels.tpu.online`; the maximum in the carry is that of its scores, or whatever has served in its place,
+and only this kernel reads it.
+
+With 16-bit numbers a FULL tile takes the maximum as it finds it, and is done again if that was too far off.
 """
 
 import dataclasses
