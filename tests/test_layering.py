@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sharded",),
     ("cached",),
     ("local", "targets"),
-    ("arguments", "ring"),
+    ("arguments", "ring", "planner"),
     ("exchange",),
     ("kernels",),
     ("schedule",),

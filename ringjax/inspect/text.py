@@ -1,9 +1,9 @@
 """A report as lines of text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 from ..hopper import COMBINE, COMBINE_BYTES, is_hopper
-from ..units import size
+from ..units import size, table
 from .cycles import base_name
 from .gpus import Hosts
 from .report import Report
@@ -145,14 +145,3 @@ def _cycles(report: Report) -> Iterator[str]:
         rows += [(name, f"{n:,}", str(report.kernels[name])) for name, n in report.cycles.estimates.items()]
         yield "static estimates of the kernels, every tile visited"
         yield from table(rows)
-
-
-def table(rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Columns under each other: the first to the left, the rest to the right."""
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  " + "  ".join(cells).rstrip()
