@@ -23,6 +23,8 @@ from .layout import ring_positions as ring_positions
 from .layout import to_ring_order as to_ring_order
 from .mesh import ring_mesh as ring_mesh
 from .partial import merge_partials as merge_partials
+from .planner import Plan as Plan
+from .planner import plan as plan
 from .targets import shift_targets as shift_targets
 
 __version__ = "0.1.0"

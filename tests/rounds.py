@@ -109,6 +109,8 @@ ONCE = (
     "test_nnx",
     "test_offsets",
     "test_partial",
+    "test_planner",
+    "test_planner_costs",
     "test_poison",
     "test_properties::test_any_mask",
     "test_properties::test_any_other_problem",

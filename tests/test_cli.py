@@ -20,7 +20,7 @@ from ringjax.inspect.program import DEVICE_ORDERS, DTYPES
 from ringjax.tune import space
 
 ROOT = tiny_run.ROOT
-COMMANDS = ["train", "demo", "bench cpu", "bench gpu", "bench ring", "bench tpu-static", "tune", "inspect"]
+COMMANDS = ["train", "demo", "bench cpu", "bench gpu", "bench ring", "bench tpu-static", "tune", "plan", "inspect"]
 
 
 def invoke(*arguments: object) -> Result:
@@ -42,7 +42,7 @@ def command_of(name: str) -> Any:
 def test_help_names_the_commands():
     """Each in one line that is not cut off."""
     for group, names in (
-        ((), ["train", "generate", "eval", "demo", "bench", "tune", "inspect"]),
+        ((), ["train", "generate", "eval", "demo", "bench", "tune", "plan", "inspect"]),
         (("bench",), ["cpu", "gpu", "ring", "tpu-static"]),
     ):
         result = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"})
@@ -218,6 +218,10 @@ NAMES = {
 }
 
 
+# The plan is made for devices that are there by name, with the links between them.
+EXCEPT = {("plan", "--devices"): "TOPOLOGY"}
+
+
 def leaves(kind: Any) -> set[Any]:
     """The types that one is made of: of `list[int] | None`, int and None's."""
     return set().union(*map(leaves, typing.get_args(kind))) or {kind}
@@ -231,6 +235,7 @@ FUNCTIONS: dict[str, Any] = {
     "bench ring": cli.bench.ring,
     "bench tpu-static": cli.bench.tpu_static,
     "tune": cli.tune.tune,
+    "plan": cli.plan.plan,
     "inspect": cli.inspect.inspect,
 }
 
@@ -247,7 +252,7 @@ def test_one_name_for_one_thing(command: str):
         kinds = leaves(hint.__origin__)
         seen.add(option.name)
         assert flag not in {f"--{other}" for other in others.split()}
-        expected = NAMES.get(flag)
+        expected = EXCEPT.get((command, flag), NAMES.get(flag))
         if isinstance(expected, str):
             assert option.metavar == expected, flag
         elif expected is not None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, demo, evaluate, generate, inspect, train, tune
+from . import bench, demo, evaluate, generate, inspect, plan, train, tune
 
 
 class _InOrder(TyperGroup):
@@ -13,7 +13,8 @@ class _InOrder(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(
-            super().list_commands(ctx), key=["train", "generate", "eval", "demo", "bench", "tune", "inspect"].index
+            super().list_commands(ctx),
+            key=["train", "generate", "eval", "demo", "bench", "tune", "plan", "inspect"].index,
         )
 
 
@@ -31,6 +32,7 @@ app.command("eval")(evaluate.evaluate)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.command()(tune.tune)
+app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=inspect.EPILOG)(inspect.inspect)
 
 
@@ -48,7 +50,7 @@ def ringjax(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Exact ring attention in JAX: train a decoder with it, watch it, time it, inspect the compiled program."""
+    """Exact ring attention in JAX: train a decoder with it, watch it, time it, plan it, inspect what is compiled."""
     del version  # Unused: the callback has answered.
 
 

@@ -1,0 +1,273 @@
+"""What a strategy costs: products, bytes on the wire, memory. Small formulas, one for each thing; no chip, no seconds.
+
+Letters: B batch, L tokens of a shard (T queries, S keys where they differ), N query heads, K key/value heads, D size of
+a query or key head, Dv of a value head, e bytes per item, c devices along an axis. All figures are of one device, one
+layer and one call. Bytes are those that a device receives, which are as many as it sends.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+from ..schedule import Keys, Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What one device holds of query, key and value.
+
+    Attributes:
+      batch, queries, keys, heads, kv_heads, head_size, value_size: B, T, S, N, K, D, Dv.
+      item_bytes: e, of the inputs.
+      sum_bytes: of the sums of dK and dV as they travel.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    value_size: int
+    item_bytes: int
+    sum_bytes: int = 4
+
+    def exchanged(self, size: int) -> "Shard":
+        """After tokens were exchanged for heads over an axis: N / c heads, and the K/V heads that these use.
+
+        With g = gcd(K, c) that is K / g of them: where c does not divide K several devices have the same ones.
+        """
+        return dataclasses.replace(
+            self,
+            queries=self.queries * size,
+            keys=self.keys * size,
+            heads=self.heads // size,
+            kv_heads=self.kv_heads // math.gcd(self.kv_heads, size),
+        )
+
+    def gathered(self, size: int) -> "Shard":
+        """After the keys of an axis were gathered."""
+        return dataclasses.replace(self, keys=self.keys * size)
+
+    @property
+    def query_bytes(self) -> int:
+        """B T N D e."""
+        return self.batch * self.queries * self.heads * self.head_size * self.item_bytes
+
+    @property
+    def output_bytes(self) -> int:
+        """B T N Dv e."""
+        return self.batch * self.queries * self.heads * self.value_size * self.item_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """B T N 4: a float32 number for each query and head."""
+        return 4 * self.batch * self.queries * self.heads
+
+    def kv_bytes(self, keys: int | None = None) -> int:
+        """B S K (D + Dv) e: keys and values, or those of so many keys."""
+        return self._kv_items(keys) * self.item_bytes
+
+    def sums_bytes(self, keys: int | None = None) -> int:
+        """The same of the sums of dK and dV."""
+        return self._kv_items(keys) * self.sum_bytes
+
+    def _kv_items(self, keys: int | None) -> int:
+        tokens = self.keys if keys is None else keys
+        return self.batch * tokens * self.kv_heads * (self.head_size + self.value_size)
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def attended_pairs(length: int, left: int | None, right: int | None) -> int:
+    """(query, key) pairs of a whole sequence: a query at p attends to keys in [p - left, p + right]; None: no bound.
+
+    The sum over p of 1 + min(p, left) + min(length - 1 - p, right).
+    """
+
+    def side(bound: int | None) -> int:
+        bound = length - 1 if bound is None else min(bound, length - 1)
+        return bound * (bound + 1) // 2 + bound * (length - 1 - bound)
+
+    return length + side(left) + side(right)
+
+
+def flops(pairs: float, head_size: int, value_size: int, *, backward: bool) -> float:
+    """Of so many pairs: 2 products forward (D, Dv), 5 backward (3 D, 2 Dv), two operations each."""
+    return 2 * pairs * ((3 * head_size + 2 * value_size) if backward else (head_size + value_size))
+
+
+def imbalance(length: int, query_shards: int, left: int | None, right: int | None, *, balanced: bool) -> float:
+    """Work of the busiest device over the mean, hop by hop in lockstep.
+
+    A layout that is ``balanced`` gives every device early and late tokens. Otherwise, with R shards of consecutive
+    queries: under a causal mask the last one attends to everything, (2 - 1/R) times the mean; under a window all but
+    those at the ends attend to a whole one.
+    """
+    if balanced or query_shards == 1:
+        return 1.0
+    mean = attended_pairs(length, left, right) / length  # keys per query
+    width = 1 + (length if left is None else left) + (length if right is None else right)
+    most = length if left is None or right is None else min(width, length)
+    if (left is None) != (right is None):  # open to one side: a diagonal through the last shard
+        bound = right if left is None else left
+        assert bound is not None
+        most = min(length, length - (length / query_shards - 1) / 2 + bound)
+    return max(1.0, most / mean)
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def exchange_bytes(shard: Shard, size: int, *, backward: bool, residual: bool = False) -> int:
+    """all_to_all over an axis of c: q, k, v there and out back; backward dout there and dq, dk, dv back.
+
+    (c - 1) / c * (T N (D + Dv) + S K' (D + Dv)) e  with  K' = c K / gcd(K, c),  K where c divides it. With ``residual``
+    the log-sum-exp too, (c - 1) / c * T N 4, and its cotangent; what nobody asks for is not sent.
+    """
+    there = shard.exchanged(size)
+    rows = there.row_bytes if residual else 0
+    del backward  # Its arrays are as large as those of forward.
+    return (there.query_bytes + there.output_bytes + there.kv_bytes() + rows) * (size - 1) // size
+
+
+def gather_bytes(shard: Shard, size: int, *, backward: bool) -> int:
+    """all_gather of K and V over an axis of c: (c - 1) S K (D + Dv) e.
+
+    Backward gathers them anew, and brings the sums of dK and dV home in a reduce_scatter of as many float32 numbers.
+    """
+    sums = shard.sums_bytes() if backward else 0
+    return (size - 1) * (shard.kv_bytes() + sums)
+
+
+def ring_bytes(shard: Shard, schedule: Schedule, *, backward: bool) -> tuple[int, ...]:
+    """What travels on the rings of a schedule, the outermost first. See :func:`travelled`."""
+    return tuple(
+        shard.kv_bytes(blocks) + (shard.sums_bytes(sums) if backward else 0)
+        for blocks, sums in travelled(schedule, shard.keys)
+    )
+
+
+def travelled(schedule: Schedule, length: int) -> tuple[tuple[int, int], ...]:
+    """Keys that a device receives of blocks, and of sums of dK and dV in backward, on each ring of a schedule.
+
+    A full ring of c moves a block c - 1 times; its sums c times, the last of which brings them home. Rings within it
+    do so once for each of its hops.
+    """
+    levels: dict[int, tuple[int, int]] = {}
+    _travel(schedule, 0, length, 1, levels)
+    return tuple(levels[level] for level in sorted(levels))
+
+
+def _travel(schedule: Schedule, level: int, held: int, times: int, levels: dict[int, tuple[int, int]]) -> None:
+    size = schedule.num_shards
+    if schedule.is_full:  # closed form: a ring may have thousands of hops
+        blocks, sums = (size - 1) * held * times, size * held * times if size > 1 else 0
+        inner = schedule.hops[0].inner
+        if inner is not None:
+            _travel(inner, level + 1, held, times * size, levels)
+    else:
+        blocks = sums = 0
+        for moved, strand_moves, kept, inner in _moves(schedule, held):
+            blocks += times * moved
+            sums += times * strand_moves
+            if inner is not None:
+                _travel(inner, level + 1, kept, times, levels)
+    before = levels.get(level, (0, 0))
+    levels[level] = (before[0] + blocks, before[1] + sums)
+
+
+def _moves(schedule: Schedule, held: int) -> Iterator[tuple[int, int, int, Schedule | None]]:
+    """For each hop: keys that it brings, keys whose sums leave after it, keys that it works on, what is within.
+
+    The sums of a hop leave with their block or for home. Those of a block that stays at home for all of a strand do
+    not move.
+    """
+    hops = schedule.hops
+    for index, hop in enumerate(hops):
+        kept = count(hop.keys, held)
+        alone = hop.offset == 0 and (index + 1 == len(hops) or hops[index + 1].first)
+        yield (kept if hop.shift else 0), (0 if alone else kept), kept, hop.inner
+
+
+def count(keys: Keys | None, held: int) -> int:
+    """Keys in a range; None: all that are held."""
+    return held if keys is None else keys[1] - keys[0]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory_terms(
+    shard: Shard, exchanged: Sequence[int], gathered: Sequence[int], rings: Sequence[int], *, backward: bool
+) -> dict[str, int]:
+    """Bytes of one device at the moment of one layer's attention that needs most, term by term.
+
+    What :func:`ringjax.inspect.memory.floor_terms` says of a ring, and beside it:
+
+    - all_to_all: copies of q, k, v and out with the tokens of all devices and a part of the heads; in backward of dout,
+      and q, k, v and out are kept in that form.
+    - all_gather: the K/V of all devices of the axis; in backward the float32 sums of their gradients.
+    - rings within rings: the receive buffers, and in backward the sums, of each.
+
+    Args:
+      shard: before any exchange.
+      exchanged, gathered, rings: sizes of the axes with "all_to_all", "all_gather" and "ring".
+      backward: both passes, of which the backward one needs more.
+    """
+    return max(_moments(shard, exchanged, gathered, rings, backward=backward), key=lambda terms: sum(terms.values()))
+
+
+def _moments(
+    shard: Shard, exchanged: Sequence[int], gathered: Sequence[int], rings: Sequence[int], *, backward: bool
+) -> Iterator[dict[str, int]]:
+    given = {"query": shard.query_bytes, "key, value": shard.kv_bytes()}
+    if backward:
+        given["dout"] = shard.output_bytes
+    local = shard
+    for size in exchanged:
+        local = local.exchanged(size)
+    copies: dict[str, int] = {}
+    if exchanged:
+        copies = {"query, exchanged": local.query_bytes, "key, value, exchanged": local.kv_bytes()}
+    if gathered:
+        local = local.gathered(math.prod(gathered))
+        copies["key, value, gathered"] = local.kv_bytes()
+    rings = [size for size in rings if size > 1]
+    output = {"output": shard.output_bytes}
+    if exchanged:
+        output["output, exchanged"] = local.output_bytes
+    num_blocks = math.prod(rings)
+    buffers = _buffers(rings) * local.kv_bytes()
+    softmax = {
+        "accumulator, float32": 4 * local.batch * local.queries * local.heads * local.value_size,
+        "maximum, sum, float32": 2 * local.row_bytes,
+    }
+    yield {**given, **copies, **output}
+    if num_blocks > 1:
+        yield {**given, **copies, "receive buffers": buffers, **softmax}
+        last = {**given, **copies, "receive buffers": local.kv_bytes(), **softmax}
+        # The output may take the accumulator's place where its items are as wide.
+        yield last if shard.item_bytes == 4 else {**last, "output": local.output_bytes}
+    if not backward:
+        return
+    if exchanged:
+        copies["dout, exchanged"] = local.output_bytes
+    gradients = {"dquery, dkey, dvalue": shard.query_bytes + shard.kv_bytes()}
+    yield {**given, **copies, **output, **gradients}
+    working = {"lse, delta, float32": 2 * local.row_bytes}
+    if num_blocks > 1:
+        working["receive buffers"] = buffers
+        working["dquery sum, float32"] = 4 * local.batch * local.queries * local.heads * local.head_size
+        # Of this hop, sent and received on each ring.
+        last = {**working, "receive buffers": local.kv_bytes(), "dkey, dvalue sums": 3 * local.sums_bytes()}
+        middle = {**working, "dkey, dvalue sums": (1 + 2 * len(rings)) * local.sums_bytes()}
+        yield {**given, **copies, **output, **(middle if num_blocks > 2 else last)}
+    elif gathered:
+        yield {**given, **copies, **output, **working, "dkey, dvalue sums": local.sums_bytes()}
+
+
+def _buffers(rings: Sequence[int]) -> int:
+    """Blocks that are held beside the own one: that which is read and that which arrives, on each ring."""
+    return sum(min(2, size - 1) for size in rings)

@@ -1,0 +1,322 @@
+"""How long a strategy takes on a chip, from the bytes and products of :mod:`.costs` and the links of :mod:`.network`.
+
+    seconds of a pass = exchanges + round
+
+An exchange (all_to_all, all_gather, reduce_scatter) is awaited: nothing of the same layer can be computed meanwhile. In
+a round of n hops the wire works behind the products,
+
+    round = sum over hops of max(products, wire of the next block) + what each hop costs besides
+
+and a hop of an outer ring is a whole round of the rings within it. In backward the sums of dK and dV travel with the
+blocks, and the last of their rotations has nothing to hide behind.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+from ..deal import Deal
+from ..layout import Contiguous, Layout
+from ..schedule import Hop, Schedule, full_schedule, plan_rings
+from . import costs
+from .chips import Chip
+from .costs import Shard
+from .network import Links
+
+EXCHANGES = ("all_to_all", "all_gather")  # in the order in which they are made
+# An exchange has its arrays read and written once more, to bring heads and tokens in order.
+_COPIES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Attention of one layer over a sequence that is shared by all devices.
+
+    Attributes:
+      query_length, key_length: tokens of one shard.
+      left, right: a query at p attends to keys in [p - left, p + right]; None: no bound.
+      backward: forward and all gradients; False: forward alone.
+      sum_bytes: of the sums of dK and dV as they travel.
+    """
+
+    query_length: int
+    key_length: int
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    value_size: int
+    item_bytes: int
+    left: int | None
+    right: int | None
+    backward: bool = True
+    sum_bytes: int = 4
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(
+            batch=self.batch,
+            queries=self.query_length,
+            keys=self.key_length,
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            value_size=self.value_size,
+            item_bytes=self.item_bytes,
+            sum_bytes=self.sum_bytes,
+        )
+
+    @property
+    def is_windowed(self) -> bool:
+        """A bound beside that of a causal mask."""
+        return self.left is not None or self.right not in (None, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to share the sequence: a word for each axis, outermost first, their sizes, direction and layout."""
+
+    words: tuple[str, ...]
+    sizes: tuple[int, ...]
+    direction: str
+    layout: Layout
+
+    def sizes_of(self, word: str) -> tuple[int, ...]:
+        return tuple(size for size, other in zip(self.sizes, self.words, strict=True) if other == word)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a way costs one device in one layer, both passes if the problem has both.
+
+    Attributes:
+      compute_seconds: the products, at the rate of the chip.
+      overhead_seconds: what hops and exchanges cost besides products and bytes.
+      exposed_seconds: the wire, where nothing is computed meanwhile.
+      wire_bytes: received, by kind: "ring", "all_gather" (with reduce_scatter), "all_to_all".
+      link_bytes: over the busiest link, in one direction.
+      memory: terms, see :func:`.costs.memory_terms`.
+    """
+
+    compute_seconds: float
+    overhead_seconds: float
+    exposed_seconds: float
+    wire_bytes: dict[str, int]
+    link_bytes: float
+    memory: dict[str, int]
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.overhead_seconds + self.exposed_seconds
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclasses.dataclass
+class _Spent:
+    """Seconds and bytes as they are added up."""
+
+    compute: float = 0.0
+    overhead: float = 0.0
+    exposed: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.wire: dict[str, int] = dict.fromkeys(("ring", *EXCHANGES), 0)
+        self.loads: dict[int, float] = {}  # bytes over the busiest link of an axis, by the identity of its links
+
+    def carry(self, link: Links, received: int, bandwidth: float) -> None:
+        """Bytes that an axis moves at less than what a link has pass several messages at a time over one."""
+        self.loads[id(link)] = self.loads.get(id(link), 0.0) + received * link.link / bandwidth
+
+
+def impossible(problem: Problem, way: Way) -> str | None:
+    """Why a way cannot be taken at all, in words; None: it can."""
+    ranks = math.prod(way.sizes_of("all_to_all"))
+    if problem.num_heads % ranks:
+        return f"{problem.num_heads} heads do not divide among {ranks} devices"
+    return None
+
+
+def estimate(problem: Problem, way: Way, chip: Chip, links: Sequence[Links]) -> Estimate:
+    """What a possible way costs; ``links`` has an entry for each axis."""
+    real = [n for n, size in enumerate(way.sizes) if size > 1]
+    way = dataclasses.replace(way, words=tuple(way.words[n] for n in real), sizes=tuple(way.sizes[n] for n in real))
+    links = [links[n] for n in real]
+    sharing = _share(problem, way)
+    way, spent = sharing.way, _Spent()
+    shard, backward_too = problem.shard, (False, True) if problem.backward else (False,)
+    for word, link in zip(way.words, links, strict=True):
+        if word == "all_to_all":
+            for backward in backward_too:
+                _exchange(spent, chip, link, shard, backward=backward)
+            shard = shard.exchanged(link.size)
+    for word, link in zip(way.words, links, strict=True):
+        if word == "all_gather":
+            for backward in backward_too:
+                _gather(spent, chip, link, shard, backward=backward)
+            shard = shard.gathered(link.size)
+    rings = [link for word, link in zip(way.words, links, strict=True) if word == "ring"]
+    for backward in backward_too:
+        _rings(spent, problem, sharing, chip, rings, shard, backward=backward)
+    return Estimate(
+        compute_seconds=spent.compute,
+        overhead_seconds=spent.overhead,
+        exposed_seconds=spent.exposed,
+        wire_bytes=spent.wire,
+        link_bytes=max(spent.loads.values(), default=0.0),
+        memory=costs.memory_terms(
+            problem.shard,
+            *(way.sizes_of(word) for word in EXCHANGES),
+            rings=way.sizes_of("ring"),
+            backward=problem.backward,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sharing:
+    way: Way  # with the words that a window leaves
+    schedule: Schedule
+    both: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _share(problem: Problem, way: Way) -> _Sharing:
+    """The hops, as ring_attention plans them: see ``share`` in local.py."""
+
+    def plan(words: tuple[str, ...]) -> Schedule:
+        sizes = tuple(size for size, word in zip(way.sizes, words, strict=True) if word == "ring")
+        if not problem.is_windowed:  # a causal mask alone leaves no block out
+            return full_schedule(sizes)
+        queries = Deal(way.layout, way.sizes, tuple(word == "all_to_all" for word in words), problem.query_length)
+        keys = Deal(way.layout, way.sizes, tuple(word != "ring" for word in words), problem.key_length)
+        return plan_rings(queries, keys, problem.left, problem.right)
+
+    words = way.words
+    if problem.left is not None and problem.right is not None and "all_gather" in words:
+        # Where a window leaves ranks out, what it needs is fetched from the others and nothing is gathered.
+        sparing = tuple("ring" if word == "all_gather" else word for word in words)
+        if not (schedule := plan(sparing)).is_full:
+            return _Sharing(dataclasses.replace(way, words=sparing), schedule, False)
+    schedule = plan(words)
+    return _Sharing(way, schedule, way.direction == "both" and schedule.is_full)
+
+
+def _exchange(spent: _Spent, chip: Chip, link: Links, shard: Shard, *, backward: bool) -> None:
+    """q, k and v there and out back, or dout there and dq, dk and dv back: four arrays."""
+    received = costs.exchange_bytes(shard, link.size, backward=backward)
+    _await(spent, "all_to_all", link, received, link.exchange)
+    spent.overhead += 4 * (chip.exchange_seconds + (link.size - 1) * chip.peer_seconds)
+    spent.overhead += _COPIES * received * link.size / (link.size - 1) / chip.bandwidth
+
+
+def _gather(spent: _Spent, chip: Chip, link: Links, shard: Shard, *, backward: bool) -> None:
+    """K and V; in backward also the sums of their gradients."""
+    received = costs.gather_bytes(shard, link.size, backward=backward)
+    _await(spent, "all_gather", link, received, link.gather)
+    spent.overhead += (4 if backward else 2) * chip.exchange_seconds
+    spent.overhead += _COPIES * received * link.size / (link.size - 1) / chip.bandwidth
+
+
+def _await(spent: _Spent, kind: str, link: Links, received: int, bandwidth: float) -> None:
+    spent.wire[kind] += received
+    spent.exposed += received / bandwidth
+    spent.carry(link, received, bandwidth)
+
+
+def _rings(
+    spent: _Spent,
+    problem: Problem,
+    sharing: _Sharing,
+    chip: Chip,
+    links: Sequence[Links],
+    shard: Shard,
+    *,
+    backward: bool,
+) -> None:
+    """One pass over all blocks. The work of a hop is that of its keys; in all it is that of the busiest device."""
+    way, schedule = sharing.way, sharing.schedule
+    ways = [link.ways if sharing.both else 1 for link in links]
+    streams = 2 if sharing.both else 1
+    num_ranks = math.prod(way.sizes)
+    num_shards = num_ranks // math.prod(way.sizes_of("all_to_all"))
+    length = problem.query_length * num_ranks
+    pairs = costs.attended_pairs(length, problem.left, problem.right) / num_ranks * problem.batch * problem.num_heads
+    if problem.key_length != problem.query_length:  # the same share of another number of keys
+        pairs *= problem.key_length / problem.query_length
+    balanced = not isinstance(way.layout, Contiguous)
+    pairs *= costs.imbalance(length, num_shards, problem.left, problem.right, balanced=balanced)
+    is_causal = problem.right == 0
+    work = costs.flops(pairs, problem.head_size, problem.value_size, backward=backward)
+    size = max(problem.head_size, problem.value_size)
+    compute = work / chip.rate(size, backward=backward, is_causal=is_causal)
+    blocks = math.prod(way.sizes_of("ring")) if schedule.is_full else schedule.num_blocks
+    carry = 4 * shard.batch * shard.queries * shard.heads * (shard.head_size if backward else shard.value_size)
+    besides = 0.0
+    if blocks > 1:
+        besides = blocks * streams * chip.hop_seconds
+        besides += (blocks - 1) * chip.carry_passes * carry / chip.bandwidth
+    received = costs.ring_bytes(shard, schedule, backward=backward) if links else ()
+    spent.wire["ring"] += sum(received)
+    for num_bytes, link, n in zip(received, links, ways, strict=True):
+        spent.carry(link, num_bytes, link.hop * n)
+    per_key = [1 / (link.hop * n) for link, n in zip(links, ways, strict=True)]
+    wires = [(shard.kv_bytes(1) * each, shard.sums_bytes(1) * each if backward else 0.0) for each in per_key]
+    keys = _worked_keys(schedule, shard.keys) if links else 1
+    took = _round(schedule, shard.keys, wires, (compute + besides) / keys) if links else compute + besides
+    spent.compute += compute
+    spent.overhead += besides
+    spent.exposed += max(0.0, took - compute - besides)
+
+
+def _worked_keys(schedule: Schedule, held: int) -> int:
+    """Keys of all blocks that a device works on."""
+    if schedule.is_full:
+        inner = schedule.hops[0].inner
+        return schedule.num_shards * (held if inner is None else _worked_keys(inner, held))
+    total = 0
+    for hop in schedule.hops:
+        kept = costs.count(hop.keys, held)
+        total += kept if hop.inner is None else _worked_keys(hop.inner, kept)
+    return total
+
+
+def _round(schedule: Schedule, held: int, wires: Sequence[tuple[float, float]], per_key: float) -> float:
+    """Seconds of a schedule: those of each hop, or of the next block on its way if that takes longer.
+
+    Args:
+      held: keys of a block before this ring moves it.
+      wires: of each ring from this one on, seconds that a key of a block takes, and its sums of dK and dV.
+      per_key: seconds that a key keeps a device busy.
+    """
+    (of_block, of_sums), within = wires[0], wires[1:]
+
+    def busy(inner: Schedule | None, keys: int) -> float:
+        return keys * per_key if inner is None else _round(inner, keys, within, per_key)
+
+    if schedule.is_full:
+        size, one = schedule.num_shards, busy(schedule.hops[0].inner, held)
+        if size == 1:
+            return one
+        block, sums = of_block * held, of_sums * held
+        return max(one, block) + (size - 2) * max(one, block + sums) + max(one, sums) + sums
+    took, leaving = 0.0, 0.0
+    hops = schedule.hops
+    for index, hop in enumerate(hops):
+        kept = costs.count(hop.keys, held)
+        following = hops[index + 1] if index + 1 < len(hops) else None
+        arriving = (
+            0.0 if following is None else of_block * costs.count(following.keys, held) * _distance(following, schedule)
+        )
+        took += max(busy(hop.inner, kept), arriving + leaving)
+        leaving = 0.0 if hop.offset == 0 else of_sums * kept
+    return took + leaving
+
+
+def _distance(hop: Hop, schedule: Schedule) -> int:
+    """Links that a block passes on its way to this hop, by the shorter way round."""
+    shift = abs(hop.shift) % schedule.num_shards
+    return min(shift, schedule.num_shards - shift)
