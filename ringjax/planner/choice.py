@@ -232,6 +232,8 @@ def ways(num_devices: int, problem: Problem) -> Iterator[Way]:
         if num_devices % outer == 0:
             splits += [(pair, (outer, num_devices // outer)) for pair in _PAIRS]
     for (given, sizes), layout in itertools.product(splits, layouts):
+        if layout != layouts[0] and problem.is_windowed and len(given) > 1:
+            continue  # windows are local, and so is the layout that suits them: the other is shown once
         if set(given) == {"all_to_all"} and layout != as_layout("contiguous"):
             continue  # every device has the whole sequence, whatever the layout
         # Under a window blocks take the shorter way in any case.

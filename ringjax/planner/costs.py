@@ -209,6 +209,7 @@ def memory_terms(
     - all_to_all: copies of q, k, v and out with the tokens of all devices and a part of the heads; in backward of dout,
       and q, k, v and out are kept in that form.
     - all_gather: the K/V of all devices of the axis; in backward the float32 sums of their gradients.
+    - either, without a ring: the gradients as the kernel writes them, in float32, beside those that are returned.
     - rings within rings: the receive buffers, and in backward the sums, of each.
 
     Args:
@@ -244,6 +245,11 @@ def _moments(
         "accumulator, float32": 4 * local.batch * local.queries * local.heads * local.value_size,
         "maximum, sum, float32": 2 * local.row_bytes,
     }
+    if gathered:  # one of K and V is in the order in which it came while it is brought in order
+        larger = local.kv_bytes() * max(shard.head_size, shard.value_size) // (shard.head_size + shard.value_size)
+        yield {**given, **copies, "key or value, as gathered": larger}
+        if not backward:
+            copies.pop("key, value, exchanged", None)
     yield {**given, **copies, **output}
     if num_blocks > 1:
         yield {**given, **copies, "receive buffers": buffers, **softmax}
@@ -256,16 +262,17 @@ def _moments(
         copies["dout, exchanged"] = local.output_bytes
     gradients = {"dquery, dkey, dvalue": shard.query_bytes + shard.kv_bytes()}
     yield {**given, **copies, **output, **gradients}
-    working = {"lse, delta, float32": 2 * local.row_bytes}
+    working = {
+        "lse, delta, float32": 2 * local.row_bytes,
+        "dquery sum, float32": 4 * local.batch * local.queries * local.heads * local.head_size,
+    }
     if num_blocks > 1:
-        working["receive buffers"] = buffers
-        working["dquery sum, float32"] = 4 * local.batch * local.queries * local.heads * local.head_size
         # Of this hop, sent and received on each ring.
         last = {**working, "receive buffers": local.kv_bytes(), "dkey, dvalue sums": 3 * local.sums_bytes()}
-        middle = {**working, "dkey, dvalue sums": (1 + 2 * len(rings)) * local.sums_bytes()}
+        middle = {**working, "receive buffers": buffers, "dkey, dvalue sums": (1 + 2 * len(rings)) * local.sums_bytes()}
         yield {**given, **copies, **output, **(middle if num_blocks > 2 else last)}
-    elif gathered:
-        yield {**given, **copies, **output, **working, "dkey, dvalue sums": local.sums_bytes()}
+    elif exchanged or gathered:  # what the kernel writes is not yet what is returned
+        yield {**given, **copies, **output, **working, "dkey, dvalue sums": local.sums_bytes(), **gradients}
 
 
 def _buffers(rings: Sequence[int]) -> int:
