@@ -315,6 +315,29 @@ def test_bytes_of_the_busiest_link():
     assert found.link_bytes == pytest.approx(2 * 7 * 8 * block)
 
 
+def test_rings_without_a_common_link():
+    """As many as a torus has sides that close, in both directions: a sixth on each link of v5p:4x4x4."""
+    number = {name: links_of(topology, (topology.num_devices,))[0].rings
+              for name in ("v5p:4x4x4", "v5p:4x4x2", "v5e:16x16", "v5e:4x4", "tpu7x:4x4x4", "h100:8")
+              for topology in [parse_topology(name)]}  # fmt: skip
+    assert list(number.values()) == [3, 1, 2, 1, 1, 1]
+    (link,) = links_of(parse_topology("v5p:4x4x4"), (64,))
+    one, six = (
+        estimate(problem_of(1024, num_kv_heads=6, num_heads=24), Way(("ring",), (64,), direction, ZIGZAG, rings),
+                 TPUS["v5p"], [link])
+        for direction, rings in (("forward", 1), ("both", 3))
+    )  # fmt: skip
+    assert six.link_bytes == pytest.approx(one.link_bytes / 6) and six.wire_bytes == one.wire_bytes
+    plan = ringjax.plan("llama3-8b", seq_len=262_144, devices="v5p:4x4x4")
+    (most,) = (
+        candidate
+        for candidate in plan.candidates
+        if (candidate.way.rings, candidate.way.direction, candidate.way.layout) == (3, "both", ZIGZAG)
+    )
+    assert most.name == "ring 64, 3 rings, both ways" and most.to_json()["rings"] == 3
+    assert 'strategy="ring", direction="both", rings=3' in words.code(most.way, True, (None, 0))
+
+
 def test_axes_that_share_a_side_share_its_links():
     """8 x 8 on 4 x 4 x 4: the outer one takes a side and every second chip of another."""
     outer, inner = links_of(parse_topology("v5p:4x4x4"), (8, 8))

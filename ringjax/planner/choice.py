@@ -45,6 +45,7 @@ class Candidate:
             "strategy": list(self.way.words),
             "axes": list(self.way.sizes),
             "direction": self.way.direction,
+            "rings": self.way.rings,
             "layout": words.layout_name(self.way.layout),
             "reason": self.reason,
         }
@@ -201,7 +202,7 @@ def plan(
         right=right,
         backward=backward,
     )
-    candidates = evaluate(problem, ways(num_devices, problem), topology.chip, topology, budget)
+    candidates = evaluate(problem, ways(topology, problem), topology.chip, topology, budget)
     if candidates[0].reason is not None:
         raise ValueError(_what_would_fit(problem, num_devices, budget, seq_len))
     return Plan(
@@ -219,8 +220,13 @@ def plan(
     )
 
 
-def ways(num_devices: int, problem: Problem) -> Iterator[Way]:
-    """Each word over all devices, and two words over two axes; in every layout that suits the mask, both directions."""
+def ways(topology: Topology, problem: Problem) -> Iterator[Way]:
+    """Each word over all devices, and two words over two axes; in every layout that suits the mask, both directions.
+
+    One axis goes round as many rings as the topology has.
+    """
+    num_devices = topology.num_devices
+    (whole,) = links_of(topology, (num_devices,))
     if problem.is_windowed:
         layouts = (as_layout("contiguous"), as_layout("zigzag"))
     elif problem.right == 0:
@@ -239,7 +245,8 @@ def ways(num_devices: int, problem: Problem) -> Iterator[Way]:
         # Under a window blocks take the shorter way in any case.
         turns = "ring" in given and num_devices > 1 and not problem.is_windowed
         for direction in DIRECTIONS if turns else DIRECTIONS[:1]:
-            yield Way(given, sizes, direction, layout)
+            for rings in range(1, 1 + (whole.rings if turns and len(given) == 1 else 1)):
+                yield Way(given, sizes, direction, layout, rings)
 
 
 def evaluate(

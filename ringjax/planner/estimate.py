@@ -75,12 +75,13 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to share the sequence: a word for each axis, outermost first, their sizes, direction and layout."""
+    """One way to share the sequence: a word for each axis, outermost first, their sizes, direction, layout, rings."""
 
     words: tuple[str, ...]
     sizes: tuple[int, ...]
     direction: str
     layout: Layout
+    rings: int = 1
 
     def sizes_of(self, word: str) -> tuple[int, ...]:
         return tuple(size for size, other in zip(self.sizes, self.words, strict=True) if other == word)
@@ -239,8 +240,9 @@ def _rings(
 ) -> None:
     """One pass over all blocks. The work of a hop is that of its keys; in all it is that of the busiest device."""
     way, schedule = sharing.way, sharing.schedule
-    ways = [link.ways if sharing.both else 1 for link in links]
-    streams = 2 if sharing.both else 1
+    rings = way.rings if schedule.is_full else 1
+    ways = [rings * (link.ways if sharing.both else 1) for link in links]
+    streams = rings * (2 if sharing.both else 1)
     num_ranks = math.prod(way.sizes)
     num_shards = num_ranks // math.prod(way.sizes_of("all_to_all"))
     length = problem.query_length * num_ranks
@@ -258,7 +260,9 @@ def _rings(
     besides = 0.0
     if blocks > 1:
         besides = blocks * streams * chip.hop_seconds
-        besides += (blocks - 1) * chip.carry_passes * carry / chip.bandwidth
+        # Streams of heads have a carry each of their own heads, streams of tokens one after another the same.
+        carries = 1 if shard.kv_heads % streams == 0 else streams
+        besides += (blocks - 1) * carries * chip.carry_passes * carry / chip.bandwidth
     received = costs.ring_bytes(shard, schedule, backward=backward) if links else ()
     spent.wire["ring"] += sum(received)
     for num_bytes, link, n in zip(received, links, ways, strict=True):

@@ -31,6 +31,7 @@ class Links:
       gather: of an all_gather, or a reduce_scatter.
       exchange: of an all_to_all.
       link: of the slowest link that the axis uses, one way: a message that it passes alone has as much.
+      rings: so many rings through all devices of the axis share no link; see :mod:`ringjax.torus`.
     """
 
     size: int
@@ -39,6 +40,7 @@ class Links:
     gather: float
     exchange: float
     link: float
+    rings: int = 1
 
 
 def links_of(topology: Topology, sizes: Sequence[int]) -> tuple[Links, ...]:
@@ -150,6 +152,7 @@ def _on_torus(chip: Tpu, sides: tuple[_Side, ...], parts: tuple[tuple[int, ...],
         # Half of what devices send crosses the middle of the side: over one link of each row, or two if it wraps.
         exchanges.append(4 * (2 if wraps else 1) * one / (length * devices))
         loops.append((length, wraps))
+    whole = size == math.prod(side.size for side in sides)
     if not hops:  # one device alone
         return Links(size=1, hop=math.inf, ways=1, gather=math.inf, exchange=math.inf, link=chip.link_bandwidth)
     gather = sum(gathers) or min(hops)
@@ -162,6 +165,7 @@ def _on_torus(chip: Tpu, sides: tuple[_Side, ...], parts: tuple[tuple[int, ...],
         gather=gather,
         exchange=min(exchanges),
         link=chip.link_bandwidth,
+        rings=len(loops) if whole and chip.devices_per_chip == 1 and all(wraps for _, wraps in loops) else 1,
     )
 
 

@@ -33,12 +33,12 @@ def _mask(plan: Plan) -> str:
 
 
 def best_of_each(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Of each strategy and direction the best split and layout, of each other layout the best, as the plan has them."""
+    """Of each strategy, direction and number of rings the best, of each other layout too, as the plan has them."""
     candidates = list(candidates)
     ways: dict[tuple[object, ...], Candidate] = {}
     layouts: dict[object, Candidate] = {}
     for candidate in candidates:
-        ways.setdefault((candidate.way.words, candidate.way.direction), candidate)
+        ways.setdefault((candidate.way.words, candidate.way.direction, candidate.way.rings), candidate)
         layouts.setdefault(candidate.way.layout, candidate)
     chosen = {id(candidate) for candidate in (*ways.values(), *layouts.values())}
     return [candidate for candidate in candidates if id(candidate) in chosen]

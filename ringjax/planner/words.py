@@ -24,6 +24,7 @@ def layout_name(layout: Layout) -> str:
 def name_of(way: Way) -> str:
     """As "ring 16 x all_to_all 4, both ways"."""
     said = " x ".join(f"{word} {size}" for word, size in zip(way.words, way.sizes, strict=True))
+    said += f", {way.rings} rings" if way.rings > 1 else ""
     return f"{said}, both ways" if way.direction == "both" else said
 
 
@@ -99,6 +100,7 @@ def code(way: Way, is_causal: bool, window: tuple[int | None, int | None]) -> st
         mask.append(f"local_window_size={(left, right)!r}")
     options = [f"axis_name={axes}", *mask, f"layout={_quoted(layout_name(way.layout))}"]
     direction = f", direction={_quoted(way.direction)}" if way.direction != "forward" else ""
+    direction += f", rings={way.rings}" if way.rings > 1 else ""
     return "\n".join([
         f"mesh = ringjax.ring_mesh({sizes}, {axes}{ring})",
         "out = ringjax.ring_attention(",
