@@ -58,8 +58,16 @@ def _draw_memory(axes: Any, rows: list[Candidate], budget: int) -> None:
         cost = candidate.cost
         assert cost is not None
         axes.barh(place, cost.memory_bytes / 2**30, height=0.7, color=_MEMORY)
-        said = f" {size(cost.memory_bytes)}"
-        axes.text(cost.memory_bytes / 2**30, place, said, va="center", fontsize=9, backgroundcolor="white")
+        # In front of the line of the budget, beside the bar.
+        axes.annotate(
+            size(cost.memory_bytes),
+            (cost.memory_bytes / 2**30, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )
         most = max(most, cost.memory_bytes)
     axes.set_xlim(0, 1.35 * most / 2**30)
     if budget <= 1.35 * most:
