@@ -55,7 +55,8 @@ TIE = 0.03
 # llama2-7b below had no part in it. A hop costs 10 us, and reads or writes its unfinished output 13 times, since it is
 # merged outside the kernel; each peer of an exchange costs 60 us; a gather keeps three of six links busy.
 MAXTEXT = {
-    "hop_seconds": 10e-6, "carry_passes": 13.0, "exchange_seconds": 0.0, "peer_seconds": 60e-6, "gather_links": 3,
+    "hop_seconds": 10e-6, "carry_passes": 13.0, "backward_carry_passes": 13.0,
+    "exchange_seconds": 0.0, "peer_seconds": 60e-6, "gather_links": 3,
 }  # fmt: skip
 THEIRS = dataclasses.replace(TPUS["v5p"], **MAXTEXT)
 CUBE = (4, 4, 4)

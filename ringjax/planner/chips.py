@@ -54,6 +54,8 @@ class Chip:
       peer_seconds: the same for each of the other devices of an all_to_all.
       carry_passes: how often a hop reads or writes the unfinished output (float32) in memory: the carry of our kernels
         is read once and written once.
+      backward_carry_passes: the same in backward, of the unfinished dq; whatever else a hop costs there that grows with
+        the shard may be counted in it.
       gather_links: links of a torus that a gather uses at most; None: all.
     """
 
@@ -67,6 +69,7 @@ class Chip:
     exchange_seconds: float
     peer_seconds: float
     carry_passes: float = 2.0
+    backward_carry_passes: float = 2.0
     gather_links: int | None = None
 
     def rate(self, head_size: int, *, backward: bool, is_causal: bool) -> float:

@@ -262,7 +262,8 @@ def _rings(
         besides = blocks * streams * chip.hop_seconds
         # Streams of heads have a carry each of their own heads, streams of tokens one after another the same.
         carries = 1 if shard.kv_heads % streams == 0 else streams
-        besides += (blocks - 1) * carries * chip.carry_passes * carry / chip.bandwidth
+        passes = chip.backward_carry_passes if backward else chip.carry_passes
+        besides += (blocks - 1) * carries * passes * carry / chip.bandwidth
     received = costs.ring_bytes(shard, schedule, backward=backward) if links else ()
     spent.wire["ring"] += sum(received)
     for num_bytes, link, n in zip(received, links, ways, strict=True):
