@@ -196,6 +196,7 @@ def ring_attention(
         config=config,
         kernel=backend.load(),
         unroll=hops_per_iteration(config, axes, inside, target.platform),
+        platform=target.platform,
         device_kind=target.device_kind,
         interpreted=interpreted,
     )

@@ -435,6 +435,7 @@ def cached_attention(
         config=config,
         kernel=backend.load(),
         unroll=hops_per_iteration(config, (axis,), inside, target.platform),
+        platform=target.platform,
         device_kind=target.device_kind,
         interpreted=backend.interpretable and interprets(config),
     )

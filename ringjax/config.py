@@ -5,6 +5,7 @@ import dataclasses
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu", "pallas_triton")
 DIRECTIONS = ("forward", "both")
 STRATEGIES = ("ring", "all_to_all", "all_gather")
+AUTO = "auto"
 DKV_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -21,7 +22,9 @@ class RingConfig:
         "ring": K/V blocks travel; memory O(n / C). "all_to_all": tokens are exchanged for heads (Ulysses), N must be a
         multiple of the size of the axis. "all_gather": K/V of the axis are gathered; where a window leaves ranks out,
         only what it needs is fetched, as "ring" does. Exchanges come first, then what is left goes round the rings;
-        several are rings within rings, the outermost with the fewest transfers. A cache is sharded over its keys
+        several are rings within rings, the outermost with the fewest transfers. "auto": for all axes what
+        :func:`ringjax.plan` predicts to be fastest for forward and backward within a quarter of the device's memory;
+        "ring" on devices that it does not know. A cache is sharded over its keys
         whatever the strategy, so :func:`ringjax.cached_attention` needs none.
       direction: of the rings. "forward": every block travels the same way round. "both": half of it each way, of the
         K/V heads if their number is even, otherwise of the tokens, so that each direction of a link carries half. Under
@@ -56,8 +59,9 @@ class RingConfig:
         _one_of("implementation", self.implementation, (None, *IMPLEMENTATIONS))
         if isinstance(self.strategy, list):
             object.__setattr__(self, "strategy", tuple(self.strategy))
-        for word in self.strategy if isinstance(self.strategy, tuple) and self.strategy else (self.strategy,):
-            _one_of("strategy", word, STRATEGIES)
+        several = isinstance(self.strategy, tuple) and self.strategy
+        for word in several or (self.strategy,):
+            _one_of("strategy", word, STRATEGIES if several else (*STRATEGIES, AUTO))
         _one_of("direction", self.direction, DIRECTIONS)
         _one_of("dkv_dtype", self.dkv_dtype, DKV_DTYPES)
         for name in ("interpret", "deterministic"):

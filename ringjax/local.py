@@ -11,12 +11,13 @@ from jaxtyping import Array, Int32
 
 from . import _compat
 from .arguments import Arrays
-from .config import RingConfig
+from .config import AUTO, RingConfig
 from .deal import Deal
 from .exchange import Gather, HeadExchange
 from .kernels.base import Kernel, KernelParams
 from .layout import Layout, Runs
 from .mask import Mask, Tokens, Vectors
+from .planner import choose_strategy
 from .ring import RingSpec, ring
 from .schedule import Keys, Route, Schedule, plan_rings
 
@@ -38,6 +39,7 @@ class Call:
     config: RingConfig
     kernel: Kernel
     unroll: int
+    platform: str
     device_kind: str
     interpreted: bool  # the kernel runs in Pallas' interpreter
     cycles: tuple[tuple[int, ...], ...] = ()  # of ranks, for config.rings of more than one
@@ -135,7 +137,7 @@ def share(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> Sharing:
     simulated = set(call.axis_names) - set(_compat.manual_axes())
     words = tuple(
         "ring" if size == 1 or (word == "all_gather" and name in simulated) else word
-        for word, name, size in zip(call.strategies, call.axis_names, sizes, strict=True)
+        for word, name, size in zip(_chosen(call, sizes, arrays), call.axis_names, sizes, strict=True)
     )
     # Positions that only the run time knows say nothing of which keys are needed.
     left, right = (call.left, call.right) if arrays.q_positions is None else (None, None)
@@ -154,6 +156,33 @@ def share(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> Sharing:
             return Sharing(sparing, queries, keys, schedule)
     keys, schedule = plan(words)
     return Sharing(words, queries, keys, schedule if keys.ring_sizes else None)
+
+
+def _chosen(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> tuple[str, ...]:
+    """The words of the call, or those that the planner would take."""
+    if AUTO not in call.strategies:
+        return call.strategies
+    (batch, query_length, num_heads, head_size), (key_length, num_kv_heads, value_size) = (
+        arrays.query.shape,
+        arrays.value.shape[1:],
+    )
+    return choose_strategy(
+        axis_sizes=sizes,
+        platform=call.platform,
+        device_kind=call.device_kind,
+        query_length=query_length,
+        key_length=key_length,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        value_size=value_size,
+        itemsize=arrays.query.dtype.itemsize,
+        batch=batch,
+        is_causal=False,
+        window=(call.left, call.right),
+        layout=call.layout,
+        direction=call.config.direction,
+    )
 
 
 def _exchanged(heads: HeadExchange | None, arrays: Arrays) -> Arrays:

@@ -246,8 +246,9 @@ def test_what_runs_where_no_kernel_is_named(
     ("field", "value", "words"),
     [
         ("implementation", "cuda", "implementation must be one of.*'xla'.*'cuda'"),
-        ("strategy", "ulysses", "strategy must be one of 'ring', 'all_to_all', 'all_gather'. Got 'ulysses'"),
+        ("strategy", "ulysses", "strategy must be one of 'ring', 'all_to_all', 'all_gather', 'auto'. Got 'ulysses'"),
         ("strategy", ("ring", 1), "strategy must be one of 'ring', .*Got 1"),
+        ("strategy", ("ring", "auto"), "strategy must be one of 'ring', .*Got 'auto'"),
         ("strategy", (), r"strategy must be one of 'ring', .*Got \(\)"),
         ("direction", "sideways", "direction must be one of.*'forward'.*'sideways'"),
         ("dkv_dtype", "int8", "dkv_dtype must be one of.*'float32'.*'int8'"),

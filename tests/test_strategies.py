@@ -262,6 +262,28 @@ def test_beside_axes_of_batch_and_heads() -> None:
     cases.assert_matches(case, inputs, result)
 
 
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "TPU v5p", "none that the planner knows"])
+def test_auto_is_what_the_planner_chooses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At trace time, from the shard's own shapes, on the devices of the mesh."""
+    from ringjax import local, planner
+
+    asked = []
+
+    def choose(**options: Any) -> tuple[str, ...]:
+        platform = "tpu" if "TPU" in kind else "gpu"
+        asked.append(planner.choose_strategy(**{**options, "platform": platform, "device_kind": kind}))
+        return asked[-1]
+
+    monkeypatch.setattr(local, "choose_strategy", choose)
+    case = cases.Case("auto", 512, 512, num_heads=8, num_kv_heads=8, is_causal=True)
+    inputs = cases.make_inputs(case)
+    result = cases.run_ring(case, inputs, layout="zigzag", num_shards=(2, 2), strategy="auto", block_q=64)
+    cases.assert_matches(case, inputs, result)
+    assert asked
+    if "H100" not in kind:
+        assert (asked[0] == (RING, RING)) == ("none" in kind)  # shards of 128 tokens hide no hop of a torus
+
+
 # --- what goes over the wire -----------------------------------------------------------------------------------------
 
 B, T, N, K, H = 2, 64, 4, 2, 8
