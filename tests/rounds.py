@@ -98,6 +98,7 @@ ONCE = (
     "test_hopper",
     "test_house",
     "test_inspect",
+    "test_inspect_strategies",
     "test_jaxpr",
     "test_layering",
     "test_layout",

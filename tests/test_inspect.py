@@ -126,10 +126,12 @@ def test_a_ring_of_one_receives_nothing():
 
 
 def test_a_window_receives_from_both_sides():
-    """Hops 0, 1 and -1: the sums of the first strand wait at home while the second begins; both blocks are received."""
+    """Hops 0, 1 and -1 with 1024 of 2048 keys: the sums of the own block wait at home; both parts are received."""
     case = program(layout="contiguous", window=(1000, 1000), backward=True)
-    assert case.schedule().strands == ((0, 1), (-1,))
-    assert {"receive buffers (2)", "dkey, dvalue sums (3), float32"} <= {term.name for term in floor_terms(case)}
+    assert case.schedule().strands == ((0,), (1,), (-1,))
+    terms = {term.name: term.bytes for term in floor_terms(case)}
+    assert terms["receive buffers (2)"] == 2 * 1024 * 2 * (128 + 64) * 2
+    assert terms["dkey, dvalue sums (2), float32"] == (1024 + 2048) * 2 * (128 + 64) * 4
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -170,6 +172,14 @@ def test_unknown_topologies(name):
         ({"block_q": 0}, "block_q must be a positive integer"),
         ({"dkv_dtype": "int8"}, "dkv_dtype must be one of"),
         ({"device_order": "random"}, "device_order must be one of ring_mesh"),
+        ({"axes": (2, 3)}, r"axes must have the product 8, the devices on the ring. Got \(2, 3\), which is 6"),
+        ({"axes": (8, 0)}, r"axes must be a tuple of positive integers. Got \(8, 0\)"),
+        ({"strategy": "rings"}, "strategy must be one of 'ring', 'all_to_all', 'all_gather'. Got 'rings'"),
+        ({"strategy": ("ring", "ring")}, r"strategy must be one word, or one for each of the axes \(8,\)"),
+        ({"strategy": "all_to_all"}, "heads must be a multiple of 8, the devices on axes of strategy 'all_to_all'"),
+        ({"direction": "back"}, "direction must be one of 'forward', 'both'. Got 'back'"),
+        ({"topology": "1*v5e:2x2"}, "topology must have at least 2 slices before its '\\*'"),
+        ({"topology": "2*v5e:2x2"}, r"axes must begin with the 2 slices of 2\*v5e:2x2 and have all 8 devices"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_compiled(options, message):
@@ -179,6 +189,8 @@ def test_wrong_arguments_are_refused_before_anything_is_compiled(options, messag
 
 def test_a_program_survives_json():
     case = program(is_causal=True, window=(100, None), layout="striped", stripe=2, block_q=128)
+    assert Program.from_json(json.loads(json.dumps(case.to_json()))) == case
+    case = program(axes=(2, 4), strategy=("ring", "all_to_all"), direction="both")
     assert Program.from_json(json.loads(json.dumps(case.to_json()))) == case
 
 
@@ -350,6 +362,11 @@ def invoke(*arguments: object):
         (("--window", "1,2,3"), "error: --window must be W, or L,R: numbers of at least 0"),
         (("--window=-1",), "'none' for L or R. Got '-1'."),
         (("--window", "none"), "'none' for L or R. Got 'none'."),
+        (("--axes", "2,0"), "error: --axes must be C1,C2,...: numbers of at least 1. Got '2,0'."),
+        (("--axes", "2,4", "--ring", 4), "error: --axes must have the product 4, the devices on the ring."),
+        (("--strategy", "ring,all_to_all"), "error: --strategy must be one word, or one for each of the axes (8,)"),
+        (("--strategy", "rings"), "error: RingConfig: --strategy must be one of 'ring', 'all_to_all', 'all_gather'."),
+        (("--strategy", "all_to_all"), "error: --heads must be a multiple of 8, the devices on axes of strategy"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message):
@@ -377,13 +394,14 @@ def test_the_command_passes_everything_on(monkeypatch):
     flags = "--kv-heads 2 --value-head-dim 64 --batch 3 --ring 4 --dtype float16 --layout striped --stripe 2 --causal"
     flags += " --window 7,none --segments --pass backward --timeout 5 --implementation xla --block-q 16 --block-kv 32"
     flags += " --unroll 2 --dkv-dtype bfloat16 --device-order make_mesh --cycles --sweep 2,8"
+    flags += " --axes 2,2 --strategy ring,all_to_all --direction both"
     assert invoke(*flags.split()).stderr == "error: enough\n"
     assert given == {
         "topology": "v5e:2x4", "seq_len": 16384, "heads": 4, "head_dim": 128, "kv_heads": 2, "value_head_dim": 64,
         "batch": 3, "ring": 4, "dtype": "float16", "layout": "striped", "stripe": 2, "is_causal": True,
         "window": (7, None), "segments": True, "backward": True, "timeout": 5.0, "implementation": "xla",
         "block_q": 16, "block_kv": 32, "unroll": 2, "dkv_dtype": "bfloat16", "device_order": "make_mesh",
-        "cycles": True, "sweep": (2, 8),
+        "cycles": True, "sweep": (2, 8), "axes": (2, 2), "strategy": ("ring", "all_to_all"), "direction": "both",
     }  # fmt: skip
     assert set(given) == set(inspect.signature(rooms.inspect_ring).parameters)
     invoke()

@@ -2,8 +2,9 @@
 
 import pytest
 
+from ringjax.inspect import wire
 from ringjax.inspect.hlo import HloError, Scope, num_bytes, parse, trip_count
-from ringjax.inspect.order import Done, Launch, Loop, Start, kernels, num_kernels, permutes, read_order
+from ringjax.inspect.order import Done, Launch, Loop, Start, collectives, kernels, num_kernels, permutes, read_order
 
 BLOCK = "bf16[1,2,64,128]{3,2,1,0:T(8,128)(2,1)}"
 PAIR = f"({BLOCK}, {BLOCK}, u32[]{{:S(2)}}, u32[]{{:S(2)}})"
@@ -156,3 +157,93 @@ def test_unscheduled_text_is_refused():
 def test_bytes_of_types():
     assert num_bytes("bf16", (2, 3)) == 12 and num_bytes("f32", ()) == 4 and num_bytes("s32", (8,)) == 32
     assert num_bytes("pred", (4,)) == 4 and num_bytes("f8e4m3fn", (4,)) == 4
+
+
+# --- other collectives, axes and slices ------------------------------------------------------------------------------
+
+SIZES = (1, 2, 4)  # one ring, axes of 2 and of 4
+
+
+@pytest.mark.parametrize(
+    ("pairs", "axis", "shift"),
+    [
+        ("{{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}", 1, 1),
+        ("{{0,3},{1,0},{2,1},{3,2},{4,7},{5,4},{6,5},{7,6}}", 1, -1),
+        ("{{0,2},{1,3},{2,0},{3,1}}", 1, 2),
+        ("{{0,4},{4,0},{1,5},{5,1}}", 0, 1),
+        ("{{0,5},{5,0}}", None, None),
+        ("{{0,1},{1,3}}", None, None),
+    ],
+)
+def test_where_a_permute_goes(pairs, axis, shift):
+    assert wire.route(f", source_target_pairs={pairs}, x={{1}}", SIZES) == (axis, shift)
+    assert wire.route(f", source_target_pairs={pairs}", None) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices", "axis"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4, 1),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, 0),
+        ("[2,4]<=[8]", 4, 1),
+        ("[4,2]<=[2,4]T(1,0)", 2, 0),
+        ("[1,8]<=[8]", 8, None),
+    ],
+)
+def test_who_takes_part_in_a_collective(groups, devices, axis):
+    assert wire.group(f", replica_groups={groups}, dimensions={{0}}", SIZES) == (devices, axis)
+    assert wire.group(f", replica_groups={groups}", None) == (devices, None)
+    with pytest.raises(HloError, match="which devices take part"):
+        wire.group("replica_groups={}", SIZES)
+
+
+GROUPS = "replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}"
+
+
+def test_asynchronous_collectives_hide_behind_kernels_as_permutes_do():
+    gather = f"  %go = ({BLOCK}, {BLOCK}) all-gather-start(%k), {GROUPS}"
+    done = f"  %next = {BLOCK} all-gather-done(%go)"
+    (one,) = collectives(read_order(program(lines(gather, RUN, done)), SIZES))
+    assert (one.kind, one.axis, one.bytes, one.times) == ("all_gather", 1, 3 * 32768, 4)
+    assert one.hidden and one.source == 1 and not list(permutes(read_order(program(lines(gather, RUN, done)), SIZES)))
+    called = f"""
+%scatter (x: {BLOCK}) -> {BLOCK} {{
+  %x = {BLOCK} parameter(0)
+  ROOT %sum = {BLOCK} reduce-scatter(%x), {GROUPS}
+}}
+
+ENTRY"""
+    start = f"  %go = (({BLOCK}), {BLOCK}) async-start(%k), calls=%scatter"
+    done = f"  %next = {BLOCK} async-done(%go)"
+    text = program(lines(start, RUN, done)).replace("\nENTRY", called)
+    (one,) = collectives(read_order(text, SIZES))
+    assert (one.name, one.kind, one.bytes, one.hidden) == ("go", "reduce_scatter", 3 * 32768 // 4, True)
+    # TPUs have one operation for a sum of which each device keeps a part.
+    fused = called.replace("%scatter", "%all-reduce-scatter.2").replace("reduce-scatter(%x)", "all-reduce(%x)")
+    text = program(lines(f"  %next = {BLOCK} fusion(%k), kind=kCustom, calls=%all-reduce-scatter.2", RUN))
+    (one,) = collectives(read_order(text.replace("\nENTRY", fused), SIZES))
+    assert (one.kind, one.bytes, one.asynchronous, one.hidden) == ("reduce_scatter", 3 * 32768 // 4, False, False)
+
+
+def test_a_message_to_another_slice_is_a_permute():
+    meeting = '_xla_host_transfer_rendezvous="a",_xla_megascale_target={{100000->200000},{200000->100000}}'
+    send = f"  %send = ({BLOCK}, u32[], token[]) send(%k, %t), is_host_transfer=true, frontend_attributes={{{meeting}}}"
+    recv = f"  %recv = ({BLOCK}, u32[], token[]) recv(%t), is_host_transfer=true, frontend_attributes={{{meeting}}}"
+    token = "  %t = token[] after-all()"
+    done = f"  %done = ({BLOCK}, token[]) recv-done(%recv)\n  %next = {BLOCK} get-tuple-element(%done), index=0"
+    (one,) = permutes(read_order(program(lines(token, send, recv, RUN, done)), SIZES))
+    assert (one.name, one.axis, one.shift, one.bytes, one.source) == ("recv", 0, 1, 32768, 1)
+    assert one.hidden and one.times == 4
+
+
+def test_what_was_put_into_another_order_is_still_the_argument():
+    """Shards are merged by slices of it; a sum with something else is not it."""
+    part = BLOCK.replace("64", "32")
+    cut = [f"  %cut.{n} = {part} slice(%key), slice={{[{n}:{n + 1}]}}" for n in (0, 1)]
+    joined = lines(*cut, f"  %joined = {BLOCK} concatenate(%cut.0, %cut.1), dimensions={{2}}")
+    body = lines(START, DONE)
+    text = program(body, entry=joined).replace("tuple(%copied, %key)", "tuple(%copied, %joined)")
+    (one,) = permutes(read_order(text))
+    assert one.source == 1
+    (one,) = permutes(read_order(text.replace("slice(%key), slice={[1", "slice(%q), slice={[1")))
+    assert one.source is None

@@ -45,13 +45,18 @@ class DeviceOrder(Choice):
     make_mesh = "make_mesh"
 
 
+class Direction(Choice):
+    forward = "forward"
+    both = "both"
+
+
 def inspect(
     topology: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="TPUs as v5p:8x8x16 (v4, v5e, v5p, v6e or v7x), or GPUs as h100:8 or h100:4x8 (a100, h100, h200 or "
-            "b200).",
+            help="TPUs as v5p:8x8x16 (v4, v5e, v5p, v6e or v7x), two slices of them as 2*v5e:4x4, or GPUs as h100:8 or "
+            "h100:4x8 (a100, h100, h200 or b200).",
         ),
     ],
     seq_len: SeqLen,
@@ -67,6 +72,12 @@ def inspect(
     ring: Annotated[
         int | None, typer.Option(parser=integer, metavar="C", help="Devices on the ring; default: all of the topology.")
     ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C1,C2", help="Sizes of the axes of the sequence, outermost first; default: one of all C devices."
+        ),
+    ] = None,
     dtype: Dtype = DtypeName.bfloat16,
     layout: Annotated[LayoutName, typer.Option(help="Which tokens a device holds.")] = LayoutName.zigzag,
     stripe: Annotated[int, typer.Option(parser=integer, help="Tokens of a stripe, with --layout striped.")] = 1,
@@ -81,10 +92,21 @@ def inspect(
         ),
     ] = None,
     segments: Annotated[bool, typer.Option("--segments", help="With segment ids, which travel as well.")] = False,
-    direction: Annotated[
+    passes: Annotated[
         PassName, typer.Option("--pass", help="backward: forward and all gradients in one program.")
     ] = PassName.forward,
     timeout: Timeout = 600.0,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            metavar="WORD,WORD",
+            help="ring, all_to_all or all_gather: one for all axes, or one for each.",
+            rich_help_panel=TUNING,
+        ),
+    ] = "ring",
+    direction: Annotated[
+        Direction, typer.Option(help="both: half of every block each way round.", rich_help_panel=TUNING)
+    ] = Direction.forward,
     implementation: Annotated[
         Implementation | None,
         typer.Option(help="Block kernel; default: the library's choice.", rich_help_panel=TUNING),
@@ -128,6 +150,9 @@ def inspect(
             picture=picture,
             topology=topology,
             ring=ring,
+            axes=command.parse_axes(axes),
+            strategy=command.parse_strategy(strategy),
+            direction=direction,
             seq_len=seq_len,
             batch=batch,
             heads=heads,
@@ -140,7 +165,7 @@ def inspect(
             is_causal=causal,
             window=command.parse_window(window),
             segments=segments,
-            backward=direction == PassName.backward,
+            backward=passes == PassName.backward,
             implementation=implementation,
             block_q=block_q,
             block_kv=block_kv,

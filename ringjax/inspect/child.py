@@ -5,6 +5,7 @@ loaded. Both are why nobody imports this module: :mod:`ringjax.inspect.compile` 
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as DeviceLayout
@@ -27,7 +29,7 @@ from .compile import COMPILERS
 from .gpus import Hosts, target_config
 from .hlo import bytes_in_vmem, parse
 from .program import Program
-from .topology import Topology
+from .topology import Slices, Topology
 
 
 def compile_program(program: Program) -> dict[str, Any]:
@@ -68,18 +70,36 @@ def _describe(topology: Topology) -> topologies.TopologyDescription:
     if isinstance(topology, Hosts):
         config = target_config(topology.gpu)
         return topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology.shape)
-    chip = topology.generation.chip_config
-    options = {} if chip is None else {"chip_config_name": chip}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    one = topology.each if isinstance(topology, Slices) else topology
+    options: dict[str, Any] = {}
+    if one.generation.chip_config is not None:
+        options["chip_config_name"] = one.generation.chip_config
+    if isinstance(topology, Slices):
+        options["num_slices"] = topology.number
+    return topologies.get_topology_desc(platform="tpu", topology_name=one.name, **options)
+
+
+def _axes(program: Program) -> tuple[str, ...]:
+    """Names of the axes of the sequence."""
+    return ("sp",) if len(program.axes) == 1 else tuple(f"sp{n}" for n in range(len(program.axes)))
 
 
 def _mesh(program: Program) -> Mesh:
-    """The rings side by side on the topology: axes "dp" and "sp"."""
+    """The rings side by side on the topology: axis "dp", and those of the sequence."""
     topology = _describe(program.slice)
-    shape, names = (program.rings, program.ring), ("dp", "sp")
+    shape, names = (program.rings, *program.axes), ("dp", *_axes(program))
     if program.device_order == "make_mesh":
         return Mesh(topologies.make_mesh(topology, shape, names).devices, names)
-    return ring_mesh(shape, names, devices=topology.devices)
+    rings = [name for name, word in zip(names[1:], program.words, strict=True) if word == "ring"]
+    # The innermost ring has the most hops, so it is the one of neighbours.
+    order = functools.partial(ring_mesh, axis_names=names, ring_axis=rings[-1] if rings else None)
+    if not isinstance(program.slice, Slices):
+        return order(shape, devices=topology.devices)
+    shape = (1, 1, *program.axes[1:])
+    number = program.slice.each.num_devices
+    devices = sorted(topology.devices, key=lambda device: device.slice_index)
+    parts = [order(shape, devices=devices[n : n + number]).devices for n in range(0, len(devices), number)]
+    return Mesh(np.concatenate(parts, axis=1), names)
 
 
 def _function(program: Program, mesh: Mesh) -> Any:
@@ -91,6 +111,7 @@ def _function(program: Program, mesh: Mesh) -> Any:
             key,
             value,
             mesh=mesh,
+            axis_name=_axes(program),
             batch_axis_name="dp",
             is_causal=program.is_causal,
             local_window_size=program.window,
@@ -124,7 +145,7 @@ def _arguments(program: Program, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
 
 def _formats(program: Program, mesh: Mesh) -> dict[str, Any]:
     """Sharded over batch and sequence; how a shard lies in memory is the compiler's choice, as it is within a model."""
-    sharding = NamedSharding(mesh, PartitionSpec("dp", "sp"))
+    sharding = NamedSharding(mesh, PartitionSpec("dp", _axes(program)))
     free = Format(DeviceLayout.AUTO, sharding)  # pyright: ignore[reportCallIssue, reportArgumentType]
     arrays = [free] * (4 if program.backward else 3) + [sharding] * program.segments
     return {"in_shardings": tuple(arrays), "out_shardings": (free,) * 4 if program.backward else free}

@@ -77,15 +77,28 @@ def parse_window(text: str | None) -> int | tuple[int | None, int | None] | None
 
 def parse_sweep(text: str | None) -> tuple[int, ...]:
     """The rings of "C1,C2"."""
-    if text is None:
-        return ()
+    return () if text is None else _parse_sizes("sweep", text)
+
+
+def parse_axes(text: str | None) -> tuple[int, ...] | None:
+    """The sizes of "C1,C2"."""
+    return None if text is None else _parse_sizes("axes", text)
+
+
+def _parse_sizes(name: str, text: str) -> tuple[int, ...]:
     try:
-        rings = tuple(int(part) for part in text.split(","))
+        sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
-        rings = (0,)
-    if min(rings) < 1:
-        raise UsageError(f"--sweep must be C1,C2,...: numbers of at least 1. Got {text!r}.")
-    return rings
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise UsageError(f"--{name} must be C1,C2,...: numbers of at least 1. Got {text!r}.")
+    return sizes
+
+
+def parse_strategy(text: str) -> str | tuple[str, ...]:
+    """One word, or one for each axis."""
+    words = [part.strip() for part in text.split(",")]
+    return words[0] if len(words) == 1 else tuple(words)
 
 
 def with_flags(message: str, arguments: Iterable[str]) -> str:

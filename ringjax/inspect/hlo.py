@@ -162,7 +162,13 @@ def bytes_in_vmem(module: Module) -> int:
     return total
 
 
-_MOVES = {"bitcast", "copy", "copy-done", "reshape", "transpose", "collective-permute-done"}
+_MOVES = {
+    "bitcast", "copy", "copy-done", "reshape", "transpose", "collective-permute-done", "all-gather", "all-gather-start",
+    "all-gather-done", "all-to-all", "all-to-all-start", "all-to-all-done", "async-done",
+}  # fmt: skip
+# With operands of one origin they put it into another order. A fusion is taken for one that does no more.
+_REARRANGES = {"fusion", "slice", "concatenate", "broadcast", "pad", "get-tuple-element", "dynamic-slice"}
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 _SCALAR = re.compile(r"^(s32|u32|s64|u64|pred)\[\](\{[^}]*\})?$")
 
 
@@ -186,6 +192,8 @@ class Scope:
                 op = scope.computation.by_name[op.operands[0]]
             elif op.opcode == "parameter" and scope.caller is not None and scope.around is not None:
                 op, scope = scope.around.computation.by_name[scope.caller.operands[op.index]], scope.around
+            elif op.opcode in ("recv", "recv-done"):
+                op, part = scope.computation.by_name[self._sent(scope.computation, op)], None
             elif op.opcode in _MOVES or (op.opcode == "fusion" and len(op.operands) == 1 and part is None):
                 op = scope.computation.by_name[op.operands[0]]
             elif op.opcode in ("copy-start", "collective-permute-start", "collective-permute"):
@@ -195,6 +203,34 @@ class Scope:
             else:
                 break
         return op, scope, part
+
+    def argument(self, name: str) -> int | None:
+        """The number of the program's argument that this value is, or is part of in another order. None: computed."""
+        found: set[int] = set()
+        waiting, seen = [self.origin(name)[:2]], set()
+        while waiting:
+            op, scope = waiting.pop()
+            if (op.name, id(scope.computation)) in seen:
+                continue
+            seen.add((op.name, id(scope.computation)))
+            if op.opcode == "parameter" and scope.around is None:
+                found.add(op.index)
+            elif op.opcode not in _REARRANGES or op.arrays()[0][0] in ("s32", "u32"):
+                return None
+            else:
+                arrays = [one for one in op.operands if len(scope.computation.by_name[one].arrays()[0][1]) > 0]
+                waiting += [scope.origin(one)[:2] for one in arrays]
+            if len(found) > 1:
+                return None
+        return found.pop() if found else None
+
+    @staticmethod
+    def _sent(computation: Computation, op: Op) -> str:
+        """What the other slice sends, which runs the same program."""
+        recv = computation.by_name[op.operands[0]] if op.opcode == "recv-done" else op
+        meeting = _RENDEZVOUS.findall(recv.attributes)
+        sends = (one for one in computation.ops if one.opcode == "send")
+        return next(one.operands[0] for one in sends if _RENDEZVOUS.findall(one.attributes) == meeting)
 
 
 def trip_count(module: Module, loop: Op, scope: Scope, limit: int = 1_000_000) -> int | None:

@@ -9,7 +9,10 @@ for TPUs keeps some that are small in VMEM, which its peak of HBM leaves out.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator
 
+from ..schedule import Schedule
 from .program import Program
 
 
@@ -27,20 +30,26 @@ def floor_terms(program: Program) -> tuple[Term, ...]:
     Letters: L shard length, N query heads, K K/V heads, H, Hv head sizes, s bytes per item of the inputs.
 
     The arguments are the caller's and exist throughout: query, B L N H s; key and value, B L K (H + Hv) s; segment
-    ids, 4 B L; with ``backward`` dout, B L N Hv s. A receive buffer is as large as key and value with their segment
-    ids: one for the block that the kernel reads, unless it is the device's own, and one for the block that arrives
-    meanwhile.
+    ids, 4 B L; with ``backward`` dout, B L N Hv s. A block is as large as key and value with their segment ids. Where
+    tokens are exchanged for heads over h devices, a block has the h L keys of all of them and the heads that one needs;
+    where keys are gathered over g devices it has g times as many keys.
 
     Moments of the forward pass:
 
-    - while the kernel of a hop runs: the receive buffers; the running softmax: accumulator, 4 B L N Hv, maximum and
-      sum, 8 B L N. On the last hop also the output, B L N Hv s, unless it can take the accumulator's place.
+    - while the kernel of a hop runs: the exchanged query, of the size of query; the receive buffers, one for the block
+      that the kernel reads, unless it is the device's own, and one for the block that arrives meanwhile, each as large
+      as what travels of it under a window; the running softmax: accumulator, 4 B L N Hv, maximum and sum, 8 B L N. On
+      the last hop also the output, B L N Hv s, unless it can take the accumulator's place. Half of each block each way
+      round takes the same bytes. With a ring within another, also what the outer one receives and sends during a whole
+      inner round.
+    - where heads are exchanged, the end: the output by heads and the output by tokens.
 
-    Moments of the backward pass, which keeps the output:
+    Moments of the backward pass, which keeps the output, and query, key, value and output by heads if exchanged:
 
-    - while the kernel of a hop runs: the receive buffers; lse and delta, 8 B L N; the sum of dq, 4 B L N H; the sums of
-      dK and dV, B L K (H + Hv) d each, d bytes per item of ``dkv_dtype``: those of this hop, those that are sent and
-      those that are received, if they travel to this hop, and those of the device's own block that wait for the rest.
+    - while the kernel of a hop runs: dout by heads, where these are exchanged; the receive buffers; lse and delta,
+      8 B L N; the sum of dq, 4 B L N H; the sums of dK and dV of a block, d bytes per item of ``dkv_dtype``: those of
+      this hop, those that are sent and those that are received, if they travel to this hop, and those of the device's
+      own block that wait for the rest. Of gathered keys they are in float32 at the least.
     - the end: dquery, dkey and dvalue in the dtype of the inputs. They are absent before, so their memory may hold
       other arrays until then.
     """
@@ -62,28 +71,97 @@ def _moments(program: Program) -> set[tuple[Term, ...]]:
     accumulator = Term("accumulator, float32", program.array_bytes(program.heads, program.value_head_dim, 4))
     rows = 2 * program.array_bytes(program.heads, 1, 4)
     dquery = Term("dquery sum, float32", program.array_bytes(program.heads, program.head_dim, 4))
+
+    sharing = program.sharing
+    exchanged, gathered = (
+        math.prod(size for size, word in zip(program.axes, sharing.words, strict=True) if word == name)
+        for name in ("all_to_all", "all_gather")
+    )
+    sizes = program.head_dim + program.value_head_dim
+    by_heads = exchanged * program.array_bytes(program.kv_heads_here, sizes, program.item_bytes)
+    block = gathered * (by_heads + exchanged * ids)
     sum_bytes = 4 if program.dkv_dtype == "float32" else 2
-    dkv = program.array_bytes(program.kv_heads, program.head_dim + program.value_head_dim, sum_bytes)
+    dkv = gathered * exchanged * program.array_bytes(program.kv_heads_here, sizes, sum_bytes)
 
     given = [Term("query", query), Term("key, value", keys + values)]
     given += [Term("segment ids", ids)] if ids else []
     given += [Term("dout", output.bytes)] if program.backward else []
-    found: set[tuple[Term, ...]] = {(*given, output)}
+    by_head = [Term("query by heads", query)] if exchanged > 1 else []
+    if exchanged > 1 and program.backward:
+        by_head += [Term("key, value by heads", by_heads)]
+    kept = [*by_head, *([Term("output by heads", output.bytes)] if exchanged > 1 else [])]
+    # The block that has not travelled is a caller's array, or one that is kept, or one of its own.
+    copied = gathered > 1 or (exchanged > 1 and not program.backward)
+    own = [Term("gathered key, value" if gathered > 1 else "key, value by heads", block)] if copied else []
+
+    found: set[tuple[Term, ...]] = {(*given, *(kept if program.backward else kept[-1:]), output)}
+    back = [*given, *kept, output]
     if program.backward:
-        found.add((*given, output, Term("dquery, dkey, dvalue", query + keys + values)))
-    hops = program.schedule().hops
-    if len(hops) == 1:  # nothing is carried from hop to hop
+        found.add((*back, Term("dquery, dkey, dvalue", query + keys + values)))
+        back += [Term("dout by heads", output.bytes)] if exchanged > 1 else []
+    moments = list(_hops(program.schedule(), sharing.keys.length))
+    if len(moments) == 1:  # nothing is carried from hop to hop
+        found.add((*given, *by_head, *own))
+        if program.backward and gathered > 1:
+            sums = Term("dkey, dvalue sums (1), float32", dkv * 4 // sum_bytes)
+            found.add((*back, *own, sums))
         return found
-    strand = 0
-    for hop, following in zip(hops, (*hops[1:], None), strict=True):
-        strand += hop.first
-        buffers = (hop.offset != 0) + (following is not None)
-        received = Term(f"receive buffers ({buffers})", buffers * (keys + values + ids))
+    for moment in moments:
+        reads_own = own if moment.reads_own else []
+        received = Term(f"receive buffers ({moment.count})", int(moment.buffers * block))
         softmax = [accumulator, Term("maximum, sum, float32", rows)]
-        own_place = following is None and program.item_bytes != 4
-        found.add((*given, received, *softmax, *([output] if own_place else [])))
+        own_place = moment.is_last and program.item_bytes != 4
+        end = [output] if own_place and exchanged == 1 else []
+        found.add((*given, *by_head, *reads_own, received, *softmax, *end))
         if program.backward:
-            sums = 1 + (0 if hop.first else 2) + (strand > 1)
-            travelling = Term(f"dkey, dvalue sums ({sums}), {program.dkv_dtype}", sums * dkv)
-            found.add((*given, output, received, Term("lse, delta, float32", rows), dquery, travelling))
+            sums = Term(f"dkey, dvalue sums ({moment.num_sums}), {program.dkv_dtype}", int(moment.sums * dkv))
+            found.add((*back, *reads_own, received, Term("lse, delta, float32", rows), dquery, sums))
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moment:
+    """While a kernel runs: how many blocks, and sums of dK and dV of blocks, a device holds besides its own block.
+
+    ``count`` and ``num_sums`` count arrays, ``buffers`` and ``sums`` how many whole ones they are together.
+    """
+
+    reads_own: bool
+    is_last: bool
+    count: int
+    buffers: float
+    num_sums: int
+    sums: float
+
+    def within(self, other: "_Moment") -> "_Moment":
+        """The same during one of the hops of an outer ring."""
+        return _Moment(
+            reads_own=self.reads_own and other.reads_own,
+            is_last=self.is_last and other.is_last,
+            count=self.count + other.count,
+            buffers=self.buffers + other.buffers,
+            num_sums=self.num_sums + other.num_sums,
+            sums=self.sums + other.sums,
+        )
+
+
+def _hops(schedule: Schedule, length: int) -> Iterator[_Moment]:
+    """Every kernel of the rings, in order."""
+    strand = 0
+    size = lambda hop: 1.0 if hop.keys is None else (hop.keys[1] - hop.keys[0]) / length  # noqa: E731
+    for hop, following in zip(schedule.hops, (*schedule.hops[1:], None), strict=True):
+        strand += hop.first
+        received = [] if hop.offset == 0 else [size(hop)]
+        arriving = [] if following is None else [size(following)]
+        travelling = [] if hop.first else [size(hop)] * 2
+        waiting = [1.0] if strand > 1 else []
+        if hop.inner is None:
+            buffers, sums = [*received, *arriving], [size(hop), *travelling, *waiting]
+            yield _Moment(hop.offset == 0, following is None, len(buffers), sum(buffers), len(sums), sum(sums))
+            continue
+        for inner in _hops(hop.inner, length):
+            # What was received is sent on during the whole inner round, or else is read when that starts.
+            held = received if inner.reads_own or (following is not None and not following.first) else []
+            buffers, sums = [*held, *arriving], [*travelling, *waiting]
+            outer = _Moment(hop.offset == 0, following is None, len(buffers), sum(buffers), len(sums), sum(sums))
+            yield inner.within(outer)

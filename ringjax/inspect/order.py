@@ -1,4 +1,4 @@
-"""The compiled order of a ring: what is issued when. Permutes, block kernels and the loops around them, from HLO text.
+"""The compiled order of a ring: what is issued when. Collectives, block kernels and the loops around them, from HLO.
 
 A *block kernel* is a custom call to a Pallas kernel: of Mosaic for TPU, of Mosaic for GPU or of Triton. In a program
 that has none, as with implementation "xla", it is a loop that multiplies matrices and permutes nothing.
@@ -11,12 +11,17 @@ iteration. A permute in the body of a loop counts as often as the loop runs.
 A permute here is one array that travels. The compiler for GPUs sends several in one operation, which then is as many
 permutes of one name, hidden or not together. It may also mark an operation as one to be awaited at once, although it
 has a start and a done: that is a synchronous permute.
+
+All of this holds of the other collectives too: keys that are gathered, sums of their gradients that are scattered,
+tokens that are exchanged for heads. Between slices of TPUs a permute is a message from host to host: what is received
+stands for it.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterator
 
+from . import wire
 from .hlo import HloError, Module, Op, Scope, num_bytes, parse, trip_count
 
 _PALLAS = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|__gpu\$xla\.gpu\.triton)"')
@@ -27,19 +32,33 @@ _OURS = re.compile(r'op_name="[^"]*/(ringjax_\w+)')
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A permute is issued; a synchronous one is also awaited here, and has no Done."""
+    """A collective is issued; a synchronous one is also awaited here, and has no Done.
+
+    Attributes:
+      dtype, shape: of the array that a device has before it.
+      bytes: what a device sends to others, and receives from them.
+      source: the number of the program's argument that travels, None if it was computed.
+      kind: "permute", "all_gather", "reduce_scatter", "all_to_all" or "all_reduce".
+      axis: of the sequence, 0 the outermost; None: not known, or not one.
+      shift: of a permute: how many devices further on the array goes, the shorter way round.
+      backward: it belongs to the gradient, as far as the program says.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
     asynchronous: bool
-    source: int | None  # the number of the program's argument that travels, None if it was computed
+    source: int | None
+    kind: str = "permute"
+    axis: int | None = None
+    shift: int | None = None
+    backward: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """The permute of this name is awaited."""
+    """The collective of this name is awaited."""
 
     name: str
 
@@ -53,7 +72,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop with permutes in it."""
+    """A loop with collectives in it."""
 
     name: str
     times: int
@@ -65,76 +84,114 @@ Order = tuple[Event, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Permute:
-    """One line of the program that permutes; it runs ``times`` times."""
+class Collective(Start):
+    """One line of the program that sends; it runs ``times`` times."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    asynchronous: bool
-    source: int | None
-    times: int
-    kernels_between: int
+    times: int = 1
+    kernels_between: int = 0
 
     @property
     def hidden(self) -> bool:
         return self.asynchronous and self.kernels_between > 0
 
 
-def read_order(text: str) -> Order:
+def read_order(text: str, sizes: wire.Sizes | None = None) -> Order:
     """The order of a scheduled program.
 
+    Args:
+      text: of the program.
+      sizes: rings side by side and axes of the sequence, by which devices are numbered; None: no axes are named.
+
     Raises:
-      HloError: the text is not scheduled, or has a loop with permutes in it whose number of iterations it hides.
+      HloError: the text is not scheduled, or has a loop with collectives in it whose number of iterations it hides.
     """
     module = parse(text)
     everything = [op for computation in module.computations.values() for op in computation.ops]
     pallas = any(_PALLAS.search(op.attributes) for op in everything if op.opcode == "custom-call")
-    return _Reader(module, pallas).read(Scope(module.entry))
+    return _Reader(module, pallas, sizes).read(Scope(module.entry))
+
+
+# By the name that HLO gives them. What is sent to another slice is known by what is received from it.
+_KINDS = {
+    "collective-permute": "permute",
+    "recv": "permute",
+    "all-gather": "all_gather",
+    "reduce-scatter": "reduce_scatter",
+    "all-to-all": "all_to_all",
+    "all-reduce": "all_reduce",
+}
 
 
 class _Reader:
-    def __init__(self, module: Module, pallas: bool) -> None:
+    def __init__(self, module: Module, pallas: bool, sizes: wire.Sizes | None) -> None:
         self.module = module
         self.pallas = pallas
+        self.sizes = sizes
 
     def read(self, scope: Scope) -> Order:
         events: list[Event] = []
         for op in scope.computation.ops:
-            if op.opcode in ("collective-permute-start", "collective-permute"):
-                events += self._starts(op, scope)
-            elif op.opcode == "collective-permute-done":
-                if _is_asynchronous(scope.computation.by_name[op.operands[0]]):
-                    events.append(Done(op.operands[0]))
+            sent = self._collective(op)
+            if sent is not None:
+                events += self._starts(op, sent, scope)
+            elif op.opcode.endswith("-done") and self._is_awaited(op, scope):
+                events.append(Done(op.operands[0]))
             elif op.called or op.opcode == "custom-call":
                 events += self._caller(op, scope)
         return tuple(events)
 
-    def _starts(self, op: Op, scope: Scope) -> list[Start]:
-        # The type of a start is (operands, results, contexts), where several operands are a tuple of their own.
-        several = op.type.startswith("((" if op.opcode == "collective-permute-start" else "(")
-        names = op.operands if several else op.operands[:1]
-        asynchronous = _is_asynchronous(op)
+    def _collective(self, op: Op) -> Op | None:
+        """The collective that this op issues: itself, or what an asynchronous call or a fusion of it calls."""
+        if op.opcode.removesuffix("-start") in _KINDS:
+            return op
+        inside = self.module.inside(op) if op.opcode == "async-start" or _is_scatter(op) else ()
+        return next((inner for inner in inside if inner.opcode in _KINDS), None)
+
+    def _is_awaited(self, done: Op, scope: Scope) -> bool:
+        start = scope.computation.by_name[done.operands[0]]
+        return self._collective(start) is not None and _is_asynchronous(start)
+
+    def _starts(self, op: Op, sent: Op, scope: Scope) -> list[Start]:
+        kind = "reduce_scatter" if _is_scatter(op) else _KINDS[sent.opcode.removesuffix("-start")]
+        if op.opcode == "recv":
+            names: tuple[str, ...] = (op.name,)
+            arrays = op.arrays()[:1]
+        elif kind == "permute":
+            # The type of a start is (operands, results, contexts), where several operands are a tuple of their own.
+            several = op.type.startswith("((" if op.opcode == "collective-permute-start" else "(")
+            names, arrays = op.operands if several else op.operands[:1], op.arrays()
+        else:
+            names = op.operands
+            arrays = [scope.computation.by_name[name].arrays()[0] for name in names]
+        devices, axis, shift = 2, None, None
+        if kind == "permute":
+            axis, shift = wire.route(sent.attributes, self.sizes)
+        else:
+            devices, axis = wire.group(sent.attributes, self.sizes)
         found = []
-        for name, (dtype, shape) in zip(names, op.arrays(), strict=False):
-            origin, where, _ = scope.origin(name)
-            source = origin.index if origin.opcode == "parameter" and where.around is None else None
-            found.append(Start(op.name, dtype, shape, num_bytes(dtype, shape), asynchronous, source))
+        for name, (dtype, shape) in zip(names, arrays, strict=False):
+            source = scope.argument(name)
+            num = wire.sent_bytes(kind, num_bytes(dtype, shape), devices)
+            found.append(
+                Start(
+                    name=op.name, dtype=dtype, shape=shape, bytes=num, asynchronous=_is_asynchronous(op), source=source,
+                    kind=kind, axis=axis, shift=shift, backward="transpose(" in sent.attributes,
+                )
+            )  # fmt: skip
         return found
 
     def _caller(self, op: Op, scope: Scope) -> list[Event]:
         inside = [op, *self.module.inside(op)]
-        if any(inner.opcode.startswith("collective-permute") for inner in inside):
+        if any(inner.opcode.removesuffix("-start") in _KINDS for inner in inside):
             if op.opcode == "while":
                 times = trip_count(self.module, op, scope)
                 if times is None:
-                    raise HloError(f"the loop {op.name} permutes, and how often it runs cannot be read.")
+                    raise HloError(f"the loop {op.name} sends, and how often it runs cannot be read.")
                 body = Scope(self.module.computations[op.called["body"][0]], op, scope)
                 return [Loop(op.name, times, self.read(body))]
             if op.opcode == "call":
                 return list(self.read(Scope(self.module.computations[op.called["to_apply"][0]], op, scope)))
-            raise HloError(f"permutes must stand in loops or alone. Got {op.opcode} {op.name} around one.")
+            raise HloError(f"collectives must stand in loops or alone. Got {op.opcode} {op.name} around one.")
         return [Launch(_kernel_name(op))] if self._is_kernel(op, inside) else []
 
     def _is_kernel(self, op: Op, inside: list[Op]) -> bool:
@@ -143,8 +200,13 @@ class _Reader:
         return op.opcode == "while" and any(_multiplies(inner) for inner in inside)
 
 
+def _is_scatter(op: Op) -> bool:
+    """A sum of which each device keeps a part, which TPUs run as one operation."""
+    return op.opcode == "fusion" and op.called.get("calls", ("",))[0].startswith("all-reduce-scatter")
+
+
 def _is_asynchronous(op: Op) -> bool:
-    return op.opcode == "collective-permute-start" and not _AWAITED.search(op.attributes)
+    return (op.opcode.endswith("-start") or op.opcode == "recv") and not _AWAITED.search(op.attributes)
 
 
 def _multiplies(op: Op) -> bool:
@@ -160,17 +222,22 @@ def _kernel_name(op: Op) -> str:
     return re.sub(r"^.*?(?=(\.\d+)?$)", ours[1], op.name, count=1)
 
 
-def permutes(order: Order, times: int = 1) -> Iterator[Permute]:
+def permutes(order: Order) -> Iterator[Collective]:
     """Every permute of the program, see the rule at the head of this module."""
+    return (sent for sent in collectives(order) if sent.kind == "permute")
+
+
+def collectives(order: Order, times: int = 1) -> Iterator[Collective]:
+    """Everything that the program sends."""
     for index, event in enumerate(order):
         if isinstance(event, Loop):
-            yield from permutes(event.body, times * event.times)
+            yield from collectives(event.body, times * event.times)
         elif isinstance(event, Start):
             between = 0
             if event.asynchronous:
                 done = order.index(Done(event.name), index)
                 between = sum(num_kernels((inner,)) for inner in order[index + 1 : done])
-            yield Permute(**vars(event), times=times, kernels_between=between)
+            yield Collective(**vars(event), times=times, kernels_between=between)
 
 
 def num_kernels(order: Order) -> int:

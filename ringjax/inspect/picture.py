@@ -21,6 +21,7 @@ from .cycles import base_name
 from .order import Done, Event, Launch, Loop, Order, Start, num_kernels
 from .report import Report, carries
 from .text import describe_mask
+from .work import visits
 
 _MOST_KERNELS = 16  # drawn; a longer order is abbreviated
 _KERNEL_COLOURS = ("#2f6b9a", "#7a5195", "#3d8361", "#8a6d3b")
@@ -169,7 +170,7 @@ def _draw_lanes(report: Report, lanes: Lanes, axes: Any) -> None:
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
     handles = [Patch(color=colours[name], label=f"kernel ({name})") for name in names]
-    words = {_HIDDEN: "permute behind a kernel", _EXPOSED: "permute with nothing to hide behind"}
+    words = {_HIDDEN: "behind a kernel", _EXPOSED: "with nothing to hide behind"}
     drawn = {_HIDDEN if bar.hidden else _EXPOSED for bar in lanes.bars}
     handles += [Patch(color=colour, label=label) for colour, label in words.items() if colour in drawn]
     axes.legend(handles=handles, ncols=6, loc="upper right", bbox_to_anchor=(1.0, 0.0), frameon=False, fontsize=9)
@@ -189,16 +190,16 @@ def _box(axes: Any, start: float, stop: float, y: float, height: float, colour: 
 
 
 def _draw_work(report: Report, matrix: Any, bars: Any, figure: Any) -> None:
-    length = report.program.shard_length
-    share = report.pairs / (length * length)
+    sharing = report.program.sharing
+    share = report.pairs / (sharing.queries.length * sharing.keys.length)
     ranks, hops = share.shape
     image = matrix.imshow(share, aspect="auto", cmap=_WORK, vmin=0.0, vmax=1.0, interpolation="nearest")
     if max(ranks, hops) <= 16:
         _write_cells(matrix, share)
-    offsets = [hop.offset for hop in report.program.schedule().hops]
-    matrix.set_xticks(_ticks(hops), [str(offsets[tick]) for tick in _ticks(hops)])
+    offsets = [",".join(map(str, there)) for there in visits(report.program.schedule())]
+    matrix.set_xticks(_ticks(hops), [offsets[tick] for tick in _ticks(hops)])
     matrix.set_yticks(_ticks(ranks), [str(tick) for tick in _ticks(ranks)])
-    elided = f" ({report.hops_elided} of {report.program.ring} hops left out)" if report.hops_elided else ""
+    elided = f" ({report.hops_elided} of {report.num_blocks} hops left out)" if report.hops_elided else ""
     matrix.set_xlabel(f"hop t: rank r works on the block of rank r + t{elided}")
     matrix.set_ylabel("rank")
     matrix.set_title("who attends to whom: share of the block's (query, key) pairs", loc="left", fontsize=11)

@@ -1,14 +1,17 @@
 """The ring to be compiled: its sizes, checked, and what one device holds of it. Written to and read from JSON."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 from ..arguments import check_window
 from ..config import RingConfig
+from ..deal import Deal
 from ..layout import Layout, Striped, as_layout
-from ..schedule import Schedule, plan
-from .topology import Topology, parse_topology
+from ..local import Sharing
+from ..schedule import Schedule, full_schedule, plan_rings
+from .topology import Slices, Topology, parse_topology
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DTYPES = tuple(_ITEM_BYTES)
@@ -40,8 +43,12 @@ class Program:
     unroll: int | None = None
     dkv_dtype: str = "float32"
     device_order: str = "ring_mesh"
+    axes: tuple[int, ...] = ()  # of the sequence, outermost first; none given: one of all devices on the ring
+    strategy: str | tuple[str, ...] = "ring"
+    direction: str = "forward"
 
     def __post_init__(self) -> None:
+        self._check_axes()
         for name in ("ring", "seq_len", "heads", "kv_heads", "head_dim", "value_head_dim", "batch", "stripe"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -51,6 +58,13 @@ class Program:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}. Got {getattr(self, name)!r}.")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, {self.kv_heads}. Got {self.heads}.")
+        if not self.axes:
+            object.__setattr__(self, "axes", (self.ring,))
+        if math.prod(self.axes) != self.ring:
+            raise ValueError(
+                f"axes must have the product {self.ring}, the devices on the ring. Got {self.axes}, which is "
+                f"{math.prod(self.axes)}."
+            )
         if self.stripe != 1 and self.layout != "striped":
             raise ValueError(f"stripe must be 1 unless layout is 'striped'. Got {self.stripe} for {self.layout!r}.")
         devices = self.slice.num_devices
@@ -69,6 +83,34 @@ class Program:
             )
         check_window(self.window, self.is_causal)
         self.config()
+        self._check_strategies()
+
+    def _check_axes(self) -> None:
+        if isinstance(self.axes, list):
+            object.__setattr__(self, "axes", tuple(self.axes))
+        fit = isinstance(self.axes, tuple) and all(
+            isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in self.axes
+        )
+        if not fit:
+            raise ValueError(f"axes must be a tuple of positive integers. Got {self.axes!r}.")
+
+    def _check_strategies(self) -> None:
+        if isinstance(self.strategy, list):
+            object.__setattr__(self, "strategy", tuple(self.strategy))
+        if not isinstance(self.strategy, str) and len(self.strategy) != len(self.axes):
+            raise ValueError(
+                f"strategy must be one word, or one for each of the axes {self.axes}. Got {self.strategy!r}."
+            )
+        if self.heads % self.heads_over:
+            raise ValueError(
+                f"heads must be a multiple of {self.heads_over}, the devices on axes of strategy 'all_to_all'. "
+                f"Got {self.heads}."
+            )
+        if isinstance(self.slice, Slices) and (self.axes[0], self.ring) != (self.slice.number, self.slice.num_devices):
+            raise ValueError(
+                f"axes must begin with the {self.slice.number} slices of {self.slice.name} and have all "
+                f"{self.slice.num_devices} devices. Got {self.axes}."
+            )
 
     @property
     def slice(self) -> Topology:
@@ -104,29 +146,83 @@ class Program:
             block_kv=self.block_kv,
             unroll=self.unroll,
             dkv_dtype=self.dkv_dtype,
+            strategy=self.strategy,
+            direction=self.direction,
         )
 
-    def schedule(self) -> Schedule:
-        """The hops that ring_attention plans for this call."""
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The strategy of each axis."""
+        return (self.strategy,) * len(self.axes) if isinstance(self.strategy, str) else self.strategy
+
+    @property
+    def heads_over(self) -> int:
+        """Devices that share the heads of the same tokens."""
+        return math.prod(size for size, word in zip(self.axes, self.words, strict=True) if word == "all_to_all")
+
+    @property
+    def kv_heads_here(self) -> int:
+        """K/V heads of a device once tokens are exchanged for heads: those that its query heads use."""
+        found = self.kv_heads
+        for size, word in zip(self.axes, self.words, strict=True):
+            found //= math.gcd(found, size) if word == "all_to_all" else 1
+        return found
+
+    @functools.cached_property
+    def sharing(self) -> Sharing:
+        """What ring_attention makes of the strategies, see :func:`ringjax.local.share`."""
+        words = tuple("ring" if size == 1 else word for size, word in zip(self.axes, self.words, strict=True))
         left, right = self.bounds
-        length = self.shard_length
-        return plan(self.ring, self.layout_object, length, length, left=left, right=right)
+        deal = functools.partial(Deal, self.layout_object, self.axes)
+        queries = deal(tuple(word == "all_to_all" for word in words), self.shard_length)
+        sparing = tuple("ring" if word == "all_gather" else word for word in words)
+        window = left is not None and right is not None
+        for chosen in (sparing, words) if window and sparing != words else (words,):
+            keys = deal(tuple(word != "ring" for word in chosen), self.shard_length)
+            schedule = plan_rings(queries, keys, left, right)
+            if chosen != words and schedule.is_full:
+                continue  # a window that leaves nobody out: gathered after all
+            return Sharing(chosen, queries, keys, schedule if keys.ring_sizes else None)
+        raise AssertionError("the last choice stands")
+
+    def schedule(self) -> Schedule:
+        """The hops that ring_attention plans for this call, on the outermost of its rings."""
+        return self.sharing.schedule or full_schedule(())
+
+    @property
+    def both(self) -> bool:
+        """Half of every block goes each way round: not where a window leaves something out."""
+        schedule = self.sharing.schedule
+        return self.direction == "both" and schedule is not None and schedule.is_full
+
+    def num_rotations(self, schedule: Schedule | None = None) -> int:
+        """Rotations of K/V along all axes in the forward pass; the backward pass makes as many."""
+        schedule = self.schedule() if schedule is None else schedule
+        inner = (hop.inner for hop in schedule.hops if hop.inner is not None)
+        return schedule.num_rotations + sum(self.num_rotations(each) for each in inner)
 
     def with_ring(self, ring: int) -> "Program":
-        return dataclasses.replace(self, ring=ring)
+        """The same on another number of devices; with several axes it is the outermost that changes."""
+        inner = math.prod(self.axes[1:])
+        if ring % inner:
+            raise ValueError(f"sweep must be multiples of {inner}, the devices on the inner axes. Got {ring}.")
+        return dataclasses.replace(self, ring=ring, axes=(ring // inner, *self.axes[1:]))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Program":
-        window = fields["window"]
-        return cls(**{**fields, "window": None if window is None else tuple(window)})
+        tuples = {name: tuple(given) for name, given in fields.items() if isinstance(given, list)}
+        return cls(**{**fields, **tuples})
 
     def macs(self, pairs: int, *, backward: bool) -> int:
-        """Multiply-adds for so many (query, key) pairs of one batch row, all heads: 2 products forward, 5 backward."""
+        """Multiply-adds for so many (query, key) pairs of one batch row, all heads of a device: 2 products forward, 5
+        backward."""
         keys, values = (3, 2) if backward else (1, 1)
-        return pairs * self.batch * self.heads * (keys * self.head_dim + values * self.value_head_dim)
+        return (
+            pairs * self.batch * (self.heads // self.heads_over) * (keys * self.head_dim + values * self.value_head_dim)
+        )
 
     def array_bytes(self, heads: int, size: int, item_bytes: int) -> int:
         """Of one device's shard [B, L, heads, size]."""

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import numpy as np
 
-from .chips import Topology
+from . import wire
 from .compile import Compiled
 from .cycles import Cycles
 from .memory import Term, floor_bytes, floor_terms
-from .order import Done, Launch, Loop, Order, Permute, Start, kernels, permutes
+from .order import Collective, Done, Launch, Loop, Order, Start, collectives, kernels
 from .program import Program
+from .topology import generation
 
 _LARGEST_MATRIX = 64  # ranks: beyond it the JSON holds sums only
 
@@ -27,15 +29,35 @@ class Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class Payload:
-    """All permutes that carry the same thing. Counts are of executions, bytes of one execution."""
+    """All collectives of a kind that carry the same thing the same way. Counts are of executions.
+
+    ``bytes`` are what a device sends to others in one execution; ``axis`` and ``shift`` as in
+    :class:`ringjax.inspect.order.Start`.
+    """
 
     carries: str
+    kind: str
+    axis: int | None
+    shift: int | None
     dtype: str
     shape: tuple[int, ...]
     bytes: int
     times: int
     asynchronous: int
     hidden: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """Bytes that go over one link of an axis in all, each way.
+
+    TPUs: a link between neighbours on the axis, "up" the ranks and "down". Of gathers and exchanges it is the least
+    that such a circle allows. GPUs: the port of a device to the switch, out ("up") and in ("down").
+    """
+
+    axis: int
+    up: float
+    down: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +81,17 @@ class Report:
     scaling: tuple[Scaling, ...]
 
     @functools.cached_property
-    def permutes(self) -> tuple[Permute, ...]:
-        return tuple(permutes(self.order))
+    def collectives(self) -> tuple[Collective, ...]:
+        return tuple(collectives(self.order))
+
+    @functools.cached_property
+    def permutes(self) -> tuple[Collective, ...]:
+        return tuple(sent for sent in self.collectives if sent.kind == "permute")
+
+    @functools.cached_property
+    def exchanges(self) -> tuple[Collective, ...]:
+        """Every other collective: keys are gathered, sums scattered, tokens exchanged for heads."""
+        return tuple(sent for sent in self.collectives if sent.kind != "permute")
 
     @functools.cached_property
     def kernels(self) -> dict[str, int]:
@@ -87,16 +118,17 @@ class Report:
         return sum(permute.times for permute in self.permutes if not permute.asynchronous)
 
     @property
-    def exposed(self) -> tuple[Permute, ...]:
+    def exposed(self) -> tuple[Collective, ...]:
         """Permutes with no kernel to hide behind."""
         return tuple(permute for permute in self.permutes if not permute.hidden)
 
     @functools.cached_property
     def payloads(self) -> tuple[Payload, ...]:
-        groups: dict[tuple[Any, ...], list[Permute]] = {}
-        for permute in self.permutes:
-            key = (carries(permute, self.program), permute.dtype, permute.shape, permute.bytes)
-            groups.setdefault(key, []).append(permute)
+        groups: dict[tuple[Any, ...], list[Collective]] = {}
+        for sent in self.collectives:
+            what = carries(sent, self.program)
+            key = (what, sent.kind, sent.axis, sent.shift, sent.dtype, sent.shape, sent.bytes)
+            groups.setdefault(key, []).append(sent)
         return tuple(
             Payload(
                 *key,
@@ -104,32 +136,51 @@ class Report:
                 asynchronous=sum(p.times for p in group if p.asynchronous),
                 hidden=sum(p.times for p in group if p.hidden),
             )
-            for key, group in sorted(groups.items(), key=lambda item: (_RANK.index(item[0][0]), item[0]))
+            for key, group in sorted(groups.items(), key=lambda item: (RANK.index(item[0][0]), str(item[0])))
         )
 
     @property
     def wire_bytes(self) -> int:
         """What one device sends in all."""
-        return sum(permute.times * permute.bytes for permute in self.permutes)
+        return sum(sent.times * sent.bytes for sent in self.collectives)
+
+    @functools.cached_property
+    def links(self) -> tuple[Link, ...]:
+        """What a link of each axis carries; axes over which nothing is sent are left out."""
+        found = []
+        for axis, size in enumerate(self.program.axes):
+            sent = [one for one in self.collectives if (0 if len(self.program.axes) == 1 else one.axis) == axis]
+            if not sent:
+                continue
+            if self.program.slice.platform == "gpu":
+                out = float(sum(one.times * one.bytes for one in sent))
+                found.append(Link(axis, out, out))
+            else:
+                parts = [wire.link_bytes(one.kind, one.times * one.bytes, size, one.shift) for one in sent]
+                found.append(Link(axis, *wire.total(parts)))
+        return tuple(found)
 
     @property
     def hops_made(self) -> int:
         """Blocks that every rank works on, its own included; the backward pass makes as many again."""
-        return len(self.program.schedule().hops)
+        return self.program.schedule().num_blocks
 
     @property
     def hops_elided(self) -> int:
         """Blocks that no rank needs and that therefore do not travel."""
-        return self.program.ring - self.hops_made
+        return self.num_blocks - self.hops_made
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all devices, once keys are merged."""
+        return math.prod(self.program.sharing.keys.ring_sizes)
 
     @property
     def wire_bytes_per_hop(self) -> float:
-        """K, V and what belongs to them: what a device sends for one hop of the forward pass."""
-        forward = {"K": 0, "V": 0, "segments": 0}
-        for payload in self.payloads:
-            if payload.carries in forward:
-                forward[payload.carries] = payload.bytes
-        return sum(forward.values())
+        """K, V and what belongs to them: what a device sends in one rotation, on average; forward as backward."""
+        rotations = self.program.num_rotations() * (2 if self.program.backward else 1)
+        sent = sum(p.bytes * p.times for p in self.payloads if p.kind == "permute" and p.carries in _BLOCK)
+        return sent / rotations if rotations else 0.0
 
     @functools.cached_property
     def floor_terms(self) -> tuple[Term, ...]:
@@ -162,15 +213,12 @@ class Report:
     @property
     def mxu_floor_cycles(self) -> dict[str, float]:
         """Least cycles of the busiest rank: matrix units alone, attended pairs alone. Empty for GPUs."""
-        slice_ = self.program.slice
-        if not isinstance(slice_, Topology):
+        chip = generation(self.program.slice)
+        if chip is None:
             return {}
         most = int(self.pairs_per_rank.max())
         passes = {"forward": False, "backward": True} if self.program.backward else {"forward": False}
-        return {
-            name: slice_.generation.mxu_floor(self.program.macs(most, backward=backward))
-            for name, backward in passes.items()
-        }
+        return {name: chip.mxu_floor(self.program.macs(most, backward=backward)) for name, backward in passes.items()}
 
     def to_json(self) -> dict[str, Any]:
         """All of it, but for the text of the program."""
@@ -196,10 +244,9 @@ class Report:
                 "operations": self.num_operations,
                 "hidden": self.num_hidden,
                 "synchronous": self.num_synchronous,
-                "lines": [
-                    {**dataclasses.asdict(p), "carries": carries(p, program), "hidden": p.hidden} for p in self.permutes
-                ],
+                "lines": [_line(p, program) for p in self.permutes],
             },
+            "exchanges": [_line(sent, program) for sent in self.exchanges],
             "kernels": self.kernels,
             "order": _order_json(self.order),
             "wire": {
@@ -207,7 +254,8 @@ class Report:
                 "bytes": self.wire_bytes,
                 "hops_made": self.hops_made,
                 "hops_elided": self.hops_elided,
-                "rotations": program.schedule().num_rotations,
+                "rotations": program.num_rotations(),
+                "links": [dataclasses.asdict(link) for link in self.links],
             },
             "memory": {
                 "peak_bytes": compiled.peak_bytes,
@@ -220,7 +268,7 @@ class Report:
                 "scaling": [dataclasses.asdict(row) for row in self.scaling],
             },
             "work": {
-                "pairs": int(self.pairs.sum()),
+                "pairs": int(self.pairs.sum()) // program.heads_over,
                 "imbalance": self.imbalance,
                 "lockstep_imbalance": self.lockstep_imbalance,
                 "pairs_per_rank": self.pairs_per_rank.tolist() if small else None,
@@ -234,18 +282,26 @@ class Report:
         }
 
 
-_RANK = ("K", "V", "segments", "dK, dV", "dK", "dV")
+_BLOCK = ("K", "V", "segments")
+# The order in which what is sent is listed.
+RANK = ("Q", *_BLOCK, "out", "dout", "dQ, dK, dV", "dK, dV", "dK", "dV")
 
 
-def carries(permute: Permute | Start, program: Program) -> str:
-    """What travels: the program's second argument is K, its third V; integers are segments."""
-    if permute.dtype in ("s32", "u32"):
+def carries(sent: Start, program: Program) -> str:
+    """What is sent: the program's arguments are Q, K, V and, with gradients, dout; integers are segments."""
+    if sent.dtype in ("s32", "u32"):
         return "segments"
-    if permute.source is not None:
-        return {1: "K", 2: "V"}[permute.source]
+    if sent.source is not None:
+        return ("Q", "K", "V", "dout")[sent.source]
+    if sent.kind == "all_to_all":
+        return "dQ, dK, dV" if sent.backward else "out"
     if program.head_dim == program.value_head_dim:
         return "dK, dV"
-    return "dV" if permute.shape[-1] == program.value_head_dim else "dK"
+    return "dV" if sent.shape[-1] == program.value_head_dim else "dK"
+
+
+def _line(sent: Collective, program: Program) -> dict[str, Any]:
+    return {**dataclasses.asdict(sent), "carries": carries(sent, program), "hidden": sent.hidden}
 
 
 def _ratio(a: Any, b: Any) -> float:

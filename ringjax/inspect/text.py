@@ -1,12 +1,16 @@
 """A report as lines of text."""
 
+import itertools
+import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from ..hopper import COMBINE, COMBINE_BYTES, is_hopper
 from ..units import size, table
 from .cycles import base_name
 from .gpus import Hosts
-from .report import Report
+from .order import Done, Launch, Loop, Order
+from .report import RANK, Report, carries
 
 _FLAG = f"--{COMBINE}"
 
@@ -45,6 +49,14 @@ def _ring(report: Report) -> Iterator[str]:
     rings = "one ring" if program.rings == 1 else f"{program.rings} rings side by side, each"
     hbm = size(slice_.memory_bytes)
     yield f"{slice_.name}, {slice_.num_devices} devices of {hbm}: {rings} of {program.ring}"
+    if len(program.axes) > 1 or program.words != ("ring",) or program.direction == "both":
+        words = [f"{word} over {axis}" for word, axis in zip(program.words, program.axes, strict=True)]
+        ways = "half of every block each way round" if program.both else "every block the same way round"
+        yield f"axes {' x '.join(map(str, program.axes))}: {', then '.join(words)}" + (
+            f"; {ways}" if "ring" in program.sharing.words else ""
+        )
+        if program.sharing.words != program.words:
+            yield "the window leaves devices out: what it needs of the others is fetched, and nothing is gathered"
     passes = "forward and backward" if program.backward else "forward"
     values = "" if program.value_head_dim == program.head_dim else f", values of {program.value_head_dim}"
     yield (
@@ -62,16 +74,23 @@ def _ring(report: Report) -> Iterator[str]:
 
 
 def _order(report: Report) -> Iterator[str]:
-    if not report.num_permutes:
+    if not report.collectives:
         yield "no permutes: a ring of one, or nobody needs another's block"
         return
     sync = report.num_synchronous
     kind = "all asynchronous" if not sync else f"{sync} SYNCHRONOUS"
     together = f", sent in {report.num_operations} operations" if report.num_operations < report.num_permutes else ""
     yield f"permutes hidden {report.num_hidden}/{report.num_permutes}, {kind}{together}"
-    rows = [("carries", "bytes each", "executed", "asynchronous", "hidden")]
+    rows = [("carries", "by", "bytes each", "executed", "asynchronous", "hidden")]
     rows += [
-        (f"{p.carries} ({p.dtype})", size(p.bytes), str(p.times), str(p.asynchronous), str(p.hidden))
+        (
+            f"{p.carries} ({p.dtype})",
+            _way(report, p.kind, p.axis, p.shift),
+            size(p.bytes),
+            str(p.times),
+            str(p.asynchronous),
+            str(p.hidden),
+        )  # fmt: skip
         for p in report.payloads
     ]
     yield from table(rows)
@@ -87,19 +106,58 @@ def _order(report: Report) -> Iterator[str]:
     if sync and isinstance(where, Hosts) and is_hopper(where.gpu.kind) and _FLAG not in report.compiled.flags:
         yield "this compiler lets one operation run behind a kernel, and sends small arrays alone in one: to make it"
         yield f"send large ones so too, set XLA_FLAGS={_FLAG}={COMBINE_BYTES}"
+    issued = "issued: " + _abridged(list(_issued(report.order, report)))
+    yield from textwrap.wrap(issued, 112, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     counts: dict[str, int] = {}
     for name, times in report.kernels.items():
         counts[base_name(name)] = counts.get(base_name(name), 0) + times
     yield "kernel calls: " + ", ".join(f"{name} {times}" for name, times in counts.items())
 
 
+def _way(report: Report, kind: str, axis: int | None, shift: int | None) -> str:
+    """A kind of collective, how far it goes and over which axis of several."""
+    over = f" over axis {axis}" if axis is not None and len(report.program.axes) > 1 else ""
+    return kind + ("" if shift is None else f" {shift:+d}") + over
+
+
+def _issued(order: Order, report: Report) -> Iterator[str]:
+    """The events in words; neighbours that are alike are one."""
+    for kind, group in itertools.groupby(order, type):
+        events: list[Any] = list(group)
+        if kind is Loop:
+            yield from (f"{one.times} x ({' | '.join(_issued(one.body, report))})" for one in events)
+        elif kind is Launch:
+            yield ", ".join(base_name(one.name) for one in events)
+        elif kind is Done:
+            yield f"await {len(events)}"
+        else:
+            sent = [(_way(report, one.kind, one.axis, one.shift), carries(one, report.program)) for one in events]
+            for way in sorted({way for way, _ in sent}):  # the compiler's order among them says nothing
+                yield f"{way}: {', '.join(sorted({what for other, what in sent if other == way}, key=RANK.index))}"
+
+
+def _abridged(parts: list[str], most: int = 14) -> str:
+    left_out = len(parts) - most
+    if left_out > 1:
+        parts = [*parts[: most // 2], f"... {left_out} more ...", *parts[-(most // 2) :]]
+    return " | ".join(parts)
+
+
 def _wire(report: Report) -> Iterator[str]:
-    rotations = report.program.schedule().num_rotations
+    rotations = report.program.num_rotations()
     yield (
         f"{size(report.wire_bytes_per_hop)} per hop (K, V and what belongs to them), {rotations} rotations, "
         f"{size(report.wire_bytes)} sent per device in all"
     )
-    yield f"blocks worked on {report.hops_made} of {report.program.ring}, hops elided {report.hops_elided}"
+    yield f"blocks worked on {report.hops_made} of {report.num_blocks}, hops elided {report.hops_elided}"
+    port = report.program.slice.platform == "gpu"
+    name = "port of a GPU" if port else "link between neighbours"
+    rows = [(f"through a {name}, of axis", "out" if port else "up", "in" if port else "down")]
+    rows += [
+        (f"{link.axis} ({report.program.axes[link.axis]})", size(link.up), size(link.down)) for link in report.links
+    ]
+    if report.links:
+        yield from table(rows)
 
 
 def _memory(report: Report) -> Iterator[str]:

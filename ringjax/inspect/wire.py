@@ -1,0 +1,114 @@
+"""Over which axis of the mesh a collective goes and how far, and what the links of that axis carry. Numbers only.
+
+Devices are numbered row-major over the rings that stand side by side and then the axes of the sequence. The links of an
+axis of c devices are those between neighbours, a circle of c links with two directions each; two devices have one link,
+which both permutes, by +1 and by -1, use in both directions.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from .hlo import HloError
+
+Sizes = tuple[int, ...]  # rings side by side, then the axes of the sequence, outermost first
+
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
+_GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_SLICES = re.compile(r"_xla_megascale_target=\{((?:\{\d+->\d+\},?)+)\}")
+_FIRST_OF_A_SLICE = 100_000  # devices of slice s are numbered from (s + 1) times this
+
+
+def route(attributes: str, sizes: Sizes | None) -> tuple[int | None, int | None]:
+    """(axis of the sequence, shift) of a permute: every device of the axis sends to the one ``shift`` further on.
+
+    The shift is the shorter way round, positive on a tie. None for what the program does not say.
+    """
+    slices = _SLICES.search(attributes)
+    if slices is not None:
+        apart = {int(b) // _FIRST_OF_A_SLICE - int(a) // _FIRST_OF_A_SLICE for a, b in _numbers(slices[1], "->")}
+        return (0, _shorter(apart.pop(), sizes[1])) if sizes is not None else (0, None)
+    found = _PAIRS.search(attributes)
+    if found is None or sizes is None:
+        return None, None
+    source, target = (np.unravel_index([int(pair[n]) for pair in _numbers(found[1], ",")], sizes) for n in (0, 1))
+    apart = [
+        {int(step) for step in (b - a) % size} if size > 1 else {0}
+        for a, b, size in zip(source, target, sizes, strict=True)
+    ]
+    moved = [n for n, steps in enumerate(apart) if steps != {0}]
+    if len(moved) != 1 or len(apart[moved[0]]) != 1:
+        return None, None
+    (axis,) = moved
+    return axis - 1, _shorter(apart[axis].pop(), sizes[axis])
+
+
+def group(attributes: str, sizes: Sizes | None) -> tuple[int, int | None]:
+    """(how many devices take part in one collective, the axis of the sequence that they are).
+
+    Raises:
+      HloError: the program does not say which devices take part.
+    """
+    groups = _groups(attributes)
+    if sizes is None:
+        return groups.shape[1], None
+    places = np.unravel_index(groups, sizes)
+    varying = [n for n, place in enumerate(places) if (place != place[:, :1]).any()]
+    return groups.shape[1], varying[0] - 1 if len(varying) == 1 else None
+
+
+def _groups(attributes: str) -> np.ndarray:
+    found = _GROUPS.search(attributes)
+    if found is not None:
+        return np.array([[int(n) for n in one] for one in _numbers(found[1], ",")])
+    iota = _IOTA.search(attributes)
+    if iota is None:
+        raise HloError(f"a collective must say which devices take part. Got {attributes[:80]!r}.")
+    shape, source = ([int(n) for n in numbers.split(",")] for numbers in iota.groups()[:2])
+    order = np.arange(math.prod(source)).reshape(source)
+    if iota[3] is not None:
+        order = order.transpose([int(n) for n in iota[3].split(",")])
+    return order.reshape(shape)
+
+
+def _numbers(text: str, between: str) -> list[list[str]]:
+    return [part.split(between) for part in re.findall(r"\{([^}]*)\}", text)]
+
+
+def _shorter(step: int, size: int) -> int:
+    step %= size
+    return step if 2 * step <= size else step - size
+
+
+def sent_bytes(kind: str, num_bytes: int, devices: int) -> int:
+    """What a device sends to others, which is what it receives, where it has so many bytes before the collective."""
+    if kind == "permute":
+        return num_bytes
+    if kind == "all_gather":
+        return num_bytes * (devices - 1)
+    return num_bytes * (devices - 1) // devices * (2 if kind == "all_reduce" else 1)
+
+
+def link_bytes(kind: str, num_bytes: int, size: int, shift: int | None) -> tuple[float, float]:
+    """What a link of the axis carries (up, down the ranks) of a collective in which each device sends ``num_bytes``.
+
+    A permute passes as many links as its shift, all the same way. Of the others it is the least possible: half of it
+    goes each way round, and tokens exchanged for heads pass size / 4 links on average.
+    """
+    if size == 2:
+        return num_bytes, num_bytes
+    if kind == "permute":
+        steps = 1 if shift is None else shift
+        return (num_bytes * steps, 0.0) if steps > 0 else (0.0, num_bytes * -steps)
+    if kind == "all_to_all":
+        steps = sum(min(n, size - n) for n in range(1, size))
+        num_bytes *= steps / (size - 1)  # pyright: ignore[reportAssignmentType]
+    return num_bytes / 2, num_bytes / 2
+
+
+def total(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of several collectives over one axis."""
+    return sum(up for up, _ in parts), sum(down for _, down in parts)
