@@ -223,6 +223,7 @@ def _walk(
     state: Any,
     work: Work,
     finish: bool,
+    come_home: bool = True,
 ) -> tuple[Any, Any]:
     """Run every hop of a schedule, and those of the axes within.
 
@@ -232,6 +233,8 @@ def _walk(
       work: what a kernel makes of a block: ``work(place, keys, state, finish)`` returns the new state, and sums of dK
         and dV for these keys or None.
       finish: the last hop is the last of all.
+      come_home: bring the sums back to whose keys they are for. Full rounds within a ring all leave them at the same
+        place, where they are added up: on the way home no kernel would hide them, so they go once, at the end.
 
     Returns:
       The state, and sums for the keys of ``home``.
@@ -265,7 +268,9 @@ def _walk(
         # Issued before the kernel, used after it: the sums of the previous hop travel while this hop is computed.
         if sums.strand is not None:
             sums = moved_on(hops[index - 1], hop, sums)
-        state, new = _walk(spec, streams, hop.inner, here, hop.keys or held, state, work, finish and last)
+        state, new = _walk(
+            spec, streams, hop.inner, here, hop.keys or held, state, work, finish and last, not schedule.is_full
+        )
         if new is not None:
             # On the last hop no block arrives, and nothing else orders the sums' rotation before the kernel.
             strand, state, new = jax.lax.optimization_barrier((sums.strand, state, new))
@@ -309,9 +314,15 @@ def _walk(
         else:
             body = functools.partial(_loop_body, step, indices[0])
             (here, state, sums), _ = jax.lax.scan(body, (here, state, sums), length=len(indices), unroll=spec.unroll)
-    if sums.strand is None:
-        return state, None
-    return state, land(sums.landed, rotate(sums.strand, hops[-1].homeward), hops[-1].keys)
+    if sums.strand is None or not come_home:
+        return state, sums.strand
+    strand = rotate(sums.strand, hops[-1].homeward)
+    inner = hops[-1].inner if schedule.is_full else None
+    for name in spec.axis_names[len(home.owners[0]) :]:
+        if inner is not None:
+            strand = _rotate(name, inner.num_shards, streams, strand, inner.hops[-1].homeward)
+            inner = inner.hops[-1].inner
+    return state, land(sums.landed, strand, hops[-1].keys)
 
 
 def _loop_body(step: Callable[..., Any], index: int, carry: tuple[Any, ...], _: None) -> tuple[Any, None]:

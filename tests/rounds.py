@@ -118,6 +118,7 @@ ONCE = (
     "test_properties::test_any_problem",
     "test_readme",
     "test_recipes",
+    "test_ring",
     "test_smollm2",
     "test_strategies::test_equals_the_oracle",
     "test_strategies::test_windows_that_reach_over_parts_of_shards",
