@@ -125,17 +125,17 @@ def _forward(spec: RingSpec, q: Array, k: Array, v: Array, sinks: Array | None, 
         (None,) * groups if sinks is None else _groups(sinks, groups, 0),
     )
 
-    def work(here: _Place, keys: Keys | None, state: Any, finish: bool) -> tuple[Any, None]:
+    def work(number: int, here: _Place, keys: Keys | None, state: Any, finish: bool) -> tuple[Any, None]:
         carries: list[Any] = list(state or (None,) * groups)
-        for stream, owner, block in zip(streams, here.owners, here.blocks, strict=True):
-            attended = mask.between(owner, block.mask, stream.keys or keys)
-            n = stream.group
-            carries[n] = spec.kernel.forward(
-                Block(q=queries[n], k=block.k, v=block.v, mask=attended, sinks=sinks_of[n]),
-                spec.params,
-                carries[n],
-                finish=finish and _is_last(stream, streams),
-            )
+        stream, block = streams[number], here.blocks[number]
+        attended = mask.between(here.owners[number], block.mask, stream.keys or keys)
+        n = stream.group
+        carries[n] = spec.kernel.forward(
+            Block(q=queries[n], k=block.k, v=block.v, mask=attended, sinks=sinks_of[n]),
+            spec.params,
+            carries[n],
+            finish=finish and _is_last(stream, streams),
+        )
         return tuple(carries), None
 
     finished, _ = _walk(spec, streams, spec.schedule, home, None, None, work, finish=True)
@@ -156,21 +156,19 @@ def _backward(
     dout, lse, delta = (_groups(x, groups) for x in rows)
     upstream = [Upstream(dout=dout[n], lse=lse[n], delta=delta[n], saved=saved[n]) for n in range(groups)]
 
-    def work(here: _Place, keys: Keys | None, state: Any, finish: bool) -> tuple[Any, Any]:
+    def work(number: int, here: _Place, keys: Keys | None, state: Any, finish: bool) -> tuple[Any, Any]:
         carries: list[Carry] = list(state or (None,) * groups)
-        sums = []
-        for stream, owner, block in zip(streams, here.owners, here.blocks, strict=True):
-            attended = mask.between(owner, block.mask, stream.keys or keys)
-            n = stream.group
-            carries[n], dk, dv = spec.kernel.backward(
-                Block(q=queries[n], k=block.k, v=block.v, mask=attended),
-                upstream[n],
-                spec.params,
-                carries[n],
-                finish=finish and _is_last(stream, streams),
-            )
-            sums.append((dk, dv))
-        return tuple(carries), tuple(sums)
+        stream, block = streams[number], here.blocks[number]
+        attended = mask.between(here.owners[number], block.mask, stream.keys or keys)
+        n = stream.group
+        carries[n], dk, dv = spec.kernel.backward(
+            Block(q=queries[n], k=block.k, v=block.v, mask=attended),
+            upstream[n],
+            spec.params,
+            carries[n],
+            finish=finish and _is_last(stream, streams),
+        )
+        return tuple(carries), (dk, dv)
 
     dq, sums = _walk(spec, streams, spec.schedule, home, None, None, work, finish=True)
     axis = 1 if groups > 1 else 2
@@ -211,7 +209,7 @@ class _Sums(NamedTuple):
     landed: Any = None  # those that have come home
 
 
-Work = Callable[[_Place, Keys | None, Any, bool], tuple[Any, Any]]
+Work = Callable[[int, _Place, Keys | None, Any, bool], tuple[Any, Any]]
 
 
 def _walk(
@@ -230,8 +228,8 @@ def _walk(
     Args:
       home: the block, or the part ``held`` of it, that the device has before this axis moves it.
       state: of the kernels; None before the first one.
-      work: what a kernel makes of a block: ``work(place, keys, state, finish)`` returns the new state, and sums of dK
-        and dV for these keys or None.
+      work: what a kernel makes of the block of a stream: ``work(number, place, keys, state, finish)`` returns the new
+        state, and sums of dK and dV for these keys or None.
       finish: the last hop is the last of all.
       come_home: bring the sums back to whose keys they are for. Full rounds within a ring all leave them at the same
         place, where they are added up: on the way home no kernel would hide them, so they go once, at the end.
@@ -243,7 +241,11 @@ def _walk(
     a row become one compiled loop, in which ``index`` is that of its first hop.
     """
     if schedule is None:
-        return work(home, held, state, finish)
+        sums = []
+        for number in range(len(streams)):
+            state, new = work(number, home, held, state, finish)
+            sums.append(new)
+        return state, None if sums[0] is None else tuple(sums)
     hops, size = schedule.hops, schedule.num_shards
     axis_name = spec.axis_names[len(home.owners[0])]
     rank = jax.lax.axis_index(axis_name)
@@ -253,14 +255,47 @@ def _walk(
     def moved(source: _Place, keys: Keys | None, hop: Hop) -> _Place:
         """What arrives for a hop, where there are these keys of the blocks."""
         blocks = rotate([_narrow(block, keys, hop.keys) for block in source.blocks], hop.shift)
-        owners = (
+        return _Place(blocks, owners_after(source, hop))
+
+    def owners_after(source: _Place, hop: Hop) -> tuple[tuple[Array, ...], ...]:
+        return tuple(
             (*owner[:-1], _shifted(owner[-1], stream.route, hop.shift, size))
             for owner, stream in zip(source.owners, streams, strict=True)
         )
-        return _Place(blocks, tuple(owners))
+
+    def in_turns(index: int, here: _Place, state: Any, sums: _Sums) -> tuple[_Place, Any, _Sums]:
+        """A step of backward with several streams, not the last: a part of what travels behind the kernel of each.
+
+        TPUs v4, v6e and v7x have five permutes under way at most, and K, V, dK and dV of two streams are eight. Each
+        kind goes all ways round at the same time. Full rings only, as several streams are.
+        """
+        hop, following = hops[index : index + 2]
+        waiting = {
+            "k": ([block.k for block in here.blocks], following.shift),
+            "dk": ([dk for dk, _ in sums.strand], hop.shift),
+            "v": ([(block.v, block.mask) for block in here.blocks], following.shift),
+            "dv": ([dv for _, dv in sums.strand], hop.shift),
+        }
+        kinds, turns = list(waiting), min(len(streams), len(waiting))
+        turn_of = {kind: number * turns // len(kinds) for number, kind in enumerate(kinds)}
+        trees = {kind: tree for kind, (tree, _) in waiting.items()}
+        arrived: dict[str, Any] = {}
+        new = []
+        for number in range(len(streams)):
+            for kind in [kind for kind in trees if turn_of[kind] == number]:
+                arrived[kind] = rotate(trees.pop(kind), waiting[kind][1])
+            state, parts = work(number, here, held, state, False)
+            state, parts, arrived, trees = jax.lax.optimization_barrier((state, parts, arrived, trees))
+            new.append(parts)
+        moved = tuple(zip(arrived["dk"], arrived["dv"], strict=True))
+        sums = sums._replace(strand=_add(moved, _cast(spec, here.blocks[0].k.dtype, tuple(new))))
+        blocks = tuple(Travelling(k, *rest) for k, rest in zip(arrived["k"], arrived["v"], strict=True))
+        return jax.lax.optimization_barrier((_Place(blocks, owners_after(here, following)), state, sums))
 
     def step(index: int, here: _Place, state: Any, sums: _Sums) -> tuple[_Place, Any, _Sums]:
         hop, last = hops[index], index == len(hops) - 1
+        if len(streams) > 1 and hop.inner is None and sums.strand is not None and not last:
+            return in_turns(index, here, state, sums)
         arriving = here
         if not last:
             from_home = hops[index + 1].first

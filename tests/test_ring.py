@@ -47,3 +47,16 @@ def test_sums_of_rounds_within_a_ring_come_home_once(sizes: tuple[int, ...]) -> 
         f"sp{n}": 2 * (rounds[n] * (size - 1) + 1)  # dK and dV
         for n, size in enumerate(sizes)
     }
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_no_more_permutes_are_under_way_than_every_generation_allows(kv_heads: int) -> None:
+    """Four between two barriers, heads halved or tokens: v4, v6e and v7x would have the sixth wait for the first."""
+    counts = [0]
+    names = [equation.primitive.name for equation, _ in jaxprs.equations(traced(4, kv_heads, direction="both"))]
+    for name in names:
+        if name == "optimization_barrier":
+            counts.append(0)
+        counts[-1] += name.startswith("ppermute")
+    # K and V, 3 hops in either pass; dK and dV, 3 hops and home; each both ways round.
+    assert sum(counts) == 2 * (2 * 2 * 3 + 2 * 4) and max(counts) == 4
