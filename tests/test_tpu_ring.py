@@ -3,11 +3,16 @@
 Nothing runs on a TPU. Every figure is read from the compiled program by :mod:`ringjax.inspect`.
 """
 
+import math
+from typing import Any
+
 import pytest
 from tpu import needs_libtpu
 
 from ringjax.inspect import Report, inspect_ring
+from ringjax.inspect.cycles import base_name
 from ringjax.inspect.hlo import num_bytes, parse
+from ringjax.inspect.order import Done, Start
 
 pytestmark = [needs_libtpu, pytest.mark.slow]
 SLICES = {"v4": "v4:2x2x2", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "v7x": "v7x:2x2x1"}  # 8 devices
@@ -23,10 +28,116 @@ CASES = [*((generation, "zigzag, D = 128") for generation in SLICES), *((g, "win
 
 @pytest.mark.parametrize(("generation", "mask"), CASES)
 def test_a_ring_of_8(generation, mask):
-    """Forward and backward in one program, grouped heads, bfloat16. One compilation each: all is asserted on it."""
-    report = inspect_ring(SLICES[generation], seq_len=4096, heads=4, kv_heads=2, backward=True, **MASKS[mask])
+    """Forward and backward in one program, grouped heads, bfloat16. One compilation each: all is asserted on it.
+
+    Without a window one more, both ways round.
+    """
+    options: dict[str, Any] = dict(seq_len=4096, heads=4, kv_heads=2, backward=True, **MASKS[mask])
+    report = inspect_ring(SLICES[generation], **options)
     every_permute_hides_behind_a_kernel(report, 7 if mask.startswith("zigzag") else 2)
-    only_kv_heads_travel_and_no_more_often_than_planned(report)
+    only_the_keys_in_sight_travel_and_no_more_often_than_planned(report)
+    if mask.startswith("zigzag"):
+        each_way_round_carries_half(report, inspect_ring(SLICES[generation], direction="both", **options))
+
+
+def each_way_round_carries_half(one_way: Report, both: Report) -> None:
+    """Half of the bytes of every permute, the other half the other way; the same work; no more memory."""
+    halves = {}
+    for payload in one_way.payloads:
+        batch, heads, *rest = payload.shape
+        for shift in (1, -1):
+            halves[payload.carries, payload.dtype, (batch, heads // 2, *rest), shift] = (
+                payload.bytes // 2,
+                payload.times,
+            )
+    found = {(p.carries, p.dtype, p.shape, p.shift): (p.bytes, p.times) for p in both.payloads}
+    assert found == halves
+    (alone,), (shared,) = one_way.links, both.links
+    assert (alone.up, shared.up) == (0, shared.down) and shared.down * 2 == alone.down > 0
+    # Only the last sums have no kernel behind which they could come home: two halves of dK, two of dV.
+    assert both.num_synchronous == 0 and both.num_permutes - both.num_hidden == sum(p.times for p in both.exposed) == 4
+    assert {payload.carries for payload in both.payloads if payload.hidden < payload.times} == {"dK, dV"}
+    assert kernel_work(both) == kernel_work(one_way), "nothing is computed twice"
+    buffer = 512 * 2 * 2 * 128 * 2  # K and V of a shard
+    assert both.compiled.peak_bytes <= one_way.compiled.peak_bytes + buffer
+
+
+def kernel_work(report: Report) -> dict[str, int]:
+    """Calls of a kernel times query heads, queries and keys of a call, by its name."""
+    module = parse(report.compiled.text)
+    work: dict[str, int] = {}
+    for computation in module.computations.values():
+        for op in computation.ops:
+            if op.name in report.kernels:
+                arrays = [computation.by_name[name].arrays()[0] for name in op.operands]
+                query, key = [shape for dtype, shape in arrays if dtype == "bf16" and len(shape) == 4][:2]
+                name = base_name(op.name)
+                work[name] = work.get(name, 0) + report.kernels[op.name] * math.prod(query[:3]) * key[2]
+    return work
+
+
+def test_two_slices_exchange_a_block_during_a_whole_inner_round():
+    """Two slices of v5e, joined by the network of their hosts, rings of 4 within; forward and backward."""
+    report = inspect_ring(
+        "2*v5e:2x2", axes=(2, 4), seq_len=8192, heads=4, kv_heads=2, head_dim=128, is_causal=True, backward=True
+    )
+    assert report.num_synchronous == 0 and sum(report.kernels.values()) == 2 * 8
+    block = 1024 * 2 * 128
+    outer = [sent for sent in report.permutes if sent.axis == 0]
+    there = [sent for sent in outer if sent.dtype == "bf16"]
+    assert [(sent.bytes, sent.times) for sent in there] == 4 * [(2 * block, 1)], "K and V once in either pass"
+    # Backward waits for nothing here but dout, an argument: the compiler fetches its block as early as it likes.
+    assert [sent.kernels_between for sent in there[:2]] == [4, 4] and min(s.kernels_between for s in there[2:]) >= 4
+    sums = [sent for sent in outer if sent.dtype == "f32"]
+    assert [(sent.bytes, sent.times, sent.kernels_between) for sent in sums] == [
+        (4 * block, 1, n) for n in (4, 4, 0, 0)
+    ]
+    order = report.order
+    starts = [order.index(event) for event in order if isinstance(event, Start) and event.axis == 0]
+    dones = [order.index(Done(sent.name)) for sent in outer]
+    inner = [sent for sent in report.permutes if sent.axis == 1]
+    # K and V, 2 rounds of 3 hops in either pass; dK and dV the same once, and home once.
+    assert sum(sent.times for sent in inner) == 2 * (2 * 2 * 3) + 2 * (2 * 3 + 1)
+    assert {sent.shift for sent in inner} == {-1} and sum(sent.times for sent in inner if not sent.hidden) == 2
+    first = next(n for n, event in enumerate(order) if isinstance(event, Start) and event.axis == 1)
+    assert max(starts[:2]) < first < min(dones[:2]), "issued before the inner round, awaited after it"
+    assert report.floor_bytes <= report.held_bytes < 1.3 * report.floor_bytes
+
+
+def test_gathered_keys_and_exchanged_heads_byte_for_byte():
+    """Keys over 2, heads over 4 with two K/V heads, of which each device gets one. One kernel in each pass."""
+    report = inspect_ring(
+        "v5e:2x4", axes=(2, 4), strategy=("all_gather", "all_to_all"), seq_len=8192, heads=4, kv_heads=2, head_dim=128,
+        is_causal=True, backward=True,
+    )  # fmt: skip
+    shard, parts = 1024 * 128 * 2, 3 / 4  # of one head; a quarter stays where it is
+    sent: dict[tuple[str, int | None, str, str], int] = {}
+    for one in report.payloads:
+        key = one.kind, one.axis, one.dtype, one.carries
+        sent[key] = sent.get(key, 0) + one.bytes * one.times
+    assert sent == {
+        ("all_to_all", 1, "bf16", "Q"): 4 * shard * parts,
+        ("all_to_all", 1, "bf16", "K"): 4 * shard * parts,  # two heads, each to two devices
+        ("all_to_all", 1, "bf16", "V"): 4 * shard * parts,
+        ("all_to_all", 1, "bf16", "out"): 4 * shard * parts,
+        ("all_to_all", 1, "bf16", "dout"): 4 * shard * parts,
+        ("all_to_all", 1, "bf16", "dQ, dK, dV"): 3 * 4 * shard * parts,
+        ("all_gather", 0, "bf16", "K"): 2 * 4 * shard,  # its head of four shards, forward and backward
+        ("all_gather", 0, "bf16", "V"): 2 * 4 * shard,
+        ("reduce_scatter", 0, "f32", "dK, dV"): 2 * 2 * 4 * shard,
+    }
+    assert sum(report.kernels.values()) == 2 and report.floor_bytes <= report.held_bytes
+
+
+def test_a_window_of_512_moves_512_keys_of_65536():
+    """Forward and backward, dK and dV in float32."""
+    report = inspect_ring(
+        "v5e:2x4", seq_len=8 * 65536, heads=1, head_dim=128, window=(512, 0), layout="contiguous", backward=True
+    )
+    found = {(one.carries, one.shift): (one.bytes, one.times) for one in report.payloads}
+    keys = 512 * 128
+    assert found == {("K", 1): (2 * keys, 2), ("V", 1): (2 * keys, 2), ("dK, dV", -1): (4 * keys, 2)}
+    assert report.num_synchronous == 0 and {p.source for p in report.exposed} <= {None}
 
 
 def every_permute_hides_behind_a_kernel(report: Report, rotations: int) -> None:
@@ -42,7 +153,8 @@ def every_permute_hides_behind_a_kernel(report: Report, rotations: int) -> None:
     assert sum(report.kernels.values()) == 2 * report.hops_made, "one kernel a hop in either pass: no merge kernels"
 
 
-def only_kv_heads_travel_and_no_more_often_than_planned(report: Report) -> None:
+def only_the_keys_in_sight_travel_and_no_more_often_than_planned(report: Report) -> None:
+    """All of a full ring. Of a window of 1000 before: shards of 512, 488 of the second in whole tiles: 512 too."""
     schedule = report.program.schedule()
     size = 512 * 2 * report.program.head_dim
     for payload in report.payloads:
