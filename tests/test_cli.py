@@ -242,7 +242,7 @@ FUNCTIONS: dict[str, Any] = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_one_name_for_one_thing(command: str):
-    others = "length head-size direction backward num-devices sequence-length num-heads"
+    others = "length head-size backward num-devices sequence-length num-heads"
     hints = typing.get_type_hints(FUNCTIONS[command], include_extras=True)
     seen = set()
     for option in command_of(command).params:

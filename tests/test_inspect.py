@@ -175,6 +175,7 @@ def test_unknown_topologies(name):
         ({"axes": (2, 3)}, r"axes must have the product 8, the devices on the ring. Got \(2, 3\), which is 6"),
         ({"axes": (8, 0)}, r"axes must be a tuple of positive integers. Got \(8, 0\)"),
         ({"strategy": "rings"}, "strategy must be one of 'ring', 'all_to_all', 'all_gather'. Got 'rings'"),
+        ({"strategy": "auto"}, "strategy must be one of 'ring', 'all_to_all', 'all_gather'. Got 'auto'"),
         ({"strategy": ("ring", "ring")}, r"strategy must be one word, or one for each of the axes \(8,\)"),
         ({"strategy": "all_to_all"}, "heads must be a multiple of 8, the devices on axes of strategy 'all_to_all'"),
         ({"direction": "back"}, "direction must be one of 'forward', 'both'. Got 'back'"),
@@ -365,7 +366,7 @@ def invoke(*arguments: object):
         (("--axes", "2,0"), "error: --axes must be C1,C2,...: numbers of at least 1. Got '2,0'."),
         (("--axes", "2,4", "--ring", 4), "error: --axes must have the product 4, the devices on the ring."),
         (("--strategy", "ring,all_to_all"), "error: --strategy must be one word, or one for each of the axes (8,)"),
-        (("--strategy", "rings"), "error: RingConfig: --strategy must be one of 'ring', 'all_to_all', 'all_gather'."),
+        (("--strategy", "rings"), "error: --strategy must be one of 'ring', 'all_to_all', 'all_gather'. Got"),
         (("--strategy", "all_to_all"), "error: --heads must be a multiple of 8, the devices on axes of strategy"),
     ],
 )

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..arguments import check_window
-from ..config import RingConfig
+from ..config import STRATEGIES, RingConfig
 from ..deal import Deal
 from ..layout import Layout, Striped, as_layout
 from ..local import Sharing
@@ -82,8 +82,8 @@ class Program:
                 f"Got {self.seq_len}."
             )
         check_window(self.window, self.is_causal)
-        self.config()
         self._check_strategies()
+        self.config()
 
     def _check_axes(self) -> None:
         if isinstance(self.axes, list):
@@ -97,6 +97,9 @@ class Program:
     def _check_strategies(self) -> None:
         if isinstance(self.strategy, list):
             object.__setattr__(self, "strategy", tuple(self.strategy))
+        for word in (self.strategy,) if isinstance(self.strategy, str) else self.strategy:
+            if word not in STRATEGIES:  # nor "auto": what it stands for depends on the devices
+                raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}. Got {word!r}.")
         if not isinstance(self.strategy, str) and len(self.strategy) != len(self.axes):
             raise ValueError(
                 f"strategy must be one word, or one for each of the axes {self.axes}. Got {self.strategy!r}."
