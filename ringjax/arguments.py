@@ -14,6 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from . import _compat
+
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _INT32_MAX = 2**31 - 1
 
@@ -171,6 +173,17 @@ def check_axis_names(axis_name: Any) -> tuple[str, ...]:
             f"axis_name must be the name of a mesh axis, or several different ones, outermost first. Got {axis_name!r}."
         )
     return axes
+
+
+def axes_are_manual(axes: tuple[str, ...]) -> bool:
+    """Whether this is inside a shard_map or vmap over all of these axes; False: of none of them."""
+    bound = [axis for axis in axes if _compat.axis_is_bound(axis)]
+    if bound and len(bound) < len(axes):
+        raise ValueError(
+            f"axis_name: either all of its axes must be manual here (inside shard_map or vmap) or none. Got {axes!r}, "
+            f"of which {', '.join(map(repr, bound))} {'is' if len(bound) == 1 else 'are'}."
+        )
+    return bool(bound)
 
 
 def check_axis_name(axis_name: Any) -> str:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from . import _compat
 from .arguments import (
     Arrays,
+    axes_are_manual,
     check_arrays,
     check_axis_names,
     check_scale,
@@ -168,14 +169,8 @@ def ring_attention(
         raise ValueError(f"return_residual must be True or False. Got {return_residual!r}.")
     left, right = check_window(local_window_size, is_causal)
     axes = check_axis_names(axis_name)
-    bound = [axis for axis in axes if _compat.axis_is_bound(axis)]
-    if bound and len(bound) < len(axes):
-        raise ValueError(
-            f"axis_name: either all of its axes must be manual here (inside shard_map or vmap) or none. Got {axes!r}, "
-            f"of which {', '.join(map(repr, bound))} {'is' if len(bound) == 1 else 'are'}."
-        )
     strategies = check_strategies(config.strategy, axes)
-    inside = bool(bound)
+    inside = axes_are_manual(axes)
     if inside:
         _refuse_outside_arguments(axes, mesh, batch_axis_name, head_axis_name)
     whole_mesh = None if inside else find_mesh(axes, mesh)

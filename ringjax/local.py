@@ -19,7 +19,8 @@ from .layout import Layout, Runs
 from .mask import Mask, Tokens, Vectors
 from .planner import choose_strategy
 from .ring import RingSpec, ring
-from .schedule import Keys, Route, Schedule, plan_rings
+from .schedule import Keys, Route, Schedule
+from .sharing import Sharing, share
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
@@ -70,17 +71,21 @@ def refuse_interpreter(call: Call) -> None:
 def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     """Attention of this rank's queries to the whole sequence: output and log-sum-exp."""
     sizes = tuple(jax.lax.axis_size(name) for name in call.axis_names)
-    _check_lengths(call.layout, math.prod(sizes), arrays.query.shape[1], arrays.key.shape[1])
+    q_length, k_length = arrays.query.shape[1], arrays.key.shape[1]
+    _check_lengths(call.layout, math.prod(sizes), q_length, k_length)
     arrays, axes = vary_alike(call, arrays)
-    sharing = share(call, sizes, arrays)
-    heads = sharing.heads(call, arrays)
+    # Positions that only the run time knows say nothing of which keys are needed.
+    left, right = (call.left, call.right) if arrays.q_positions is None else (None, None)
+    sharing = share(call.layout, sizes, _words(call, sizes, arrays), q_length, k_length, left, right)
+    heads = _head_exchange(call, sharing, arrays)
     here = _exchanged(heads, arrays)
+    named = zip(call.axis_names, sharing.words, strict=True)
     spec = ring_spec(
         call,
         sharing.schedule,
-        axis_names=sharing.ring_axes(call),
-        gather=sharing.gather(call),
-        routes=sharing.routes(call),
+        axis_names=tuple(name for name, word in named if word == "ring"),
+        gather=Gather(call.axis_names, tuple(word == "all_gather" for word in sharing.words), sharing.keys),
+        routes=_routes(call) if sharing.several_ways else (Route(),),
     )
     mask = _shard_mask(call, sharing, here, axes)
     query = sharing.queries.merge(_by_shard(here.query, sharing.queries))
@@ -94,68 +99,34 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     return heads.back(split(out)), heads.back(split(lse)[..., None])[..., 0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sharing:
-    """How the axes share the work: which tokens a device has in the end, and what then goes round the others."""
-
-    words: tuple[str, ...]
-    queries: Deal
-    keys: Deal
-    schedule: Schedule | None  # None: there is no ring left
-
-    def routes(self, call: Call) -> tuple[Route, ...]:
-        """One where a window leaves something out: then every block takes the shorter way."""
-        if self.schedule is None or not self.schedule.is_full:
-            return (Route(),)
-        signs = (1, -1) if call.config.direction == "both" else (1,)
-        return tuple(Route(sign, cycle) for cycle in call.cycles or (None,) for sign in signs)
-
-    def ring_axes(self, call: Call) -> tuple[str, ...]:
-        return tuple(name for name, word in zip(call.axis_names, self.words, strict=True) if word == "ring")
-
-    def gather(self, call: Call) -> Gather:
-        gathered = tuple(word == "all_gather" for word in self.words)
-        return Gather(call.axis_names, gathered, self.keys)
-
-    def heads(self, call: Call, arrays: Arrays) -> HeadExchange | None:
-        found = [n for n, word in enumerate(self.words) if word == "all_to_all"]
-        if not found:
-            return None
-        sizes, heads = tuple(self.queries.sizes[n] for n in found), arrays.query.shape[2]
-        names = tuple(call.axis_names[n] for n in found)
-        if heads % math.prod(sizes):
-            raise ValueError(
-                f"query: strategy 'all_to_all' over {', '.join(map(repr, names))} needs a number of heads that is a "
-                f"multiple of {math.prod(sizes)}, the devices on these axes. Got N = {heads}."
-            )
-        return HeadExchange(names, sizes, heads, arrays.key.shape[2])
-
-
-def share(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> Sharing:
-    """Deals out queries and keys as the strategies say, and plans the rings of the axes that are left."""
+def _words(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> tuple[str, ...]:
+    """The strategy of each axis, as far as JAX can carry it out here."""
     # JAX cannot gather in the backward rule of a custom_vjp over an axis of vmap; there nothing is sent anyway.
     simulated = set(call.axis_names) - set(_compat.manual_axes())
-    words = tuple(
-        "ring" if size == 1 or (word == "all_gather" and name in simulated) else word
-        for word, name, size in zip(_chosen(call, sizes, arrays), call.axis_names, sizes, strict=True)
+    return tuple(
+        "ring" if word == "all_gather" and name in simulated else word
+        for word, name in zip(_chosen(call, sizes, arrays), call.axis_names, strict=True)
     )
-    # Positions that only the run time knows say nothing of which keys are needed.
-    left, right = (call.left, call.right) if arrays.q_positions is None else (None, None)
-    deal = functools.partial(Deal, call.layout, sizes)
-    queries = deal(tuple(word == "all_to_all" for word in words), arrays.query.shape[1])
 
-    def plan(words: tuple[str, ...]) -> tuple[Deal, Schedule]:
-        keys = deal(tuple(word != "ring" for word in words), arrays.key.shape[1])
-        return keys, plan_rings(queries, keys, left, right)
 
-    if left is not None and right is not None and "all_gather" in words:
-        # Where a window leaves ranks out, what it needs is fetched from the others and nothing is gathered.
-        sparing = tuple("ring" if word == "all_gather" else word for word in words)
-        keys, schedule = plan(sparing)
-        if not schedule.is_full:
-            return Sharing(sparing, queries, keys, schedule)
-    keys, schedule = plan(words)
-    return Sharing(words, queries, keys, schedule if keys.ring_sizes else None)
+def _routes(call: Call) -> tuple[Route, ...]:
+    """All that a part of a block may take."""
+    signs = (1, -1) if call.config.direction == "both" else (1,)
+    return tuple(Route(sign, cycle) for cycle in call.cycles or (None,) for sign in signs)
+
+
+def _head_exchange(call: Call, sharing: Sharing, arrays: Arrays) -> HeadExchange | None:
+    found = [n for n, word in enumerate(sharing.words) if word == "all_to_all"]
+    if not found:
+        return None
+    sizes, heads = tuple(sharing.queries.sizes[n] for n in found), arrays.query.shape[2]
+    names = tuple(call.axis_names[n] for n in found)
+    if heads % math.prod(sizes):
+        raise ValueError(
+            f"query: strategy 'all_to_all' over {', '.join(map(repr, names))} needs a number of heads that is a "
+            f"multiple of {math.prod(sizes)}, the devices on these axes. Got N = {heads}."
+        )
+    return HeadExchange(names, sizes, heads, arrays.key.shape[2])
 
 
 def _chosen(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> tuple[str, ...]:

@@ -243,15 +243,17 @@ def needed_keys(queries: Deal, keys: Deal, left: int | None, right: int | None) 
     of_query = keys.device_of(queries.layout.owner(np.arange(num_q), queries.num_ranks))
     of_key, at = keys.chunks()
     start, stop = np.full(count, keys.length), np.zeros(count, int)
-    for chunk in range(num_q):
-        low = 0 if left is None else max(0, chunk * q_size - left)
-        high = num_k * k_size - 1 if right is None else min(num_k * k_size - 1, (chunk + 1) * q_size - 1 + right)
-        seen = np.arange(low // k_size, high // k_size + 1)
-        offset = _difference(of_key[seen], of_query[chunk], sizes)
-        first = at[seen] + np.maximum(low - seen * k_size, 0)
-        last = at[seen] + np.minimum(high - seen * k_size, k_size - 1)
-        np.minimum.at(start, offset, first)
-        np.maximum.at(stop, offset, last + 1)
+    chunk = np.arange(num_q) * q_size
+    low = np.zeros(num_q, int) if left is None else np.maximum(chunk - left, 0)
+    high = np.full(num_q, num_k * k_size) if right is None else np.minimum(chunk + q_size + right, num_k * k_size)
+    low, high = np.minimum(low, num_k * k_size), np.maximum(high, 0)
+    first, last = low // k_size, (high - 1) // k_size
+    for ahead in range(int((last - first).max(initial=-1)) + 1):  # the chunk so far from the first one that is seen
+        seen = np.flatnonzero(first + ahead <= last)
+        key = first[seen] + ahead
+        offset = _difference(of_key[key], of_query[seen], sizes)
+        np.minimum.at(start, offset, at[key] + np.maximum(low[seen] - key * k_size, 0))
+        np.maximum.at(stop, offset, at[key] + np.minimum(high[seen] - key * k_size, k_size))
         if (start == 0).all() and (stop == keys.length).all():
             break
     found = np.flatnonzero(stop)

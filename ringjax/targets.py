@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from . import _compat
-from .arguments import check_axis_names
+from .arguments import axes_are_manual, check_axis_names
 from .deal import Deal
 from .layout import Layout, as_layout, ring_order
 from .ring import rotate
@@ -82,13 +82,7 @@ def shift_targets(
     if not isinstance(fill, numbers.Integral) or isinstance(fill, bool) or not limits.min <= fill <= limits.max:
         raise ValueError(f"fill must be an integer that {tokens.dtype.name} holds. Got {fill!r}.")
     axes, layout = check_axis_names(axis_name), as_layout(layout)
-    bound = [axis for axis in axes if _compat.axis_is_bound(axis)]
-    if bound and len(bound) < len(axes):
-        raise ValueError(
-            f"axis_name: either all of its axes must be manual here (inside shard_map or vmap) or none. Got {axes!r}, "
-            f"of which {', '.join(map(repr, bound))} {'is' if len(bound) == 1 else 'are'}."
-        )
-    if bound:
+    if axes_are_manual(axes):
         result = _on_shards(tokens, segments, lengths, layout, axes, num_shards)
     else:
         result = _on_whole(tokens, segments, lengths, layout, axes, num_shards)

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cached",),
     ("local", "targets"),
     ("arguments", "ring", "planner"),
-    ("exchange",),
+    ("exchange", "sharing"),
     ("kernels",),
     ("schedule",),
     ("deal", "mask", "partial"),

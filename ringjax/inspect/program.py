@@ -7,10 +7,9 @@ from typing import Any
 
 from ..arguments import check_window
 from ..config import STRATEGIES, RingConfig
-from ..deal import Deal
 from ..layout import Layout, Striped, as_layout
-from ..local import Sharing
-from ..schedule import Schedule, full_schedule, plan_rings
+from ..schedule import Schedule, full_schedule
+from ..sharing import Sharing, share
 from .topology import Slices, Topology, parse_topology
 
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -173,20 +172,9 @@ class Program:
 
     @functools.cached_property
     def sharing(self) -> Sharing:
-        """What ring_attention makes of the strategies, see :func:`ringjax.local.share`."""
-        words = tuple("ring" if size == 1 else word for size, word in zip(self.axes, self.words, strict=True))
-        left, right = self.bounds
-        deal = functools.partial(Deal, self.layout_object, self.axes)
-        queries = deal(tuple(word == "all_to_all" for word in words), self.shard_length)
-        sparing = tuple("ring" if word == "all_gather" else word for word in words)
-        window = left is not None and right is not None
-        for chosen in (sparing, words) if window and sparing != words else (words,):
-            keys = deal(tuple(word != "ring" for word in chosen), self.shard_length)
-            schedule = plan_rings(queries, keys, left, right)
-            if chosen != words and schedule.is_full:
-                continue  # a window that leaves nobody out: gathered after all
-            return Sharing(chosen, queries, keys, schedule if keys.ring_sizes else None)
-        raise AssertionError("the last choice stands")
+        """What ring_attention makes of the strategies."""
+        length = self.shard_length
+        return share(self.layout_object, self.axes, self.words, length, length, *self.bounds)
 
     def schedule(self) -> Schedule:
         """The hops that ring_attention plans for this call, on the outermost of its rings."""
@@ -195,8 +183,7 @@ class Program:
     @property
     def both(self) -> bool:
         """Half of every block goes each way round: not where a window leaves something out."""
-        schedule = self.sharing.schedule
-        return self.direction == "both" and schedule is not None and schedule.is_full
+        return self.direction == "both" and self.sharing.several_ways
 
     def num_rotations(self, schedule: Schedule | None = None) -> int:
         """Rotations of K/V along all axes in the forward pass; the backward pass makes as many."""

@@ -16,9 +16,9 @@ import functools
 import math
 from collections.abc import Sequence
 
-from ..deal import Deal
 from ..layout import Contiguous, Layout
-from ..schedule import Hop, Schedule, full_schedule, plan_rings
+from ..schedule import Hop, Schedule, full_schedule
+from ..sharing import share
 from . import costs
 from .chips import Chip
 from .costs import Shard
@@ -186,24 +186,12 @@ class _Sharing:
 
 @functools.lru_cache(maxsize=4096)
 def _share(problem: Problem, way: Way) -> _Sharing:
-    """The hops, as ring_attention plans them: see ``share`` in local.py."""
-
-    def plan(words: tuple[str, ...]) -> Schedule:
-        sizes = tuple(size for size, word in zip(way.sizes, words, strict=True) if word == "ring")
-        if not problem.is_windowed:  # a causal mask alone leaves no block out
-            return full_schedule(sizes)
-        queries = Deal(way.layout, way.sizes, tuple(word == "all_to_all" for word in words), problem.query_length)
-        keys = Deal(way.layout, way.sizes, tuple(word != "ring" for word in words), problem.key_length)
-        return plan_rings(queries, keys, problem.left, problem.right)
-
-    words = way.words
-    if problem.left is not None and problem.right is not None and "all_gather" in words:
-        # Where a window leaves ranks out, what it needs is fetched from the others and nothing is gathered.
-        sparing = tuple("ring" if word == "all_gather" else word for word in words)
-        if not (schedule := plan(sparing)).is_full:
-            return _Sharing(dataclasses.replace(way, words=sparing), schedule, False)
-    schedule = plan(words)
-    return _Sharing(way, schedule, way.direction == "both" and schedule.is_full)
+    """The hops, as ring_attention plans them."""
+    # A causal mask alone leaves no block out.
+    bounds = (problem.left, problem.right) if problem.is_windowed else (None, None)
+    found = share(way.layout, way.sizes, way.words, problem.query_length, problem.key_length, *bounds)
+    both = way.direction == "both" and found.several_ways
+    return _Sharing(dataclasses.replace(way, words=found.words), found.schedule or full_schedule(()), both)
 
 
 def _exchange(spent: _Spent, chip: Chip, link: Links, shard: Shard, *, backward: bool) -> None:
