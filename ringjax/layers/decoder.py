@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
             mask: Any,
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
             x = model._features(placement, tokens, segments, positions)
-            total = chunked_loss(
+            total, count = chunked_loss(
                 placement,
                 x,
                 model._output_table(),
@@ -171,7 +171,7 @@ class Decoder(nnx.Module):
                 chunk=model.config.loss_chunk,
                 output_soft_cap=model.config.output_soft_cap,
             )
-            count = jnp.float32(tokens.size) if mask is None else jnp.sum(mask.astype(jnp.float32))
+            count = count.astype(jnp.float32)
             return total / jnp.where(count > 0, count, 1), {"tokens": count}
 
         def out_specs(placement: Placement) -> Any:

@@ -27,10 +27,12 @@ def chunked_loss(
     *,
     chunk: int,
     output_soft_cap: float | None = None,
-) -> jax.Array:
-    r"""sum_t weight_t (logsumexp_v(z_tv) - z_{t target_t}), z_tv = cap(x_t . table_v), float32 or better.
+) -> tuple[jax.Array, jax.Array]:
+    r"""sum_t weight_t (logsumexp_v(z_tv) - z_{t target_t}), z_tv = cap(x_t . table_v), and sum_t weight_t.
 
-    The sum alone; :func:`token_losses` has its terms.
+    Both in float32 or better; :func:`token_losses` has the terms. They are summed over devices together: the sum of the
+    weights alone would wait for nothing, and on simulated devices, where XLA orders no independent collectives, some
+    would begin it and others the layers, each waiting for the rest.
 
     Every shard of the sequence is cut into chunks; a scan takes one chunk of every shard at a time and its backward
     computes the logits of that chunk once more. So B * C * chunk * V logits exist at a time, C shards together.
@@ -54,12 +56,14 @@ def chunked_loss(
     def step(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         x, targets, weights = part
         loss = cross_entropy(x, targets)
-        return total + jnp.sum(jnp.where(weights != 0, loss, 0) * weights, axis=(1, 3)), None
+        both = jnp.stack([jnp.where(weights != 0, loss, 0) * weights, weights])
+        return total + jnp.sum(both, axis=(2, 4)), None
 
-    start = placement.constrain(jnp.zeros((chunks.groups, chunks.shards), wide), BATCH, SEQUENCE)
+    start = placement.constrain(jnp.zeros((2, chunks.groups, chunks.shards), wide), None, BATCH, SEQUENCE)
     parts = (chunks.cut(x), chunks.cut(checks.as_index(targets)), chunks.cut(weights))
-    total, _ = jax.lax.scan(step, start, parts)
-    return jnp.sum(total)
+    sums, _ = jax.lax.scan(step, start, parts)
+    total, count = jnp.sum(sums, axis=(1, 2))
+    return total, count
 
 
 def token_losses(
