@@ -188,14 +188,13 @@ def test_on_a_mesh_with_data_and_tensor_axes(kind: AxisType):
 
 
 def test_the_number_of_targets_is_summed_over_devices_with_the_loss():
-    """By itself that sum waits for nothing, and simulated devices that begin it wait for those that begin the layers."""
+    """By itself that sum waits for nothing: simulated devices that begin it wait for those that begin the layers."""
     mesh = cube(AxisType.Auto)
     decoder = make(change(batch_axis_name="data", head_axis_name="tensor"), mesh)
     sharding = NamedSharding(mesh, PartitionSpec("data", "sp"))
     tokens, targets, mask = (jax.device_put(x, sharding) for x in batch())
     run = nnx.jit(lambda decoder, *arrays: decoder.loss(*arrays[:2], loss_mask=arrays[2])[0])
     text = run.lower(decoder, tokens, targets, mask).compile().as_text()
-    sums = [line for line in text.splitlines() if " all-reduce(" in line]
     shapes = [line.split(" = ")[1].split(" all-reduce(")[0] for line in text.splitlines() if " all-reduce(" in line]
     assert any(shape.startswith("f32[2]") for shape in shapes)
     assert not [shape for shape in shapes if "f32[]" in shape]
