@@ -106,7 +106,6 @@ def test_equals_the_oracle(cell: Cell) -> None:
     cases.assert_matches(case, inputs, result)
 
 
-@pytest.mark.parametrize("as_users", [True])
 @pytest.mark.parametrize(
     ("sharing", "layout"),
     [
@@ -116,11 +115,11 @@ def test_equals_the_oracle(cell: Cell) -> None:
     ],
     ids=str,
 )
-def test_as_users_compile(sharing: Sharing, layout: str, as_users: bool) -> None:
+def test_as_users_compile(sharing: Sharing, layout: str) -> None:
     case = cases.BY_NAME["causal_gqa"]
     inputs = cases.make_inputs(case)
-    result = cases.run_ring(case, inputs, layout=layout, num_shards=sharing.sizes, as_users=as_users, **sharing.config)
-    cases.assert_matches(case, inputs, result, as_users=as_users)
+    result = cases.run_ring(case, inputs, layout=layout, num_shards=sharing.sizes, as_users=True, **sharing.config)
+    cases.assert_matches(case, inputs, result, as_users=True)
 
 
 @pytest.mark.parametrize("sharing", [Sharing((2, 2), (RING, HEADS), "both"), Sharing((2, 2), (RING, GATHER))], ids=str)

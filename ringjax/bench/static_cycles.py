@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..inspect import process
-from ..inspect.chips import parse_slice
 from ..inspect.compile import check_libtpu
 from ..inspect.cycles import profile_to, read_profile
+from ..planner.topology import parse_slice
 
 _ABORT = re.compile(r"(?:Static LLO profiling of .*? failed|Check failure|Check failed): .*")
 

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..inspect.chips import GENERATIONS
 from ..inspect.compile import InspectError
+from ..planner.chips import TPUS
 from ..usage import UsageError
 from . import document
 from .static_cycles import Estimate, Recipe, estimate
@@ -204,7 +204,7 @@ def _row(generation: str, head_size: int, direction: str, length: int, results: 
             best = cycles[case.implementation]
             if best is None or result.total < best:
                 cycles[case.implementation], tiles[case.implementation] = result.total, case.tiles
-    floor = GENERATIONS[generation].mxu_floor(products(head_size, direction, length))
+    floor = TPUS[generation].mxu_floor(products(head_size, direction, length))
     return Row(generation, head_size, direction, int(floor), cycles, tiles)
 
 
