@@ -56,11 +56,15 @@ def test_windows_leave_hops_out_and_segments_travel():
         "v6e:2x4", seq_len=16384, layout="contiguous", is_causal=True, window=3000, segments=True, batch=2, **SIZES
     )
     assert (report.hops_made, report.hops_elided) == (3, 5)
-    assert {p.carries: (p.times, p.bytes) for p in report.payloads} == {
-        "K": (2, 2 * 2048 * 8 * 128 * 2),
-        "V": (2, 2 * 2048 * 8 * 128 * 2),
-        "segments": (2, 2 * 2048 * 4),
-    }
+    # The first hop brings a whole shard, the second the 952 tokens that the window still reaches, in whole tiles.
+    assert sorted((p.carries, p.times, p.bytes) for p in report.payloads) == [
+        ("K", 1, 2 * 1024 * 8 * 128 * 2),
+        ("K", 1, 2 * 2048 * 8 * 128 * 2),
+        ("V", 1, 2 * 1024 * 8 * 128 * 2),
+        ("V", 1, 2 * 2048 * 8 * 128 * 2),
+        ("segments", 1, 2 * 1024 * 4),
+        ("segments", 1, 2 * 2048 * 4),
+    ]
 
 
 def test_ring_mesh_keeps_permutes_asynchronous_where_make_mesh_does_not():

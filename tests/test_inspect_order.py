@@ -188,6 +188,13 @@ def test_where_a_permute_goes(pairs, axis, shift):
         ("[2,4]<=[8]", 4, 1),
         ("[4,2]<=[2,4]T(1,0)", 2, 0),
         ("[1,8]<=[8]", 8, None),
+        ("mesh['dp'=1,'sp0'=2,'sp1'=4] {'sp1'}", 4, 1),
+        ("mesh['dp'=1,'sp0'=2,'sp1'=4] {'sp0'}", 2, 0),
+        ("mesh['dp'=1,'sp0'=2,'sp1'=4] {'sp0','sp1'}", 8, None),
+        ("mesh['x'=8] {'x':(2)4}", 4, 1),
+        ("mesh['x'=8] {'x':(1)2}", 2, 0),
+        ("mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}", 4, 1),
+        ("mesh['x'=2,'y'=4], device_ids=(0,1,2,3,4,5,6,7) {'y'}", 4, 1),
     ],
 )
 def test_who_takes_part_in_a_collective(groups, devices, axis):

@@ -18,6 +18,10 @@ Sizes = tuple[int, ...]  # rings side by side, then the axes of the sequence, ou
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
 _GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# Axes of a mesh, whose devices are in order unless it lists them; 'x':(2)4 is a part of axis x: 4 of it, after 2.
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\]T\(([\d,]+)\)|([\d,]+))\))? \{([^}]*)\}"
+)
 _SLICES = re.compile(r"_xla_megascale_target=\{((?:\{\d+->\d+\},?)+)\}")
 _FIRST_OF_A_SLICE = 100_000  # devices of slice s are numbered from (s + 1) times this
 
@@ -65,13 +69,41 @@ def _groups(attributes: str) -> np.ndarray:
     if found is not None:
         return np.array([[int(n) for n in one] for one in _numbers(found[1], ",")])
     iota = _IOTA.search(attributes)
-    if iota is None:
+    if iota is not None:
+        return _transposed(iota[2], iota[3]).reshape(_integers(iota[1]))
+    mesh = _MESH.search(attributes)
+    if mesh is None:
         raise HloError(f"a collective must say which devices take part. Got {attributes[:80]!r}.")
-    shape, source = ([int(n) for n in numbers.split(",")] for numbers in iota.groups()[:2])
-    order = np.arange(math.prod(source)).reshape(source)
-    if iota[3] is not None:
-        order = order.transpose([int(n) for n in iota[3].split(",")])
-    return order.reshape(shape)
+    return _groups_of_mesh(*mesh.groups())
+
+
+def _groups_of_mesh(axes: str, source: str | None, perm: str | None, listed: str | None, over: str) -> np.ndarray:
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    if listed is not None:
+        devices = np.array(_integers(listed))
+    else:
+        devices = _transposed(source or str(math.prod(sizes.values())), perm)
+    shape, taking_part = [], []
+    parts = {
+        name: (int(before or 1), size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over)
+    }
+    for name, size in sizes.items():
+        before, part = parts.get(name, (1, "1"))
+        part = int(part or size)
+        shape += [before, part, size // before // part]
+        taking_part.append(len(shape) - 2)
+    grid = np.moveaxis(devices.reshape(shape), taking_part, range(-len(taking_part), 0))
+    return grid.reshape(-1, math.prod(grid.shape[len(shape) - len(taking_part) :]))
+
+
+def _transposed(source: str, perm: str | None) -> np.ndarray:
+    shape = _integers(source)
+    order = np.arange(math.prod(shape)).reshape(shape)
+    return order if perm is None else order.transpose(_integers(perm))
+
+
+def _integers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 def _numbers(text: str, between: str) -> list[list[str]]:
