@@ -13,8 +13,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-# Sides of a slice round which its links close, by generation; see the topologies of "TPU architecture", Google Cloud.
-_CLOSED_3D, _CLOSED_2D = ("v4", "v5p"), ("v5 lite", "v5e", "v6 lite", "v6e")
+from .planner.chips import Tpu, find_chip
+
 _MOST_SWAPS = 200_000  # a hundred times what 4,096 chips take
 
 
@@ -25,7 +25,7 @@ def torus_rings(devices: Sequence[Any], count: int) -> tuple[tuple[int, ...], ..
       ValueError: where the devices are no whole torus, or have fewer such rings.
     """
     given = f"Got {count} for {len(devices)} devices"
-    kind = str(getattr(devices[0], "device_kind", "")).lower()
+    kind = str(getattr(devices[0], "device_kind", ""))
     places: list[Any] = [getattr(device, "coords", None) for device in devices]
     if None in places or getattr(devices[0], "platform", "tpu") != "tpu":
         raise ValueError(f"config.rings must be 1 but on TPUs, whose chips have a place on a torus. {given} {kind!r}.")
@@ -34,8 +34,8 @@ def torus_rings(devices: Sequence[Any], count: int) -> tuple[tuple[int, ...], ..
     low = [min(axis) for axis in zip(*places, strict=True)]
     sides = tuple(max(axis) - start + 1 for axis, start in zip(zip(*places, strict=True), low, strict=True))
     spread = [side for side in sides if side > 1]
-    closed = all(side % 4 == 0 for side in spread) if any(name in kind for name in _CLOSED_3D) else False
-    closed = closed or (all(side == 16 for side in spread) and any(name in kind for name in _CLOSED_2D))
+    chip = find_chip(kind)
+    closed = isinstance(chip, Tpu) and all(side % chip.wraps_every == 0 for side in spread)
     most = len(spread) if closed and math.prod(sides) == len(devices) else 1
     if count > most:
         raise ValueError(

@@ -196,8 +196,8 @@ def test_a_program_survives_json():
 
 
 def test_rings_side_by_side():
-    assert program("v5p:8x8x16", 64, 2**20).rings == 16
-    assert program("v5p:8x8x16", 60, 60 * 2048).rings == 1
+    assert program("v5p:8x8x16", 64, 2**20).side_by_side == 16
+    assert program("v5p:8x8x16", 60, 60 * 2048).side_by_side == 1
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_the_command_passes_everything_on(monkeypatch):
     flags = "--kv-heads 2 --value-head-dim 64 --batch 3 --ring 4 --dtype float16 --layout striped --stripe 2 --causal"
     flags += " --window 7,none --segments --pass backward --timeout 5 --implementation xla --block-q 16 --block-kv 32"
     flags += " --unroll 2 --dkv-dtype bfloat16 --device-order make_mesh --cycles --sweep 2,8"
-    flags += " --axes 2,2 --strategy ring,all_to_all --direction both"
+    flags += " --axes 2,2 --strategy ring,all_to_all --direction both --rings 3"
     assert invoke(*flags.split()).stderr == "error: enough\n"
     assert given == {
         "topology": "v5e:2x4", "seq_len": 16384, "heads": 4, "head_dim": 128, "kv_heads": 2, "value_head_dim": 64,
@@ -403,6 +403,7 @@ def test_the_command_passes_everything_on(monkeypatch):
         "window": (7, None), "segments": True, "backward": True, "timeout": 5.0, "implementation": "xla",
         "block_q": 16, "block_kv": 32, "unroll": 2, "dkv_dtype": "bfloat16", "device_order": "make_mesh",
         "cycles": True, "sweep": (2, 8), "axes": (2, 2), "strategy": ("ring", "all_to_all"), "direction": "both",
+        "rings": 3,
     }  # fmt: skip
     assert set(given) == set(inspect.signature(rooms.inspect_ring).parameters)
     invoke()

@@ -81,6 +81,15 @@ def test_rings_side_by_side_are_asynchronous_too(ring):
     assert report.num_synchronous == 0 and report.num_permutes == 2 * (ring - 1)
 
 
+def test_rings_without_a_common_link_carry_a_part_each():
+    """Two rings on a torus of 4 x 4, each both ways: a link carries a fourth of 15 blocks, and every permute hides."""
+    report = inspect_ring("v5p:4x4x1", seq_len=16384, rings=2, direction="both", **SIZES)
+    block = 1024 * 8 * 2 * 128 * 2
+    assert {(p.ring, p.shift) for p in report.permutes} == {(0, 1), (0, -1), (1, 1), (1, -1)}
+    assert [(link.axis, link.up, link.down) for link in report.links] == [(0, 15 * block / 4, 15 * block / 4)]
+    assert report.num_synchronous == 0 and report.num_hidden == report.num_permutes == 15 * 8
+
+
 def test_memory_follows_the_floor_as_the_ring_grows():
     report = inspect_ring("v5p:4x4x4", ring=16, seq_len=2**18, sweep=(8, 32), is_causal=True, **SIZES)
     peaks = {row.ring: row.peak_bytes for row in report.scaling if row.peak_bytes is not None}

@@ -330,5 +330,5 @@ def test_what_cannot_be_compiled_is_one_line(options, message):
 )
 def test_hosts_rings_side_by_side_and_parts(topology, ring, rings):
     report = inspect_ring(topology, ring=ring, seq_len=1024 * ring, implementation="pallas_triton", **SIZES)
-    assert (report.program.ring, report.program.rings) == (ring, rings)
+    assert (report.program.ring, report.program.side_by_side) == (ring, rings)
     assert report.num_permutes == 2 * (ring - 1) and sum(report.kernels.values()) == ring

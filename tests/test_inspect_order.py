@@ -5,6 +5,7 @@ import pytest
 from ringjax.inspect import wire
 from ringjax.inspect.hlo import HloError, Scope, num_bytes, parse, trip_count
 from ringjax.inspect.order import Done, Launch, Loop, Start, collectives, kernels, num_kernels, permutes, read_order
+from ringjax.torus import disjoint_rings
 
 BLOCK = "bf16[1,2,64,128]{3,2,1,0:T(8,128)(2,1)}"
 PAIR = f"({BLOCK}, {BLOCK}, u32[]{{:S(2)}}, u32[]{{:S(2)}})"
@@ -161,7 +162,7 @@ def test_bytes_of_types():
 
 # --- other collectives, axes and slices ------------------------------------------------------------------------------
 
-SIZES = (1, 2, 4)  # one ring, axes of 2 and of 4
+DEVICES = wire.Devices((1, 2, 4))  # one ring, axes of 2 and of 4
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,18 @@ SIZES = (1, 2, 4)  # one ring, axes of 2 and of 4
     ],
 )
 def test_where_a_permute_goes(pairs, axis, shift):
-    assert wire.route(f", source_target_pairs={pairs}, x={{1}}", SIZES) == (axis, shift)
-    assert wire.route(f", source_target_pairs={pairs}", None) == (None, None)
+    assert wire.route(f", source_target_pairs={pairs}, x={{1}}", DEVICES) == (axis, shift, None)
+    assert wire.route(f", source_target_pairs={pairs}", None) == (None, None, None)
+
+
+def test_on_which_of_several_rings_a_permute_goes():
+    rings = disjoint_rings((4, 4))
+    devices = wire.Devices((1, 16), rings)
+    for number, ring in enumerate(rings):
+        for shift in (1, -1):
+            pairs = sorted((ring[n], ring[(n + shift) % 16]) for n in range(16))
+            text = ",".join(f"{{{a},{b}}}" for a, b in pairs)
+            assert wire.route(f", source_target_pairs={{{text}}}", devices) == (0, shift, number)
 
 
 @pytest.mark.parametrize(
@@ -198,10 +209,10 @@ def test_where_a_permute_goes(pairs, axis, shift):
     ],
 )
 def test_who_takes_part_in_a_collective(groups, devices, axis):
-    assert wire.group(f", replica_groups={groups}, dimensions={{0}}", SIZES) == (devices, axis)
+    assert wire.group(f", replica_groups={groups}, dimensions={{0}}", DEVICES) == (devices, axis)
     assert wire.group(f", replica_groups={groups}", None) == (devices, None)
     with pytest.raises(HloError, match="which devices take part"):
-        wire.group("replica_groups={}", SIZES)
+        wire.group("replica_groups={}", DEVICES)
 
 
 GROUPS = "replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}"
@@ -210,9 +221,9 @@ GROUPS = "replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}"
 def test_asynchronous_collectives_hide_behind_kernels_as_permutes_do():
     gather = f"  %go = ({BLOCK}, {BLOCK}) all-gather-start(%k), {GROUPS}"
     done = f"  %next = {BLOCK} all-gather-done(%go)"
-    (one,) = collectives(read_order(program(lines(gather, RUN, done)), SIZES))
+    (one,) = collectives(read_order(program(lines(gather, RUN, done)), DEVICES))
     assert (one.kind, one.axis, one.bytes, one.times) == ("all_gather", 1, 3 * 32768, 4)
-    assert one.hidden and one.source == 1 and not list(permutes(read_order(program(lines(gather, RUN, done)), SIZES)))
+    assert one.hidden and one.source == 1 and not list(permutes(read_order(program(lines(gather, RUN, done)), DEVICES)))
     called = f"""
 %scatter (x: {BLOCK}) -> {BLOCK} {{
   %x = {BLOCK} parameter(0)
@@ -223,12 +234,12 @@ ENTRY"""
     start = f"  %go = (({BLOCK}), {BLOCK}) async-start(%k), calls=%scatter"
     done = f"  %next = {BLOCK} async-done(%go)"
     text = program(lines(start, RUN, done)).replace("\nENTRY", called)
-    (one,) = collectives(read_order(text, SIZES))
+    (one,) = collectives(read_order(text, DEVICES))
     assert (one.name, one.kind, one.bytes, one.hidden) == ("go", "reduce_scatter", 3 * 32768 // 4, True)
     # TPUs have one operation for a sum of which each device keeps a part.
     fused = called.replace("%scatter", "%all-reduce-scatter.2").replace("reduce-scatter(%x)", "all-reduce(%x)")
     text = program(lines(f"  %next = {BLOCK} fusion(%k), kind=kCustom, calls=%all-reduce-scatter.2", RUN))
-    (one,) = collectives(read_order(text.replace("\nENTRY", fused), SIZES))
+    (one,) = collectives(read_order(text.replace("\nENTRY", fused), DEVICES))
     assert (one.kind, one.bytes, one.asynchronous, one.hidden) == ("reduce_scatter", 3 * 32768 // 4, False, False)
 
 
@@ -238,7 +249,7 @@ def test_a_message_to_another_slice_is_a_permute():
     recv = f"  %recv = ({BLOCK}, u32[], token[]) recv(%t), is_host_transfer=true, frontend_attributes={{{meeting}}}"
     token = "  %t = token[] after-all()"
     done = f"  %done = ({BLOCK}, token[]) recv-done(%recv)\n  %next = {BLOCK} get-tuple-element(%done), index=0"
-    (one,) = permutes(read_order(program(lines(token, send, recv, RUN, done)), SIZES))
+    (one,) = permutes(read_order(program(lines(token, send, recv, RUN, done)), DEVICES))
     assert (one.name, one.axis, one.shift, one.bytes, one.source) == ("recv", 0, 1, 32768, 1)
     assert one.hidden and one.times == 4
 

@@ -18,11 +18,11 @@ from ringjax import sharded, torus
 @dataclasses.dataclass(frozen=True)
 class Chip:
     coords: tuple[int, int, int]
-    device_kind: str = "TPU v5p"
+    device_kind: str = "TPU v5"
     platform: str = "tpu"
 
 
-def slice_of(sides: tuple[int, int, int], kind: str = "TPU v5p") -> list[Chip]:
+def slice_of(sides: tuple[int, int, int], kind: str = "TPU v5") -> list[Chip]:
     return [Chip((x + 8, y, z), kind) for z, y, x in itertools.product(*(range(n) for n in sides[::-1]))]
 
 
@@ -32,7 +32,7 @@ def links(ring: Any) -> list[frozenset[int]]:
 
 @pytest.mark.parametrize("sides", [(4, 4, 1), (16, 16, 1), (4, 4, 4), (4, 8, 4), (1, 4, 12)], ids=str)
 def test_every_link_of_the_torus_is_in_one_ring(sides: tuple[int, int, int]) -> None:
-    kind = "TPU v6 lite" if sides == (16, 16, 1) else "TPU v5p"
+    kind = "TPU v6 lite" if sides == (16, 16, 1) else "TPU v5"
     chips, dims = slice_of(sides, kind), sum(side > 1 for side in sides)
     rings = torus.torus_rings(chips, dims)
     used = [link for ring in rings for link in links(ring)]
@@ -51,7 +51,7 @@ def test_every_link_of_the_torus_is_in_one_ring(sides: tuple[int, int, int]) -> 
         (slice_of((4, 4, 2)), 2, "at most 1 on a slice of 4x4x2 chips.*Got 2 for 32"),
         (slice_of((4, 4, 4)), 4, "at most 3 on a slice of 4x4x4 chips.*Got 4 for 64"),
         (slice_of((8, 8, 1), "TPU v5 lite"), 2, "at most 1 on a slice of 8x8x1"),
-        (slice_of((4, 4, 4))[1:], 2, "at most 1 .*Got 2 for 63 devices 'tpu v5p'"),
+        (slice_of((4, 4, 4))[1:], 2, "at most 1 .*Got 2 for 63 devices 'TPU v5'"),
         (slice_of((4, 4, 1)) * 2, 2, "1 where a chip is more than one device"),
     ],
 )

@@ -23,9 +23,9 @@ from .options import (
 )
 
 EPILOG = """
-If --ring divides the devices of the topology, rings stand side by side, each with a batch of its own. If it does not,
-one ring is compiled and the other devices take no part; v5e and v6e refuse that on all but small slices. A permute is
-hidden if it is asynchronous and a block kernel is issued between its start and its done.
+If --ring divides the devices of the topology, such rings stand side by side, each with a batch of its own. If it does
+not, one ring is compiled and the other devices take no part; v5e and v6e refuse that on all but small slices. A permute
+is hidden if it is asynchronous and a block kernel is issued between its start and its done.
 
 For TPUs it needs libtpu, no TPU: pip install "ringjax[tpu]". For GPUs it needs the CUDA plugin of JAX, no GPU:
 pip install "ringjax[cuda]".
@@ -107,6 +107,15 @@ def inspect(
     direction: Annotated[
         Direction, typer.Option(help="both: half of every block each way round.", rich_help_panel=TUNING)
     ] = Direction.forward,
+    rings: Annotated[
+        int,
+        typer.Option(
+            parser=integer,
+            metavar="R",
+            help="A part of every block on each of R rings through all chips of a torus, which share no link.",
+            rich_help_panel=TUNING,
+        ),
+    ] = 1,
     implementation: Annotated[
         Implementation | None,
         typer.Option(help="Block kernel; default: the library's choice.", rich_help_panel=TUNING),
@@ -153,6 +162,7 @@ def inspect(
             axes=command.parse_axes(axes),
             strategy=command.parse_strategy(strategy),
             direction=direction,
+            rings=rings,
             seq_len=seq_len,
             batch=batch,
             heads=heads,

@@ -50,15 +50,16 @@ def inspect_ring(
     axes: tuple[int, ...] | None = None,
     strategy: str | tuple[str, ...] = "ring",
     direction: str = "forward",
+    rings: int = 1,
     cycles: bool = False,
     sweep: Sequence[int] = (),
     timeout: float = 600.0,
 ) -> Report:
     """Compiles ring attention for a topology of TPUs or GPUs and reports on it.
 
-    Where the ring takes fewer devices than the topology has, and divides them, rings stand side by side and each has
-    a batch of its own; where it does not divide them, one ring is compiled and the other devices take no part, which
-    v5e and v6e refuse on all but small slices.
+    Where the ring takes fewer devices than the topology has, and divides them, such rings stand side by side and each
+    has a batch of its own; where it does not divide them, one ring is compiled and the other devices take no part,
+    which v5e and v6e refuse on all but small slices.
 
     Args:
       topology: "v5p:8x8x16": generation (v4, v5e, v5p, v6e, tpu7x or v7x) and sides in chips. "h100:8": GPU (a100,
@@ -74,8 +75,8 @@ def inspect_ring(
       layout, stripe, is_causal, window: as in :func:`ringjax.ring_attention`; ``stripe`` is that of "striped".
       segments: give segment ids, which then travel as well.
       backward: the forward pass and all gradients in one program, instead of the forward pass alone.
-      strategy, direction: of the axes, see :class:`ringjax.RingConfig`. Neighbours are physical ones on the innermost
-        axis of strategy "ring".
+      strategy, direction, rings: of the axes, see :class:`ringjax.RingConfig`. Neighbours are physical ones on the
+        innermost axis of strategy "ring".
       implementation, block_q, block_kv, unroll, dkv_dtype: see :class:`ringjax.RingConfig`.
       device_order: "ring_mesh", or "make_mesh": the order of ``jax.make_mesh``, to compare; TPUs alone.
       cycles: also ask for static cycle estimates of the kernels; compiles once more. TPUs alone.
@@ -97,12 +98,13 @@ def inspect_ring(
         layout=layout, stripe=stripe, is_causal=is_causal, window=given, segments=segments, backward=backward,
         implementation=implementation, block_q=block_q, block_kv=block_kv, unroll=unroll, dkv_dtype=dkv_dtype,
         device_order=device_order, axes=() if axes is None else axes, strategy=strategy, direction=direction,
+        rings=rings,
     )  # fmt: skip
     if cycles and program.slice.platform != "tpu":
         raise ValueError(f"cycles must be False for {program.slice.name}: static estimates are of TPUs. Got True.")
     others = [program.with_ring(size) for size in sweep if size != program.ring]  # refuses before anything is compiled
     compiled = compile_ring(program, timeout=timeout)
-    order = read_order(compiled.text, (program.rings, *program.axes))
+    order = read_order(compiled.text, wire.Devices((program.side_by_side, *program.axes), compiled.rings))
     peaks = {program.ring: compiled.peak_bytes}
     peaks |= {other.ring: compile_ring(other, timeout=timeout).peak_bytes for other in others}
     found = estimate_cycles(program, kernels(order), timeout=timeout) if cycles else None

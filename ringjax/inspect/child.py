@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..attention import ring_attention
 from ..mesh import ring_mesh
+from ..torus import torus_rings
 from .compile import COMPILERS
 from .gpus import Hosts, target_config
 from .hlo import bytes_in_vmem, parse
@@ -53,6 +54,7 @@ def compile_program(program: Program) -> dict[str, Any]:
         "versions": _versions(program),
         "flags": os.environ.get("XLA_FLAGS", ""),
         "vmem_bytes": bytes_in_vmem(parse(text)) if program.slice.platform == "tpu" else 0,
+        "rings": torus_rings(list(mesh.devices.flat), program.rings) if program.rings > 1 else (),
     }
 
 
@@ -85,9 +87,9 @@ def _axes(program: Program) -> tuple[str, ...]:
 
 
 def _mesh(program: Program) -> Mesh:
-    """The rings side by side on the topology: axis "dp", and those of the sequence."""
+    """The topology: axis "dp" of what stands side by side, and those of the sequence."""
     topology = _describe(program.slice)
-    shape, names = (program.rings, *program.axes), ("dp", *_axes(program))
+    shape, names = (program.side_by_side, *program.axes), ("dp", *_axes(program))
     if program.device_order == "make_mesh":
         return Mesh(topologies.make_mesh(topology, shape, names).devices, names)
     rings = [name for name, word in zip(names[1:], program.words, strict=True) if word == "ring"]
@@ -132,7 +134,7 @@ def _function(program: Program, mesh: Mesh) -> Any:
 
 def _arguments(program: Program, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
     """Shapes of whole arrays; nothing is allocated."""
-    rows, dtype = program.batch * program.rings, jnp.dtype(program.dtype)
+    rows, dtype = program.batch * program.side_by_side, jnp.dtype(program.dtype)
     sizes = [(program.heads, program.head_dim), (program.kv_heads, program.head_dim)]
     sizes += [(program.kv_heads, program.value_head_dim)]
     if program.backward:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Compiled:
     versions: dict[str, str]
     flags: str = ""  # XLA_FLAGS, which the child inherits
     vmem_bytes: int = 0  # of arrays that a TPU keeps in VMEM, at most; the peak is of HBM
+    rings: Sequence[Sequence[int]] = ()  # devices along each of several rings
 
 
 def check_libtpu() -> None:

@@ -41,6 +41,7 @@ class Start:
       kind: "permute", "all_gather", "reduce_scatter", "all_to_all" or "all_reduce".
       axis: of the sequence, 0 the outermost; None: not known, or not one.
       shift: of a permute: how many devices further on the array goes, the shorter way round.
+      ring: of several without a common link, the one along which a permute goes.
       backward: it belongs to the gradient, as far as the program says.
     """
 
@@ -53,6 +54,7 @@ class Start:
     kind: str = "permute"
     axis: int | None = None
     shift: int | None = None
+    ring: int | None = None
     backward: bool = False
 
 
@@ -95,12 +97,12 @@ class Collective(Start):
         return self.asynchronous and self.kernels_between > 0
 
 
-def read_order(text: str, sizes: wire.Sizes | None = None) -> Order:
+def read_order(text: str, devices: wire.Devices | None = None) -> Order:
     """The order of a scheduled program.
 
     Args:
       text: of the program.
-      sizes: rings side by side and axes of the sequence, by which devices are numbered; None: no axes are named.
+      devices: how they are numbered; None: no axes are named.
 
     Raises:
       HloError: the text is not scheduled, or has a loop with collectives in it whose number of iterations it hides.
@@ -108,7 +110,7 @@ def read_order(text: str, sizes: wire.Sizes | None = None) -> Order:
     module = parse(text)
     everything = [op for computation in module.computations.values() for op in computation.ops]
     pallas = any(_PALLAS.search(op.attributes) for op in everything if op.opcode == "custom-call")
-    return _Reader(module, pallas, sizes).read(Scope(module.entry))
+    return _Reader(module, pallas, devices).read(Scope(module.entry))
 
 
 # By the name that HLO gives them. What is sent to another slice is known by what is received from it.
@@ -123,10 +125,10 @@ _KINDS = {
 
 
 class _Reader:
-    def __init__(self, module: Module, pallas: bool, sizes: wire.Sizes | None) -> None:
+    def __init__(self, module: Module, pallas: bool, devices: wire.Devices | None) -> None:
         self.module = module
         self.pallas = pallas
-        self.sizes = sizes
+        self.devices = devices
 
     def read(self, scope: Scope) -> Order:
         events: list[Event] = []
@@ -163,19 +165,20 @@ class _Reader:
         else:
             names = op.operands
             arrays = [scope.computation.by_name[name].arrays()[0] for name in names]
-        devices, axis, shift = 2, None, None
+        count, route = 2, wire.Route()
         if kind == "permute":
-            axis, shift = wire.route(sent.attributes, self.sizes)
+            route = wire.route(sent.attributes, self.devices)
         else:
-            devices, axis = wire.group(sent.attributes, self.sizes)
+            count, axis = wire.group(sent.attributes, self.devices)
+            route = wire.Route(axis)
         found = []
         for name, (dtype, shape) in zip(names, arrays, strict=False):
             source = scope.argument(name)
-            num = wire.sent_bytes(kind, num_bytes(dtype, shape), devices)
+            num = wire.sent_bytes(kind, num_bytes(dtype, shape), count)
             found.append(
                 Start(
                     name=op.name, dtype=dtype, shape=shape, bytes=num, asynchronous=_is_asynchronous(op), source=source,
-                    kind=kind, axis=axis, shift=shift, backward="transpose(" in sent.attributes,
+                    kind=kind, **route._asdict(), backward="transpose(" in sent.attributes,
                 )
             )  # fmt: skip
         return found

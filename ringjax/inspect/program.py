@@ -45,10 +45,11 @@ class Program:
     axes: tuple[int, ...] = ()  # of the sequence, outermost first; none given: one of all devices on the ring
     strategy: str | tuple[str, ...] = "ring"
     direction: str = "forward"
+    rings: int = 1  # without a common link, through all devices
 
     def __post_init__(self) -> None:
         self._check_axes()
-        for name in ("ring", "seq_len", "heads", "kv_heads", "head_dim", "value_head_dim", "batch", "stripe"):
+        for name in ("ring", "seq_len", "heads", "kv_heads", "head_dim", "value_head_dim", "batch", "stripe", "rings"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer. Got {value!r}.")
@@ -132,8 +133,8 @@ class Program:
         return self.seq_len // self.ring
 
     @property
-    def rings(self) -> int:
-        """Rings side by side; 1 where the devices do not divide, and the rest of the slice is left alone."""
+    def side_by_side(self) -> int:
+        """Groups of devices with a sequence each; 1 where they do not divide, and the rest is left alone."""
         devices = self.slice.num_devices
         return devices // self.ring if devices % self.ring == 0 else 1
 
@@ -150,6 +151,7 @@ class Program:
             dkv_dtype=self.dkv_dtype,
             strategy=self.strategy,
             direction=self.direction,
+            rings=self.rings,
         )
 
     @property

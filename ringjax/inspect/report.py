@@ -31,7 +31,7 @@ class Scaling:
 class Payload:
     """All collectives of a kind that carry the same thing the same way. Counts are of executions.
 
-    ``bytes`` are what a device sends to others in one execution; ``axis`` and ``shift`` as in
+    ``bytes`` are what a device sends to others in one execution; ``axis``, ``shift`` and ``ring`` as in
     :class:`ringjax.inspect.order.Start`.
     """
 
@@ -39,6 +39,7 @@ class Payload:
     kind: str
     axis: int | None
     shift: int | None
+    ring: int | None
     dtype: str
     shape: tuple[int, ...]
     bytes: int
@@ -49,7 +50,7 @@ class Payload:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """Bytes that go over one link of an axis in all, each way.
+    """Bytes that go over one link of an axis in all, each way; over the busiest, where there are several rings.
 
     TPUs: a link between neighbours on the axis, "up" the ranks and "down". Of gathers and exchanges it is the least
     that such a circle allows. GPUs: the port of a device to the switch, out ("up") and in ("down").
@@ -127,7 +128,7 @@ class Report:
         groups: dict[tuple[Any, ...], list[Collective]] = {}
         for sent in self.collectives:
             what = carries(sent, self.program)
-            key = (what, sent.kind, sent.axis, sent.shift, sent.dtype, sent.shape, sent.bytes)
+            key = (what, sent.kind, sent.axis, sent.shift, sent.ring, sent.dtype, sent.shape, sent.bytes)
             groups.setdefault(key, []).append(sent)
         return tuple(
             Payload(
@@ -156,8 +157,16 @@ class Report:
                 out = float(sum(one.times * one.bytes for one in sent))
                 found.append(Link(axis, out, out))
             else:
-                parts = [wire.link_bytes(one.kind, one.times * one.bytes, size, one.shift) for one in sent]
-                found.append(Link(axis, *wire.total(parts)))
+                rings = {one.ring for one in sent}  # no two of them share a link
+                loads = [
+                    wire.total(
+                        wire.link_bytes(one.kind, one.times * one.bytes, size, one.shift)
+                        for one in sent
+                        if one.ring == ring
+                    )
+                    for ring in rings
+                ]
+                found.append(Link(axis, *map(max, *loads) if len(loads) > 1 else loads[0]))
         return tuple(found)
 
     @property
@@ -229,7 +238,7 @@ class Report:
             "topology": {
                 "name": program.slice.name,
                 "devices": program.slice.num_devices,
-                "rings": program.rings,
+                "side_by_side": program.side_by_side,
                 "platform": program.slice.platform,
                 "hbm_bytes": program.slice.memory_bytes,
             },

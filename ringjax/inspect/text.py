@@ -9,8 +9,8 @@ from ..hopper import COMBINE, COMBINE_BYTES, is_hopper
 from ..units import size, table
 from .cycles import base_name
 from .gpus import Hosts
-from .order import Done, Launch, Loop, Order
-from .report import RANK, Report, carries
+from .order import Done, Launch, Loop, Order, Start
+from .report import RANK, Payload, Report, carries
 
 _FLAG = f"--{COMBINE}"
 
@@ -46,12 +46,14 @@ def describe_mask(report: Report) -> str:
 
 def _ring(report: Report) -> Iterator[str]:
     program, slice_ = report.program, report.program.slice
-    rings = "one ring" if program.rings == 1 else f"{program.rings} rings side by side, each"
+    number = program.side_by_side
+    rings = "one ring" if number == 1 else f"{number} rings side by side, each"
     hbm = size(slice_.memory_bytes)
     yield f"{slice_.name}, {slice_.num_devices} devices of {hbm}: {rings} of {program.ring}"
-    if len(program.axes) > 1 or program.words != ("ring",) or program.direction == "both":
+    if len(program.axes) > 1 or program.words != ("ring",) or program.direction == "both" or program.rings > 1:
         words = [f"{word} over {axis}" for word, axis in zip(program.words, program.axes, strict=True)]
-        ways = "half of every block each way round" if program.both else "every block the same way round"
+        part = "half of every block each way round" if program.both else "every block the same way round"
+        ways = part + (f", in parts over {program.rings} rings without a common link" if program.rings > 1 else "")
         yield f"axes {' x '.join(map(str, program.axes))}: {', then '.join(words)}" + (
             f"; {ways}" if "ring" in program.sharing.words else ""
         )
@@ -85,7 +87,7 @@ def _order(report: Report) -> Iterator[str]:
     rows += [
         (
             f"{p.carries} ({p.dtype})",
-            _way(report, p.kind, p.axis, p.shift),
+            _way(report, p),
             size(p.bytes),
             str(p.times),
             str(p.asynchronous),
@@ -114,10 +116,11 @@ def _order(report: Report) -> Iterator[str]:
     yield "kernel calls: " + ", ".join(f"{name} {times}" for name, times in counts.items())
 
 
-def _way(report: Report, kind: str, axis: int | None, shift: int | None) -> str:
-    """A kind of collective, how far it goes and over which axis of several."""
-    over = f" over axis {axis}" if axis is not None and len(report.program.axes) > 1 else ""
-    return kind + ("" if shift is None else f" {shift:+d}") + over
+def _way(report: Report, sent: Payload | Start) -> str:
+    """A kind of collective, how far it goes, on which of several rings and over which of several axes."""
+    over = f" over axis {sent.axis}" if sent.axis is not None and len(report.program.axes) > 1 else ""
+    ring = f" on ring {sent.ring}" if sent.ring is not None and report.program.rings > 1 else ""
+    return sent.kind + ("" if sent.shift is None else f" {sent.shift:+d}") + ring + over
 
 
 def _issued(order: Order, report: Report) -> Iterator[str]:
@@ -131,7 +134,7 @@ def _issued(order: Order, report: Report) -> Iterator[str]:
         elif kind is Done:
             yield f"await {len(events)}"
         else:
-            sent = [(_way(report, one.kind, one.axis, one.shift), carries(one, report.program)) for one in events]
+            sent = [(_way(report, one), carries(one, report.program)) for one in events]
             for way in sorted({way for way, _ in sent}):  # the compiler's order among them says nothing
                 yield f"{way}: {', '.join(sorted({what for other, what in sent if other == way}, key=RANK.index))}"
 

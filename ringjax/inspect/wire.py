@@ -1,19 +1,47 @@
 """Over which axis of the mesh a collective goes and how far, and what the links of that axis carry. Numbers only.
 
-Devices are numbered row-major over the rings that stand side by side and then the axes of the sequence. The links of an
-axis of c devices are those between neighbours, a circle of c links with two directions each; two devices have one link,
-which both permutes, by +1 and by -1, use in both directions.
+Devices are numbered row-major over what stands side by side and then the axes of the sequence. The links of an axis of
+c devices are those between neighbours, a circle of c links with two directions each; two devices have one link, which
+both permutes, by +1 and by -1, use in both directions. Several rings through the devices of an axis have c links each.
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from .hlo import HloError
 
-Sizes = tuple[int, ...]  # rings side by side, then the axes of the sequence, outermost first
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """How the devices of a program are numbered.
+
+    Attributes:
+      sizes: how many groups stand side by side, then the axes of the sequence, outermost first.
+      rings: devices along each of several rings through all of them, if there are several.
+    """
+
+    sizes: tuple[int, ...]
+    rings: Sequence[Sequence[int]] = ()
+
+
+class Route(NamedTuple):
+    """Where a permute goes; None for what the program does not say.
+
+    Attributes:
+      axis: of the sequence.
+      shift: every device of the axis sends to the one so many further on, the shorter way round, positive on a tie.
+      ring: of several through the devices of the axis.
+    """
+
+    axis: int | None = None
+    shift: int | None = None
+    ring: int | None = None
+
 
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
 _GROUPS = re.compile(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}")
@@ -26,40 +54,43 @@ _SLICES = re.compile(r"_xla_megascale_target=\{((?:\{\d+->\d+\},?)+)\}")
 _FIRST_OF_A_SLICE = 100_000  # devices of slice s are numbered from (s + 1) times this
 
 
-def route(attributes: str, sizes: Sizes | None) -> tuple[int | None, int | None]:
-    """(axis of the sequence, shift) of a permute: every device of the axis sends to the one ``shift`` further on.
-
-    The shift is the shorter way round, positive on a tie. None for what the program does not say.
-    """
+def route(attributes: str, devices: Devices | None) -> Route:
+    """Where a permute goes."""
     slices = _SLICES.search(attributes)
     if slices is not None:
         apart = {int(b) // _FIRST_OF_A_SLICE - int(a) // _FIRST_OF_A_SLICE for a, b in _numbers(slices[1], "->")}
-        return (0, _shorter(apart.pop(), sizes[1])) if sizes is not None else (0, None)
+        return Route(0, None if devices is None else _shorter(apart.pop(), devices.sizes[1]))
     found = _PAIRS.search(attributes)
-    if found is None or sizes is None:
-        return None, None
-    source, target = (np.unravel_index([int(pair[n]) for pair in _numbers(found[1], ",")], sizes) for n in (0, 1))
+    if found is None or devices is None:
+        return Route()
+    pairs = [(int(a), int(b)) for a, b in _numbers(found[1], ",")]
+    for number, ring in enumerate(devices.rings):
+        for shift in (1, -1):
+            if set(pairs) == set(zip(ring, (*ring[shift:], *ring[:shift]), strict=True)):
+                return Route(0, shift, number)
+    sizes = devices.sizes
+    source, target = (np.unravel_index(ends, sizes) for ends in zip(*pairs, strict=True))
     apart = [
         {int(step) for step in (b - a) % size} if size > 1 else {0}
         for a, b, size in zip(source, target, sizes, strict=True)
     ]
     moved = [n for n, steps in enumerate(apart) if steps != {0}]
     if len(moved) != 1 or len(apart[moved[0]]) != 1:
-        return None, None
+        return Route()
     (axis,) = moved
-    return axis - 1, _shorter(apart[axis].pop(), sizes[axis])
+    return Route(axis - 1, _shorter(apart[axis].pop(), sizes[axis]))
 
 
-def group(attributes: str, sizes: Sizes | None) -> tuple[int, int | None]:
+def group(attributes: str, devices: Devices | None) -> tuple[int, int | None]:
     """(how many devices take part in one collective, the axis of the sequence that they are).
 
     Raises:
       HloError: the program does not say which devices take part.
     """
     groups = _groups(attributes)
-    if sizes is None:
+    if devices is None:
         return groups.shape[1], None
-    places = np.unravel_index(groups, sizes)
+    places = np.unravel_index(groups, devices.sizes)
     varying = [n for n, place in enumerate(places) if (place != place[:, :1]).any()]
     return groups.shape[1], varying[0] - 1 if len(varying) == 1 else None
 
@@ -141,6 +172,7 @@ def link_bytes(kind: str, num_bytes: int, size: int, shift: int | None) -> tuple
     return num_bytes / 2, num_bytes / 2
 
 
-def total(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def total(parts: Iterable[tuple[float, float]]) -> tuple[float, float]:
     """Of several collectives over one axis."""
-    return sum(up for up, _ in parts), sum(down for _, down in parts)
+    ups, downs = zip(*parts, strict=True)
+    return sum(ups), sum(downs)
