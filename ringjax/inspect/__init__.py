@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 
+from . import wire
 from .compile import Compiled as Compiled
 from .compile import InspectError as InspectError
 from .compile import compile_ring
