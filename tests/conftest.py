@@ -8,14 +8,17 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["RINGJAX_TILES"] = ""  # no tiles that this machine's user has tuned
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # The workers of this run and the programs that tests start share what they compile. The cache ends with the run: an
-    # older one could hide a change of the compiler.
-    programs = tempfile.mkdtemp(prefix="ringjax-tests-")
-    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    # older one could hide a change of the compiler. CI gives its rounds on one Python a folder for them all.
+    programs = os.environ.get("RINGJAX_TEST_PROGRAMS")
+    if not programs:
+        programs = tempfile.mkdtemp(prefix="ringjax-tests-")
+        atexit.register(shutil.rmtree, programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**33)  # JAX locks a cache only if its size is bounded
@@ -54,6 +57,20 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(tile_table.VARIABLE, str(file))
     tile_table.merge(file, {})
     return file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Instead of xdist's own --dist=loadfile: whole files, but for those that would keep one worker to the end."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return rounds.unit(nodeid)
+
+    return Scheduler(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are looked at

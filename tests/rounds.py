@@ -9,7 +9,12 @@ a file, or a test of it, with or without its parameters.
 """
 
 # Long files without a slow test: they start first.
-LONG = ("test_conformance", "test_mosaic_interpret", "test_transforms")
+LONG = ("test_conformance", "test_mosaic_interpret", "test_strategies", "test_transforms")
+
+# A worker runs whole files, so that what the tests of a file share is compiled once; of these, tests with one name and
+# other parameters, and of these that share nothing, each test by itself.
+BY_NAME = ("test_conformance", "test_offsets", "test_poison", "test_strategies", "test_transforms")
+ONE_BY_ONE = ("test_gpu_ring", "test_inspect_compile", "test_mosaic_interpret", "test_tpu_kernel", "test_tpu_ring")
 
 # One more combination of what other tests hold each by itself, and what is compiled for machines that are not there.
 BREADTH = (
@@ -103,6 +108,7 @@ ONCE = (
     "test_layering",
     "test_layout",
     "test_linen",
+    "test_memory",
     "test_mesh",
     "test_models",
     "test_models_files",
@@ -142,11 +148,21 @@ ONCE = (
     "test_transforms::test_debug_infs_reports_the_log_sum_exp_of_a_query_without_keys",
     "test_transforms::test_debug_nans_finds_none_in_a_query_without_keys",
     "test_transforms::test_one_array_without_the_residual",
+    "test_transforms::test_padding_that_fills_whole_chunks",
     "test_transforms::test_scan_over_layers",
     "test_transforms::test_without_jit",
     "test_tune",
     "test_visits",
 )
+
+
+def unit(node: str) -> str:
+    """What of ``tests/test_x.py::test_y[z]`` a worker runs as a whole."""
+    file, _, test = node.partition("::")
+    stem = file.rpartition("/")[2].removesuffix(".py")
+    if stem in ONE_BY_ONE:
+        return node
+    return f"{file}::{test.partition('[')[0]}" if stem in BY_NAME else file
 
 
 def listed(node: str, table: tuple[str, ...]) -> bool:

@@ -59,7 +59,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 )  # fmt: skip
 def test_a_ring_of_eight_under_check_vma(implementation: str, head_size: int, name: str) -> None:
     options = dict(OPTIONS[name])
-    config = ringjax.RingConfig(implementation=implementation, deterministic=options.pop("deterministic", False))
+    # Loops of one hop have fewer kernels to lower; those of two, the default, are looked at with heads of 128.
+    unroll = None if head_size == 128 else 1
+    config = ringjax.RingConfig(
+        implementation=implementation, unroll=unroll, deterministic=options.pop("deterministic", False)
+    )
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         return ringjax.ring_attention(q, k, v, config=config, **options)
@@ -81,7 +85,7 @@ def test_a_ring_of_stacked_shards(implementation: str) -> None:
 
     text = lowered(
         with_gradients(jax.vmap(of_rank, axis_name="sp")),
-        arrays(4, length=256),
+        arrays(2, length=256),
         AbstractMesh((), (), abstract_device=H100),
     )
     assert "ringjax_forward" in text and "collective_permute" not in text

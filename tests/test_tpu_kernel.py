@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import os
@@ -287,13 +286,13 @@ def test_interpret_names_a_pallas_kernel() -> None:
 # --- compilation ---------------------------------------------------------------------------------------------------
 
 
-# Every program on two generations and more, "everything" on all: see PROGRAMS in tests/compile_tpu.py.
+# "everything" on all generations, every other program on one: see PROGRAMS in tests/compile_tpu.py.
 COMPILED = {
-    "v4:2x2x1": ("head size 256", "float32"),
-    "v5e:2x2": ("cross, odd lengths", "float32, head size 256"),
-    "v5p:2x2x1": ("float32", "float16"),
-    "v6e:2x2": ("head size 256", "float32, head size 256"),
-    "tpu7x:2x2x1": ("cross, odd lengths", "float16"),
+    "v4:2x2x1": ("head size 256",),
+    "v5e:2x2": ("cross, odd lengths",),
+    "v5p:2x2x1": ("float32",),
+    "v6e:2x2": ("float32, head size 256",),
+    "tpu7x:2x2x1": ("float16",),
 }
 
 # Of a cache, see CACHED there: each on a generation of another size of VMEM or of the matrix unit.
@@ -320,8 +319,6 @@ def test_every_feature_compiles_for_every_generation(topology: str) -> None:
     assert json.loads(run.stdout.splitlines()[-1]) == dict.fromkeys(names, "compiled")
 
 
-def test_every_program_is_compiled_for_two_generations() -> None:
-    times = collections.Counter(name for names in COMPILED.values() for name in names)
-    assert times.keys() == set(compile_tpu.PROGRAMS) - {"everything"}
-    assert min(times.values()) >= 2
+def test_every_program_is_compiled() -> None:
+    assert {name for names in COMPILED.values() for name in names} == set(compile_tpu.PROGRAMS) - {"everything"}
     assert set(CACHED.values()) == set(compile_tpu.CACHED)
