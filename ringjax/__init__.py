@@ -25,6 +25,7 @@ from .mesh import ring_mesh as ring_mesh
 from .partial import merge_partials as merge_partials
 from .planner import Plan as Plan
 from .planner import plan as plan
+from .promises import check_segments as check_segments
 from .targets import shift_targets as shift_targets
 
 __version__ = "0.1.0"

@@ -150,6 +150,11 @@ def _as_array(name: str, x: Any) -> Array:
 
 def as_integers(name: str, x: Any) -> Array:
     """int32. Wider integers are taken where their values can be seen, and fit: a cast would wrap without a word."""
+    return _as_array(name, fitting_integers(name, x)).astype(jnp.int32)
+
+
+def fitting_integers(name: str, x: Any) -> Array | np.ndarray:
+    """The same where it is, of a dtype that int32 holds."""
     given = x if isinstance(x, (jax.Array, np.ndarray)) else np.asarray(x)
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(f"{name} must have an integer dtype. Got {given.dtype.name}.")
@@ -162,7 +167,7 @@ def as_integers(name: str, x: Any) -> Array:
         if low < -_INT32_MAX - 1 or high > _INT32_MAX:
             raise ValueError(f"{name} must fit int32. Got values from {low} to {high}.")
         given = given.astype(np.int32)
-    return _as_array(name, given).astype(jnp.int32)
+    return given
 
 
 def check_axis_names(axis_name: Any) -> tuple[str, ...]:
@@ -229,6 +234,57 @@ def check_window(local_window_size: Any, is_causal: Any) -> tuple[int | None, in
     # A bound that no int32 distance can exceed is no bound.
     left, right = (None if side is None or side >= _INT32_MAX else int(side) for side in sides)
     return left, 0 if is_causal else right
+
+
+def check_max_segment_length(given: Any, segment_ids: Any) -> int | None:
+    """M: no two tokens of a segment lie M or more places apart."""
+    if given is None:
+        return None
+    if not _is_int(given, least=1):
+        raise ValueError(f"max_segment_length must be a positive integer or None. Got {given!r}.")
+    _require_segments("max_segment_length", given, segment_ids)
+    return None if given > _INT32_MAX else int(given)  # no two tokens are so far apart
+
+
+def check_shared_length(given: Any, segment_ids: Any, num_axes: int) -> tuple[int, ...] | None:
+    """G for each axis of the sequence, outermost first."""
+    if given is None:
+        return None
+    each = tuple(given) if isinstance(given, (tuple, list)) else (given,) * num_axes
+    if len(each) != num_axes or not all(_is_int(length, least=0) for length in each):
+        raise ValueError(
+            f"shared_length must be a non-negative integer, or {num_axes}, one for each axis of the sequence, or None. "
+            f"Got {given!r}."
+        )
+    if list(each) != sorted(each):
+        raise ValueError(
+            "shared_length must not be smaller for an inner axis than for an outer one: what is shared along an axis "
+            f"may lie anywhere on those within. Got {given!r}."
+        )
+    _require_segments("shared_length", given, segment_ids)
+    return tuple(int(length) for length in each)
+
+
+def _require_segments(name: str, given: Any, segment_ids: Any) -> None:
+    if segment_ids is None:
+        raise ValueError(f"{name} must be None without segment_ids, of which it is a promise. Got {given!r}.")
+
+
+def check_fits_shard(shared_length: tuple[int, ...] | None, shard_length: int) -> None:
+    if shared_length is not None and max(shared_length) > shard_length:
+        raise ValueError(
+            f"shared_length must be at most {shard_length}, the tokens of a shard. Got {max(shared_length)}."
+        )
+
+
+def within_segments(
+    left: int | None, right: int | None, max_segment_length: int | None
+) -> tuple[int | None, int | None]:
+    """How far a query sees where no segment is longer."""
+    if max_segment_length is None:
+        return left, right
+    far = max_segment_length - 1
+    return far if left is None else min(left, far), far if right is None else min(right, far)
 
 
 def check_scale(scale: Any, head_size: int) -> float:

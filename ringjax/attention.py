@@ -11,7 +11,9 @@ from .arguments import (
     axes_are_manual,
     check_arrays,
     check_axis_names,
+    check_max_segment_length,
     check_scale,
+    check_shared_length,
     check_soft_cap,
     check_strategies,
     check_window,
@@ -20,6 +22,7 @@ from .config import RingConfig
 from .kernels.choose import choose, interprets
 from .layout import Layout, as_layout
 from .local import Call, attend, hops_per_iteration, refuse_interpreter
+from .promises import Promise, hold_against
 from .sharded import AxisNames, find_mesh, ring_cycles, sharded, target_of
 
 IntPair = Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]]
@@ -38,6 +41,8 @@ class RingOptions(TypedDict, total=False):
     query_seq_lengths: Int[Array, " B"] | None
     key_value_seq_lengths: Int[Array, " B"] | None
     segment_ids: IntPair | None
+    max_segment_length: int | None
+    shared_length: int | tuple[int, ...] | None
     positions: IntPair | None
     layout: str | Layout
     logits_soft_cap: float | None
@@ -93,6 +98,8 @@ def ring_attention(
     query_seq_lengths: Int[Array, " B"] | None = None,
     key_value_seq_lengths: Int[Array, " B"] | None = None,
     segment_ids: IntPair | None = None,
+    max_segment_length: int | None = None,
+    shared_length: int | tuple[int, ...] | None = None,
     positions: IntPair | None = None,
     layout: str | Layout = "contiguous",
     logits_soft_cap: float | None = None,
@@ -131,6 +138,21 @@ def ring_attention(
         natural order of the sequence is not below the length are absent: they attend to nothing, and nothing attends
         to them.
       segment_ids: int [B, T], or a pair ([B, T], [B, S]): a query attends to keys with its own id only.
+      max_segment_length: M, a promise about segments, not a mask: no two tokens of one segment lie M or more places
+        apart in the natural order of the sequence, be they of query or key. The results are those without it, but what
+        no segment can need does not travel, forward or backward, as under a window. It holds beside ``positions``
+        too, since places are not positions.
+      shared_length: G, another promise about segments: of each shard only the first G tokens, as the shard holds them,
+        belong to segments that have tokens in other shards; all others attend, and are attended to, within their
+        shard. Then only keys of these travel on axes of strategy "ring", and nothing does with 0. One number, or one
+        for each axis of ``axis_name``, outermost first and never growing smaller: that of an axis is for segments with
+        tokens at several places of it, or of axes outside it. Where keys are gathered with others, or tokens exchanged
+        for heads, they travel whole, unless G is 0; an axis of strategy "all_gather" is a ring instead.
+        Where a promise does not hold, results would be wrong. Concrete whole arrays are checked at every call. Under
+        ``jit`` and inside ``shard_map`` nothing is: give host batches to :func:`check_segments`, which asks the
+        same; or set ``jax_enable_checks``, and whole arrays are checked while the program runs. Tokens beyond
+        ``query_seq_lengths`` and ``key_value_seq_lengths`` do not count. Other padding does: many tokens of one id are
+        a long segment, so give each an id of its own.
       positions: int [T] or [B, T], or a pair for query and key: used by is_causal and local_window_size in place of the
         layout's positions. No hop can be left out then, since nothing is known of them before run time.
         Recipes, with ``at = ring_positions(...)`` of each side: queries at the end of the keys, as in decoding,
@@ -169,6 +191,8 @@ def ring_attention(
         raise ValueError(f"return_residual must be True or False. Got {return_residual!r}.")
     left, right = check_window(local_window_size, is_causal)
     axes = check_axis_names(axis_name)
+    max_segment_length = check_max_segment_length(max_segment_length, segment_ids)
+    shared = check_shared_length(shared_length, segment_ids, len(axes))
     strategies = check_strategies(config.strategy, axes)
     inside = axes_are_manual(axes)
     if inside:
@@ -194,11 +218,15 @@ def ring_attention(
         platform=target.platform,
         device_kind=target.device_kind,
         interpreted=interpreted,
+        max_segment_length=max_segment_length,
+        shared_length=shared,
     )
     if whole_mesh is None:
         refuse_interpreter(call)
         out, lse = attend(call, arrays)
     else:
+        sizes = tuple(whole_mesh.shape[axis] for axis in axes)
+        hold_against(Promise(call.layout, sizes, max_segment_length, shared), segment_ids, arrays)
         out, lse = sharded(call, arrays, whole_mesh, batch_axis_name, head_axis_name)
     return (out, lse) if return_residual else out
 

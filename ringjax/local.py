@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from . import _compat
-from .arguments import Arrays
+from .arguments import Arrays, check_fits_shard, within_segments
 from .config import AUTO, RingConfig
 from .deal import Deal
 from .exchange import Gather, HeadExchange
@@ -47,6 +47,9 @@ class Call:
     # Of the whole sequences, where they were padded: what lies beyond is absent.
     query_length: int | None = None
     key_length: int | None = None
+    # Promises about segments, see ring_attention: they leave out what travels and mask nothing.
+    max_segment_length: int | None = None
+    shared_length: tuple[int, ...] | None = None  # for each axis
 
 
 def hops_per_iteration(config: RingConfig, axes: tuple[str, ...], inside: bool, platform: str) -> int:
@@ -72,11 +75,14 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     """Attention of this rank's queries to the whole sequence: output and log-sum-exp."""
     sizes = tuple(jax.lax.axis_size(name) for name in call.axis_names)
     q_length, k_length = arrays.query.shape[1], arrays.key.shape[1]
-    _check_lengths(call.layout, math.prod(sizes), q_length, k_length)
+    _check_lengths(call, math.prod(sizes), q_length, k_length)
     arrays, axes = vary_alike(call, arrays)
-    # Positions that only the run time knows say nothing of which keys are needed.
+    # Positions that only the run time knows say nothing of which keys are needed. What is promised of segments does: it
+    # speaks of places in the order of the layout.
     left, right = (call.left, call.right) if arrays.q_positions is None else (None, None)
-    sharing = share(call.layout, sizes, _words(call, sizes, arrays), q_length, k_length, left, right)
+    left, right = within_segments(left, right, call.max_segment_length)
+    words = _words(call, sizes, arrays)
+    sharing = share(call.layout, sizes, words, q_length, k_length, left, right, call.shared_length)
     heads = _head_exchange(call, sharing, arrays)
     here = _exchanged(heads, arrays)
     named = zip(call.axis_names, sharing.words, strict=True)
@@ -150,7 +156,7 @@ def _chosen(call: Call, sizes: tuple[int, ...], arrays: Arrays) -> tuple[str, ..
         itemsize=arrays.query.dtype.itemsize,
         batch=batch,
         is_causal=False,
-        window=(call.left, call.right),
+        window=within_segments(call.left, call.right, call.max_segment_length),
         layout=call.layout,
         direction=call.config.direction,
     )
@@ -211,16 +217,19 @@ def ring_spec(
     )
 
 
-def _check_lengths(layout: Layout, num_shards: int, q_length: int, k_length: int) -> None:
-    unit = layout.shard_unit()
+def _check_lengths(call: Call, num_shards: int, q_length: int, k_length: int) -> None:
+    unit = call.layout.shard_unit()
     for name, length in (("query", q_length), ("key", k_length)):
         if length % unit:
-            raise ValueError(f"{name}: the length of a shard must be a multiple of {unit} for {layout}. Got {length}.")
+            raise ValueError(
+                f"{name}: the length of a shard must be a multiple of {unit} for {call.layout}. Got {length}."
+            )
         if length * num_shards > _INT32_MAX:
             raise NotImplementedError(
                 f"{name}: the whole sequence must be shorter than 2^31 tokens, whose positions are int32. "
                 f"Got {num_shards} shards of {length}."
             )
+    check_fits_shard(call.shared_length, max(q_length, k_length))
 
 
 @functools.partial(

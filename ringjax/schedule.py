@@ -152,15 +152,18 @@ def full_schedule(sizes: tuple[int, ...]) -> Schedule:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_rings(queries: Deal, keys: Deal, left: int | None, right: int | None) -> Schedule:
+def plan_rings(
+    queries: Deal, keys: Deal, left: int | None, right: int | None, shared: tuple[int, ...] | None = None
+) -> Schedule:
     """The hops that at least one device needs, on the axes along which the keys are not merged.
 
-    The queries may be merged along fewer axes than the keys: along the others each device has its own.
+    The queries may be merged along fewer axes than the keys: along the others each device has its own. ``shared`` is
+    that of :func:`needed_keys`.
     """
     sizes = keys.ring_sizes
-    if not sizes or (left is None and right is None):
+    if not sizes or (left is None and right is None and shared is None):
         return full_schedule(sizes)
-    needed = needed_keys(queries, keys, left, right)
+    needed = needed_keys(queries, keys, left, right, shared)
     needed.setdefault((0,) * len(sizes), (0, keys.length))  # the own block costs nothing
     return _schedule(sizes, needed, keys.length)
 
@@ -226,23 +229,54 @@ def _hull(ranges: Iterable[Keys]) -> Keys:
     return min(starts), max(stops)
 
 
-def needed_keys(queries: Deal, keys: Deal, left: int | None, right: int | None) -> dict[tuple[int, ...], Keys]:
+def needed_keys(
+    queries: Deal, keys: Deal, left: int | None, right: int | None, shared: tuple[int, ...] | None = None
+) -> dict[tuple[int, ...], Keys]:
     """For offsets on the axes along which keys are not merged: the range of a block's keys that some query attends to.
 
     Left out are offsets at which nobody attends to anything. A query at p sees keys in [p - left, p + right]; None is
-    no bound. Ranges are of whole tiles, and of whole runs where they reach across one.
+    no bound. ``shared`` has a number for every axis of the sequence: of a shard only so many keys, the first ones, are
+    attended to from other places on that axis; None is all of them. Ranges are of whole tiles, and of whole runs where
+    they reach across one.
     """
+    sizes, most = keys.ring_sizes, _most_keys(keys, shared)
+    if left is None and right is None:
+        start, stop = np.zeros_like(most), most
+    else:
+        start, stop = _within_bounds(queries, keys, left, right, most)
+    found = np.flatnonzero(stop)
+    tiles = [_whole_tiles(keys, int(start[n]), int(stop[n])) for n in found]
+    return dict(zip(_offsets(found, sizes), tiles, strict=True))
+
+
+def _most_keys(keys: Deal, shared: tuple[int, ...] | None) -> np.ndarray:
+    """For each offset, row-major: only so many keys of a block can be needed there, the first ones."""
+    most = np.full(keys.ring_sizes, keys.length)
+    firsts = [] if shared is None else [n for n, merged in zip(shared, keys.merged, strict=True) if not merged]
+    for axis, first in enumerate(firsts):
+        # The first keys of several shards are no range of the merged one.
+        whole = first > 0 and keys.num_merged > 1
+        # Offsets of which this is the outermost axis that they move along.
+        most[(0,) * axis + (slice(1, None),)] = keys.length if whole else min(first, keys.length)
+    return most.ravel()
+
+
+def _within_bounds(
+    queries: Deal, keys: Deal, left: int | None, right: int | None, most: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each offset, row-major, where the keys of a block start and stop that some query sees; 0 to 0: none is."""
     sizes = keys.ring_sizes
-    count = math.prod(sizes)
     # Queries that are split along an axis of merged keys are of one device as far as these are concerned.
     q_size, k_size = (deal.layout.chunk_length(deal.shard_length) for deal in (queries, keys))
     num_q, num_k = (deal.num_ranks * deal.shard_length // size for deal, size in ((queries, q_size), (keys, k_size)))
     if max(num_q, num_k) > _MOST_CHUNKS:
-        offsets = _distant(queries, keys, q_size, left, right, (num_q, num_k))
-        return dict.fromkeys(_offsets(offsets, sizes), (0, keys.length))
+        stop = np.zeros_like(most)
+        seen = _distant(queries, keys, q_size, left, right, (num_q, num_k))
+        stop[seen] = most[seen]
+        return np.zeros_like(most), stop
     of_query = keys.device_of(queries.layout.owner(np.arange(num_q), queries.num_ranks))
     of_key, at = keys.chunks()
-    start, stop = np.full(count, keys.length), np.zeros(count, int)
+    start, stop = np.full_like(most, keys.length), np.zeros_like(most)
     chunk = np.arange(num_q) * q_size
     low = np.zeros(num_q, int) if left is None else np.maximum(chunk - left, 0)
     high = np.full(num_q, num_k * k_size) if right is None else np.minimum(chunk + q_size + right, num_k * k_size)
@@ -252,13 +286,14 @@ def needed_keys(queries: Deal, keys: Deal, left: int | None, right: int | None) 
         seen = np.flatnonzero(first + ahead <= last)
         key = first[seen] + ahead
         offset = _difference(of_key[key], of_query[seen], sizes)
-        np.minimum.at(start, offset, at[key] + np.maximum(low[seen] - key * k_size, 0))
-        np.maximum.at(stop, offset, at[key] + np.minimum(high[seen] - key * k_size, k_size))
-        if (start == 0).all() and (stop == keys.length).all():
+        begin = at[key] + np.maximum(low[seen] - key * k_size, 0)
+        end = np.minimum(at[key] + np.minimum(high[seen] - key * k_size, k_size), most[offset])
+        there = begin < end
+        np.minimum.at(start, offset[there], begin[there])
+        np.maximum.at(stop, offset[there], end[there])
+        if ((start == 0) & (stop == most) | (most == 0)).all():
             break
-    found = np.flatnonzero(stop)
-    tiles = [_whole_tiles(keys, int(start[n]), int(stop[n])) for n in found]
-    return dict(zip(_offsets(found, sizes), tiles, strict=True))
+    return start, stop
 
 
 def _difference(owner: np.ndarray, own: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:

@@ -41,6 +41,7 @@ def share(
     key_length: int,
     left: int | None,
     right: int | None,
+    shared: tuple[int, ...] | None = None,
 ) -> Sharing:
     """Deals out queries and keys as the words say, and plans the rings of the axes that are left.
 
@@ -50,6 +51,8 @@ def share(
       words: the strategy of each.
       query_length, key_length: tokens of a shard.
       left, right: a query at p sees keys in [p - left, p + right]; None is no bound, or none known before run time.
+      shared: for each axis, only so many tokens of a shard, the first ones, have to do with tokens at other places on
+        that axis; None: all of them may.
     """
     words = tuple("ring" if size == 1 else word for word, size in zip(words, sizes, strict=True))
     deal = functools.partial(Deal, layout, sizes)
@@ -57,10 +60,10 @@ def share(
 
     def plan(words: tuple[str, ...]) -> tuple[Deal, Schedule]:
         keys = deal(tuple(word != "ring" for word in words), key_length)
-        return keys, plan_rings(queries, keys, left, right)
+        return keys, plan_rings(queries, keys, left, right, shared)
 
-    if left is not None and right is not None and "all_gather" in words:
-        # Where a window leaves ranks out, what it needs is fetched from the others and nothing is gathered.
+    if ((left is not None and right is not None) or shared is not None) and "all_gather" in words:
+        # Where a window or a promise leaves keys out, what is needed is fetched from the others; nothing is gathered.
         sparing = tuple("ring" if word == "all_gather" else word for word in words)
         keys, schedule = plan(sparing)
         if not schedule.is_full:

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("sharded",),
     ("cached",),
-    ("local", "targets"),
+    ("local", "promises", "targets"),
     ("arguments", "ring", "planner"),
     ("exchange", "sharing"),
     ("kernels",),
