@@ -92,6 +92,18 @@ def inspect(
         ),
     ] = None,
     segments: Annotated[bool, typer.Option("--segments", help="With segment ids, which travel as well.")] = False,
+    max_segment_length: Annotated[
+        int | None,
+        typer.Option(parser=integer, metavar="M", help="With --segments: none has tokens M or more places apart."),
+    ] = None,
+    shared_length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="G|G1,G2",
+            help="With --segments: of a shard only the first G tokens are in segments of several shards; or one G for "
+            "each axis.",
+        ),
+    ] = None,
     passes: Annotated[
         PassName, typer.Option("--pass", help="backward: forward and all gradients in one program.")
     ] = PassName.forward,
@@ -175,6 +187,8 @@ def inspect(
             is_causal=causal,
             window=command.parse_window(window),
             segments=segments,
+            max_segment_length=max_segment_length,
+            shared_length=command.parse_shared(shared_length),
             backward=passes == PassName.backward,
             implementation=implementation,
             block_q=block_q,

@@ -41,6 +41,8 @@ def inspect_ring(
     is_causal: bool = False,
     window: int | tuple[int | None, int | None] | None = None,
     segments: bool = False,
+    max_segment_length: int | None = None,
+    shared_length: int | tuple[int, ...] | None = None,
     backward: bool = False,
     implementation: str | None = None,
     block_q: int | None = None,
@@ -75,6 +77,7 @@ def inspect_ring(
       dtype: of query, key and value: "bfloat16", "float16" or "float32".
       layout, stripe, is_causal, window: as in :func:`ringjax.ring_attention`; ``stripe`` is that of "striped".
       segments: give segment ids, which then travel as well.
+      max_segment_length, shared_length: what is promised of them, as in :func:`ringjax.ring_attention`.
       backward: the forward pass and all gradients in one program, instead of the forward pass alone.
       strategy, direction, rings: of the axes, see :class:`ringjax.RingConfig`. Neighbours are physical ones on the
         innermost axis of strategy "ring".
@@ -96,7 +99,8 @@ def inspect_ring(
     program = Program(
         topology, _devices(topology, axes) if ring is None else ring, seq_len, **sizes,
         value_head_dim=head_dim if value_head_dim is None else value_head_dim, batch=batch, dtype=dtype,
-        layout=layout, stripe=stripe, is_causal=is_causal, window=given, segments=segments, backward=backward,
+        layout=layout, stripe=stripe, is_causal=is_causal, window=given, segments=segments,
+        max_segment_length=max_segment_length, shared_length=shared_length, backward=backward,
         implementation=implementation, block_q=block_q, block_kv=block_kv, unroll=unroll, dkv_dtype=dkv_dtype,
         device_order=device_order, axes=() if axes is None else axes, strategy=strategy, direction=direction,
         rings=rings,

@@ -118,6 +118,8 @@ def _function(program: Program, mesh: Mesh) -> Any:
             is_causal=program.is_causal,
             local_window_size=program.window,
             segment_ids=segment_ids,
+            max_segment_length=program.max_segment_length,
+            shared_length=program.shared_length,
             layout=program.layout_object,
             config=program.config(),
         )

@@ -75,6 +75,14 @@ def parse_window(text: str | None) -> int | tuple[int | None, int | None] | None
     raise UsageError(f"--window must be W, or L,R: numbers of at least 0, or 'none' for L or R. Got {text!r}.")
 
 
+def parse_shared(text: str | None) -> int | tuple[int, ...] | None:
+    """What "G" or "G1,G2" stands for."""
+    if text is None:
+        return None
+    sizes = _parse_sizes("shared-length", text, "G1,G2,...", least=0)
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
 def parse_sweep(text: str | None) -> tuple[int, ...]:
     """The rings of "C1,C2"."""
     return () if text is None else _parse_sizes("sweep", text)
@@ -85,13 +93,13 @@ def parse_axes(text: str | None) -> tuple[int, ...] | None:
     return None if text is None else _parse_sizes("axes", text)
 
 
-def _parse_sizes(name: str, text: str) -> tuple[int, ...]:
+def _parse_sizes(name: str, text: str, form: str = "C1,C2,...", *, least: int = 1) -> tuple[int, ...]:
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1:
-        raise UsageError(f"--{name} must be C1,C2,...: numbers of at least 1. Got {text!r}.")
+        sizes = (-1,)
+    if min(sizes) < least:
+        raise UsageError(f"--{name} must be {form}: numbers of at least {least}. Got {text!r}.")
     return sizes
 
 

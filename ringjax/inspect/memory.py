@@ -145,23 +145,23 @@ class _Moment:
         )
 
 
-def _hops(schedule: Schedule, length: int) -> Iterator[_Moment]:
-    """Every kernel of the rings, in order."""
+def _hops(schedule: Schedule, length: int, held: float = 1.0) -> Iterator[_Moment]:
+    """Every kernel of the rings, in order; ``held`` is how much of a block the axes outside have brought here."""
     strand = 0
-    size = lambda hop: 1.0 if hop.keys is None else (hop.keys[1] - hop.keys[0]) / length  # noqa: E731
+    size = lambda hop: held if hop.keys is None else (hop.keys[1] - hop.keys[0]) / length  # noqa: E731
     for hop, following in zip(schedule.hops, (*schedule.hops[1:], None), strict=True):
         strand += hop.first
         received = [] if hop.offset == 0 else [size(hop)]
         arriving = [] if following is None else [size(following)]
         travelling = [] if hop.first else [size(hop)] * 2
-        waiting = [1.0] if strand > 1 else []
+        waiting = [held] if strand > 1 else []
         if hop.inner is None:
             buffers, sums = [*received, *arriving], [size(hop), *travelling, *waiting]
             yield _Moment(hop.offset == 0, following is None, len(buffers), sum(buffers), len(sums), sum(sums))
             continue
-        for inner in _hops(hop.inner, length):
+        for inner in _hops(hop.inner, length, size(hop)):
             # What was received is sent on during the whole inner round, or else is read when that starts.
-            held = received if inner.reads_own or (following is not None and not following.first) else []
-            buffers, sums = [*held, *arriving], [*travelling, *waiting]
+            sent = received if inner.reads_own or (following is not None and not following.first) else []
+            buffers, sums = [*sent, *arriving], [*travelling, *waiting]
             outer = _Moment(hop.offset == 0, following is None, len(buffers), sum(buffers), len(sums), sum(sums))
             yield inner.within(outer)

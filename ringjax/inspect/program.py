@@ -5,7 +5,13 @@ import functools
 import math
 from typing import Any
 
-from ..arguments import check_window
+from ..arguments import (
+    check_fits_shard,
+    check_max_segment_length,
+    check_shared_length,
+    check_window,
+    within_segments,
+)
 from ..config import STRATEGIES, RingConfig
 from ..layout import Layout, Striped, as_layout
 from ..schedule import Schedule, full_schedule
@@ -35,6 +41,8 @@ class Program:
     is_causal: bool = False
     window: tuple[int | None, int | None] | None = None
     segments: bool = False
+    max_segment_length: int | None = None
+    shared_length: int | tuple[int, ...] | None = None
     backward: bool = False
     implementation: str | None = None
     block_q: int | None = None
@@ -82,6 +90,7 @@ class Program:
                 f"Got {self.seq_len}."
             )
         check_window(self.window, self.is_causal)
+        self._check_promises()
         self._check_strategies()
         self.config()
 
@@ -93,6 +102,13 @@ class Program:
         )
         if not fit:
             raise ValueError(f"axes must be a tuple of positive integers. Got {self.axes!r}.")
+
+    def _check_promises(self) -> None:
+        for name in ("max_segment_length", "shared_length"):
+            if getattr(self, name) is not None and not self.segments:
+                raise ValueError(f"segments must be True with {name}, a promise about them. Got False.")
+        check_max_segment_length(self.max_segment_length, self.segments)
+        check_fits_shard(check_shared_length(self.shared_length, self.segments, len(self.axes)), self.shard_length)
 
     def _check_strategies(self) -> None:
         if isinstance(self.strategy, list):
@@ -127,6 +143,11 @@ class Program:
     def bounds(self) -> tuple[int | None, int | None]:
         """(left, right): a query at p attends to keys in [p - left, p + right]."""
         return check_window(self.window, self.is_causal)
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """The same, no farther than a segment that keeps its promise is long."""
+        return within_segments(*self.bounds, self.max_segment_length)
 
     @property
     def shard_length(self) -> int:
@@ -176,7 +197,8 @@ class Program:
     def sharing(self) -> Sharing:
         """What ring_attention makes of the strategies."""
         length = self.shard_length
-        return share(self.layout_object, self.axes, self.words, length, length, *self.bounds)
+        shared = check_shared_length(self.shared_length, self.segments, len(self.axes))
+        return share(self.layout_object, self.axes, self.words, length, length, *self.reach, shared)
 
     def schedule(self) -> Schedule:
         """The hops that ring_attention plans for this call, on the outermost of its rings."""

@@ -10,6 +10,7 @@ from ..units import size, table
 from .cycles import base_name
 from .gpus import Hosts
 from .order import Done, Launch, Loop, Order, Start
+from .program import Program
 from .report import RANK, Payload, Report, carries
 
 _FLAG = f"--{COMBINE}"
@@ -40,8 +41,16 @@ def describe_mask(report: Report) -> str:
     if left is not None or (right is not None and not program.is_causal):
         sides = ["all" if side is None else str(side) for side in (left, right)]
         words.append(f"window ({', '.join(sides)})")
-    words += ["segments"] if program.segments else []
+    words += [_segments(program)] if program.segments else []
     return ", ".join(words) or "no mask"
+
+
+def _segments(program: Program) -> str:
+    promised = [] if program.max_segment_length is None else [f"of at most {program.max_segment_length} places"]
+    if program.shared_length is not None:
+        several = program.shared_length if isinstance(program.shared_length, tuple) else (program.shared_length,)
+        promised.append(f"{', '.join(map(str, several))} tokens of a shard in those of several shards")
+    return f"segments ({', '.join(promised)})" if promised else "segments"
 
 
 def _ring(report: Report) -> Iterator[str]:
@@ -58,7 +67,7 @@ def _ring(report: Report) -> Iterator[str]:
             f"; {ways}" if "ring" in program.sharing.words else ""
         )
         if program.sharing.words != program.words:
-            yield "the window leaves devices out: what it needs of the others is fetched, and nothing is gathered"
+            yield "keys that nobody can need stay where they are: the others are fetched, and nothing is gathered"
     passes = "forward and backward" if program.backward else "forward"
     values = "" if program.value_head_dim == program.head_dim else f", values of {program.value_head_dim}"
     yield (

@@ -21,7 +21,8 @@ def pairs(program: Program) -> np.ndarray:
 
     Where tokens are exchanged for heads, devices that have other heads of the same tokens have the same pairs. Where
     half of each block goes each way round, the two halves that a device works on at a hop count as one block of whose
-    two owners each has half of the pairs: float64.
+    two owners each has half of the pairs: float64. Segments are not known: of pairs, those that no segment of the
+    promised length could have are left out, and no others.
     """
     count = _striped_pairs(program) if isinstance(program.layout_object, Striped) else _run_pairs(program)
     there = visits(program.schedule())
@@ -62,7 +63,7 @@ def _run_pairs(program: Program) -> Count:
     if not isinstance(layout, (Contiguous, Zigzag)):
         raise NotImplementedError(f"layout: pairs are counted for the layouts that have a name. Got {layout}.")
     chunk = layout.chunk_length(length)
-    left, right = program.bounds
+    left, right = program.reach
 
     def count(ranks: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         total = np.zeros(len(ranks), np.int64)
@@ -79,7 +80,7 @@ def _run_pairs(program: Program) -> Count:
 def _striped_pairs(program: Program) -> Count:
     """Pairs between two striped shards: they depend on the difference of the ranks alone."""
     stripe, ring = program.stripe, program.ring
-    left, right = program.bounds
+    left, right = program.reach
     number = program.shard_length // stripe
     apart = np.arange(1 - number, number, dtype=np.int64)
     multiplicity = number - np.abs(apart)
