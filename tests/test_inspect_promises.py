@@ -1,4 +1,4 @@
-"""`ringjax inspect` of rings whose documents keep a promise: arguments, and what is compiled for TPUs that are absent."""
+"""`ringjax inspect` of rings whose documents keep a promise: arguments, floor, and what is compiled for absent TPUs."""
 
 from typing import Any
 
@@ -8,40 +8,45 @@ from typer.testing import CliRunner
 
 from ringjax.cli import app
 from ringjax.inspect import command, inspect_ring
+from ringjax.inspect.memory import floor_terms
+from ringjax.inspect.program import Program
 from ringjax.usage import UsageError
 
 
 @needs_libtpu
-def test_compiled_for_tpus_it_is_the_same() -> None:
-    """Shards of 2048 tokens. Both promises: of the first 300 tokens those that documents of 1900 may reach."""
+def test_compiled_for_tpus_only_what_both_promises_allow_travels() -> None:
+    """Shards of 2048 tokens on 2 x 2 devices, causal: of the one before, what is among its last 1899 and its first."""
     report = inspect_ring(
-        "v5e:2x4", seq_len=16384, layout="contiguous", is_causal=True, segments=True, backward=True, heads=4,
-        kv_heads=2, head_dim=128, implementation="xla", max_segment_length=1900, shared_length=300,
+        "v5e:2x2", axes=(2, 2), seq_len=8192, layout="contiguous", is_causal=True, segments=True, backward=True,
+        heads=2, kv_heads=2, head_dim=128, implementation="xla", max_segment_length=1900, shared_length=(256, 1024),
     )  # fmt: skip
-    assert (report.hops_made, report.hops_elided) == (2, 6)
-    keys, block = 384 - 128, 2 * 128  # the last 1899 of 2048 tokens begin in the second tile, and 300 end in the third
-    assert sorted((p.carries, p.times, p.bytes) for p in report.payloads) == [
-        ("K", 2, keys * block * 2),
-        ("V", 2, keys * block * 2),
-        ("dK, dV", 2, keys * block * 4),
-        ("segments", 2, keys * 4),
-    ]
-    assert report.floor_bytes <= report.held_bytes < 2 * report.floor_bytes
-
-
-@needs_libtpu
-def test_the_floor_holds_where_an_inner_ring_has_a_part_of_a_block() -> None:
-    report = inspect_ring(
-        "v5e:2x2", axes=(2, 2), seq_len=8192, segments=True, backward=True, heads=2, kv_heads=2, head_dim=128,
-        implementation="xla", shared_length=(256, 1024),
-    )  # fmt: skip
-    assert report.floor_bytes <= report.held_bytes < 2 * report.floor_bytes
-    sent = {"K": 0, "V": 0}
+    # The neighbour within is one place on, that of the other outer place one on along both axes; nobody needs the rest.
+    assert (report.hops_made, report.hops_elided) == (3, 1)
+    sent: dict[str, list[int]] = {}
     for payload in report.payloads:
-        if payload.carries in sent:
-            sent[payload.carries] += payload.times * payload.bytes
-    # The other outer place's first 256 tokens, over its axis and once within; of the own one's neighbour 1024. Twice.
-    assert set(sent.values()) == {2 * (2 * 256 + 1024) * 2 * 128 * 2}
+        sent.setdefault(payload.carries, []).extend([payload.bytes] * payload.times)
+    within, outside = 1024 - 128, 256 - 128  # keys; the last 1899 of 2048 begin in the second tile of 128
+    keys = [outside] * 4 + [within] * 2  # over the outer axis and once within; in forward and in backward
+    assert sorted(sent["K"]) == sorted(sent["V"]) == [n * 2 * 128 * 2 for n in keys]
+    assert sorted(sent["segments"]) == [n * 4 for n in keys]
+    assert sorted(sent["dK, dV"]) == [n * 2 * 128 * 4 for n in [outside] * 4 + [within] * 2]
+    assert report.floor_bytes <= report.held_bytes < 2 * report.floor_bytes
+
+
+def test_floor_of_a_part_of_a_block_within_a_ring_by_hand() -> None:
+    """Of the own block's neighbour 1024 tokens are there, and 256 arrive over the outer axis: the hop that needs most.
+
+    Its sums of dK and dV are for as many, and those of the own block wait.
+    """
+    rows, heads, size = 2048, 2, 128
+    case = Program(
+        "v5e:2x2", 4, 4 * rows, heads, heads, size, size, segments=True, backward=True, axes=(2, 2),
+        shared_length=(256, 1024),
+    )  # fmt: skip
+    found = {term.name: term.bytes for term in floor_terms(case)}
+    token = heads * 2 * size  # of key and value
+    assert found["receive buffers (2)"] == (1024 + 256) * (token * 2 + 4)
+    assert found["dkey, dvalue sums (2), float32"] == (rows + 1024) * token * 4
 
 
 @pytest.mark.parametrize(
