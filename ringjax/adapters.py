@@ -88,6 +88,8 @@ def attention_fn(
     query_seq_lengths: Int[Array, " B"] | None = None,
     key_value_seq_lengths: Int[Array, " B"] | None = None,
     segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    max_segment_length: int | None = None,
+    shared_length: int | tuple[int, ...] | None = None,
     positions: Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]] | None = None,
     layout: str | Layout = "contiguous",
     logits_soft_cap: float | None = None,
@@ -108,8 +110,8 @@ def attention_fn(
 
     Args:
       axis_name, mesh, batch_axis_name, head_axis_name, scale, is_causal, local_window_size, query_seq_lengths,
-        key_value_seq_lengths, segment_ids, positions, layout, logits_soft_cap, sinks, config: as in
-        :func:`ringjax.ring_attention`.
+        key_value_seq_lengths, segment_ids, max_segment_length, shared_length, positions, layout, logits_soft_cap,
+        sinks, config: as in :func:`ringjax.ring_attention`.
 
     Returns:
       A callable ``(query, key, value, bias=None, mask=None, ...) -> out``. It raises NotImplementedError for a mask
@@ -126,6 +128,8 @@ def attention_fn(
         sinks=sinks,
         positions=positions,
         segment_ids=segment_ids,
+        max_segment_length=max_segment_length,
+        shared_length=shared_length,
         config=RingConfig() if config is None else config,
     )
     always_causal, default_scale, default_window = is_causal, scale, local_window_size

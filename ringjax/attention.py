@@ -226,7 +226,8 @@ def ring_attention(
         out, lse = attend(call, arrays)
     else:
         sizes = tuple(whole_mesh.shape[axis] for axis in axes)
-        hold_against(Promise(call.layout, sizes, max_segment_length, shared), segment_ids, arrays)
+        promise = Promise(call.layout, sizes, max_segment_length, shared)
+        hold_against(promise, segment_ids, arrays.q_lengths, arrays.kv_lengths)
         out, lse = sharded(call, arrays, whole_mesh, batch_axis_name, head_axis_name)
     return (out, lse) if return_residual else out
 

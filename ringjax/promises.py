@@ -13,7 +13,6 @@ from jax.core import Tracer
 from jaxtyping import Int
 
 from .arguments import (
-    Arrays,
     check_fits_shard,
     check_max_segment_length,
     check_shared_length,
@@ -72,8 +71,8 @@ def check_segments(
     promise.hold_against(sides, [None] * len(sides))
 
 
-def hold_against(promise: "Promise", segment_ids: Any, arrays: Arrays) -> None:
-    """Of whole arrays, as given and as checked: now if their values can be seen, when they run if JAX is to check.
+def hold_against(promise: "Promise", segment_ids: Any, q_lengths: Any = None, kv_lengths: Any = None) -> None:
+    """Of whole arrays: now if their values can be seen, when they run if JAX is to check.
 
     Tokens beyond a sequence's length take part in nothing, and so in no promise.
     """
@@ -82,9 +81,9 @@ def hold_against(promise: "Promise", segment_ids: Any, arrays: Arrays) -> None:
     pair = isinstance(segment_ids, (tuple, list))
     # As they were given: what is a constant to NumPy is traced by jit once JAX has it.
     sides = list(segment_ids) if pair else [segment_ids]
-    lengths: list[Any] = [arrays.q_lengths, arrays.kv_lengths][: len(sides)]
-    if not pair and (lengths[0] is not None or arrays.kv_lengths is not None):
-        sides, lengths = [segment_ids] * 2, [arrays.q_lengths, arrays.kv_lengths]
+    lengths = [q_lengths, kv_lengths]
+    if not pair:
+        sides, lengths = (sides, lengths[:1]) if q_lengths is kv_lengths else (sides * 2, lengths)
     if not any(isinstance(x, Tracer) for x in (*sides, *lengths)):
         if all(x.is_fully_addressable for x in (*sides, *lengths) if isinstance(x, jax.Array)):
             promise.hold_against(

@@ -129,6 +129,7 @@ ONCE = (
     "test_promises::test_as_users_compile",
     "test_promises::test_every_key_that_a_document_may_need_is_there",
     "test_promises::test_it_travels_as_under_a_window",
+    "test_promises::test_layers_pass_promises_on",
     "test_promises::test_only_the_first_tokens_of_a_shard_travel",
     "test_promises::test_only_what_the_longest_document_needs_travels",
     "test_promises::test_results_are_those_without_it",

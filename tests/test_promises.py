@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+from flax import nnx
 
 import ringjax
 from ringjax import layout as layouts
+from ringjax import local, sharded
 from ringjax import schedule as schedules
 from ringjax.deal import Deal
 from ringjax.sharing import share
@@ -489,3 +491,49 @@ except Exception as error:
     assert said[1] == "kept"
     for line in (said[0], said[2]):
         assert "Got id 0 of row 0 at places 0 and 4, 4 apart." in line
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def layers() -> dict[str, Any]:
+    """What takes segment ids, as functions of ids and promises; tokens of 4 shards of 4."""
+    mesh, config = cases.mesh_of(4), cases.config_of("xla")
+    sizes = dict(num_heads=2, num_kv_heads=1, head_dim=8, layout="zigzag")
+    x, tokens = jnp.zeros((2, 16, 8)), jnp.zeros((2, 16), jnp.int32)
+    attention = ringjax.nnx.RingAttention(in_features=8, mesh=mesh, config=config, rngs=nnx.Rngs(0), **sizes)
+    linen = ringjax.linen.RingAttention(mesh=mesh, config=config, **sizes)
+    weights = jax.eval_shape(linen.init, jax.random.key(0), x)
+    decoder = ringjax.nnx.Decoder(
+        ringjax.nnx.DecoderConfig(vocab_size=16, embed_dim=8, num_layers=1, mlp_dim=16, ring=config, **sizes),
+        mesh=mesh,
+        rngs=nnx.Rngs(0),
+    )
+
+    def as_function(ids: Any, **promised: Any) -> Any:
+        options = dict(mesh=mesh, layout="zigzag", config=config, segment_ids=ids, **promised)
+        return ringjax.attention_fn(**options)(*[x.reshape(2, 16, 1, 8)] * 3)
+
+    return {
+        "nnx": lambda ids, **promised: attention(x, segment_ids=ids, **promised),
+        "linen": lambda ids, **promised: jax.eval_shape(
+            lambda weights: linen.apply(weights, x, segment_ids=ids, **promised), weights
+        ),
+        "logits": lambda ids, **promised: decoder(tokens, segment_ids=ids, **promised),
+        "loss": lambda ids, **promised: decoder.loss(tokens, tokens, segment_ids=ids, **promised),
+        "token_losses": lambda ids, **promised: decoder.token_losses(tokens, tokens, segment_ids=ids, **promised),
+        "attention_fn": as_function,
+    }
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen", "logits", "loss", "token_losses", "attention_fn"])
+def test_layers_pass_promises_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, seen = layers()[name], []
+    sharded._compiled.cache_clear()  # programs that are traced already
+    monkeypatch.setattr(local, "share", lambda *given: seen.append(given[-3:]) or share(*given))
+    jax.eval_shape(functools.partial(call, max_segment_length=6, shared_length=3), IDS)
+    causal = name in ("logits", "loss", "token_losses")
+    assert seen and set(seen) == {(5, 0 if causal else 5, (3,))}
+    dealt = ringjax.to_ring_order(IDS, layout="zigzag", num_shards=4)
+    with pytest.raises(ValueError, match="Got id 9 of row 1 in shards 2 to 3, and at token 3 of shard 3"):
+        call(dealt, shared_length=3)

@@ -232,6 +232,7 @@ def apply_attention(
     rotated_by: Rotation | None,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    promised: Mapping[str, Any],
     seq_lengths: jax.Array | None = None,
 ) -> jax.Array:
     """out = attention(rope(x W_q), rope(x W_k), x W_v) W_o on sequence-sharded activations x [B, T, E]."""
@@ -245,6 +246,7 @@ def apply_attention(
         key_value_seq_lengths=seq_lengths,
         segment_ids=segment_ids,
         positions=positions,
+        **promised,
         **_options(weights, spec),
     )
     return _project_out(weights, attended, placement)
@@ -323,6 +325,8 @@ def run_layer(
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
     seq_lengths: jax.Array | None,
+    max_segment_length: int | None,
+    shared_length: int | tuple[int, ...] | None,
 ) -> jax.Array:
     """A whole layer from the outside: checks x, computes the rotation, and hides Explicit axes from the inside."""
     if x.ndim != 3 or x.shape[-1] != spec.in_features:
@@ -330,6 +334,7 @@ def run_layer(
     if seq_lengths is not None or (positions is None and spec.knows_positions):
         placement.require_num_shards()
     placement = placement.sharded_like(x)
+    promised = placement.promised(segment_ids, max_segment_length, shared_length, seq_lengths)
 
     def run(weights: Any, x: jax.Array, positions: Any, segment_ids: Any, seq_lengths: Any) -> jax.Array:
         x = placement.to_natural(x, 1)
@@ -343,6 +348,7 @@ def run_layer(
             rotated_by=rotated_by,
             positions=positions,
             segment_ids=placement.to_natural(segment_ids, -1),
+            promised=promised,
             seq_lengths=seq_lengths,
         )
         return placement.from_natural(out, 1)

@@ -3,6 +3,7 @@
 Public as ringjax.nnx. Letters: B batch, T length, E embedding, M width of the MLP, V vocabulary, C devices on the ring.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -97,6 +98,8 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        max_segment_length: int | None = None,
+        shared_length: int | tuple[int, ...] | None = None,
         positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token, float32 [B, T, V], whole: for evaluation and small use. Training uses `loss`.
@@ -104,6 +107,7 @@ class Decoder(nnx.Module):
         Args:
           tokens: int [B, T] in ring order.
           segment_ids: int [B, T]; tokens attend only to tokens of the same id.
+          max_segment_length, shared_length: promises about segments, as in :func:`ringjax.ring_attention`.
           positions: int [T] or [B, T]; replaces the layout's positions, for RoPE and for the mask.
 
         Raises:
@@ -111,9 +115,10 @@ class Decoder(nnx.Module):
             the tokens are dealt.
         """
         self._check(tokens, segment_ids=segment_ids)
+        promised = self._placement().promised(segment_ids, max_segment_length, shared_length)
 
         def run(model: "Decoder", placement: Placement, tokens: Any, segment_ids: Any, positions: Any) -> jax.Array:
-            x = model._features(placement, tokens, segment_ids, positions)
+            x = model._features(placement, tokens, segment_ids, positions, promised)
             table = placement.constrain(model._output_table().astype(x.dtype), TENSOR, None)
             wide = partial.wide(x.dtype)
             logits = jnp.einsum("bte,ve->btv", x, table, preferred_element_type=wide)
@@ -131,6 +136,8 @@ class Decoder(nnx.Module):
         targets: Int[Array, "B T"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        max_segment_length: int | None = None,
+        shared_length: int | tuple[int, ...] | None = None,
         positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
         loss_mask: Bool[Array, "B T"] | Int[Array, "B T"] | Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -139,7 +146,7 @@ class Decoder(nnx.Module):
         Args:
           tokens, targets: int [B, T] in ring order; targets[b, i] is what follows tokens[b, i] in natural order.
             :func:`ringjax.shift_targets` makes them and the mask.
-          segment_ids, positions: as in the call.
+          segment_ids, max_segment_length, shared_length, positions: as in the call.
           loss_mask: bool, int or float [B, T], the weight of each token; None is 1 for all. Where it is 0, the target
             may be anything. A target outside the vocabulary that counts raises, or makes the loss NaN under ``jit``.
 
@@ -151,6 +158,7 @@ class Decoder(nnx.Module):
           ValueError: as the call.
         """
         self._check(tokens, targets=targets, segment_ids=segment_ids, loss_mask=loss_mask)
+        promised = self._placement().promised(segment_ids, max_segment_length, shared_length)
 
         def run(
             model: "Decoder",
@@ -161,7 +169,7 @@ class Decoder(nnx.Module):
             targets: Any,
             mask: Any,
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            x = model._features(placement, tokens, segments, positions)
+            x = model._features(placement, tokens, segments, positions, promised)
             total, count = chunked_loss(
                 placement,
                 x,
@@ -185,6 +193,8 @@ class Decoder(nnx.Module):
         targets: Int[Array, "B T"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        max_segment_length: int | None = None,
+        shared_length: int | tuple[int, ...] | None = None,
         positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T"]:
         """Cross entropy of each token, float32 [B, T] in the order of the tokens: the terms of `loss`.
@@ -192,13 +202,14 @@ class Decoder(nnx.Module):
         Arguments and errors are those of `loss`. A target outside the vocabulary, as of tokens without one, gives NaN.
         """
         self._check(tokens, targets=None, segment_ids=segment_ids)
+        promised = self._placement().promised(segment_ids, max_segment_length, shared_length)
         if targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer):
             raise ValueError(f"targets must be integers of shape {tokens.shape}. Got {targets.dtype} {targets.shape}.")
 
         def run(
             model: "Decoder", placement: Placement, tokens: Any, segments: Any, positions: Any, targets: Any
         ) -> jax.Array:
-            x = model._features(placement, tokens, segments, positions)
+            x = model._features(placement, tokens, segments, positions, promised)
             losses = token_losses(
                 placement,
                 x,
@@ -429,7 +440,12 @@ class Decoder(nnx.Module):
         return placement.stream(x)
 
     def _features(
-        self, placement: Placement, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
+        self,
+        placement: Placement,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        promised: Mapping[str, Any],
     ) -> jax.Array:
         """What the output table is multiplied with: [B, T, E]."""
         x = self._embedded(placement, tokens)
@@ -444,7 +460,9 @@ class Decoder(nnx.Module):
 
                 def layer(x: jax.Array, arrays: Any, graphdef: Any = graphdef, by: Any = rotated_by) -> jax.Array:
                     layer = nnx.merge(graphdef, arrays)
-                    return layer(x, placement, rotated_by=by, positions=positions, segment_ids=segment_ids)
+                    return layer(
+                        x, placement, rotated_by=by, positions=positions, segment_ids=segment_ids, promised=promised
+                    )
 
                 if self.config.remat:
                     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)

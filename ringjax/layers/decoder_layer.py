@@ -1,7 +1,7 @@
 """One layer of the decoder, and the group of layers that a pattern repeats."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -87,10 +87,13 @@ class DecoderLayer(nnx.Module):
         rotated_by: Rotation | None,
         positions: jax.Array | None,
         segment_ids: jax.Array | None,
+        promised: Mapping[str, Any],
     ) -> jax.Array:
         def attend(y: jax.Array) -> tuple[jax.Array, None]:
-            within = self.attention.within
-            return within(y, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids), None
+            out = self.attention.within(
+                y, placement, rotated_by=rotated_by, positions=positions, segment_ids=segment_ids, promised=promised
+            )
+            return out, None
 
         return self._around(attend, x, placement)[0]
 

@@ -96,6 +96,8 @@ class RingAttention(nn.Module):
         positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         seq_lengths: Int[Array, " B"] | None = None,
+        max_segment_length: int | None = None,
+        shared_length: int | tuple[int, ...] | None = None,
     ) -> Float[Array, "B T O"]:
         """Attend. Arguments and result are those of :meth:`ringjax.nnx.RingAttention.__call__`."""
         spec = AttentionSpec.of(
@@ -132,4 +134,14 @@ class RingAttention(nn.Module):
             name: Weights(table, placement, inits, self.param_dtype, name=name)()
             for name, table in spec.parameters().items()
         }
-        return run_layer(weights, inputs, spec, placement, positions, segment_ids, seq_lengths)
+        return run_layer(
+            weights,
+            inputs,
+            spec,
+            placement,
+            positions,
+            segment_ids,
+            seq_lengths,
+            max_segment_length,
+            shared_length,
+        )

@@ -216,6 +216,8 @@ class RingAttention(nnx.Module):
         positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         seq_lengths: Int[Array, " B"] | None = None,
+        max_segment_length: int | None = None,
+        shared_length: int | tuple[int, ...] | None = None,
     ) -> Float[Array, "B T O"]:
         """Attend.
 
@@ -224,6 +226,7 @@ class RingAttention(nnx.Module):
           positions: int [T] or [B, T]; replaces the layout's positions, for RoPE and for the mask.
           segment_ids: int [B, T]; tokens attend only to tokens of the same id (packed documents).
           seq_lengths: int [B]; tokens from there on are padding.
+          max_segment_length, shared_length: promises about segments, as in :func:`ringjax.ring_attention`.
 
         Returns:
           [B, T, out_features], in the order of the inputs and sharded as they are.
@@ -232,7 +235,15 @@ class RingAttention(nnx.Module):
           ValueError: for shapes that do not fit, and where nothing says for how many shards the tokens are dealt.
         """
         return run_layer(
-            self.arrays(), inputs, self.spec, self.distribution.here(), positions, segment_ids, seq_lengths
+            self.arrays(),
+            inputs,
+            self.spec,
+            self.distribution.here(),
+            positions,
+            segment_ids,
+            seq_lengths,
+            max_segment_length,
+            shared_length,
         )
 
     def within(
@@ -243,6 +254,7 @@ class RingAttention(nnx.Module):
         rotated_by: Rotation | None,
         positions: jax.Array | None,
         segment_ids: jax.Array | None,
+        promised: Mapping[str, Any],
     ) -> jax.Array:
         """The layer inside a model that has already looked around and computed the rotation once for all layers."""
         return apply_attention(
@@ -253,6 +265,7 @@ class RingAttention(nnx.Module):
             rotated_by=rotated_by,
             positions=positions,
             segment_ids=segment_ids,
+            promised=promised,
         )
 
     def within_cached(

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .._compat import axis_is_bound
+from ..arguments import check_max_segment_length, check_shared_length
 from ..attention import ring_attention
 from ..cache import KVCache, cached_attention
 from ..layout import Contiguous, Layout, as_layout, ring_positions
+from ..promises import Promise, hold_against
 from . import checks
 
 AxisNames = str | tuple[str, ...] | None
@@ -247,6 +249,24 @@ class Placement:
         return self._alone(
             lambda: ring_attention(query, key, value, axis_name=self.told.axis_name, layout="contiguous", **options)
         )
+
+    def promised(
+        self,
+        segment_ids: Any,
+        max_segment_length: int | None,
+        shared_length: int | tuple[int, ...] | None,
+        seq_lengths: Any = None,
+    ) -> dict[str, Any]:
+        """Promises about segments as options of attend, held against whole ids: layers are traced and see no values."""
+        axes = as_axes(self.told.axis_name)
+        longest = check_max_segment_length(max_segment_length, segment_ids)
+        shared = check_shared_length(shared_length, segment_ids, len(axes))
+        if self.ring_size == 1:  # nothing travels, whatever the number of shards for which the tokens were dealt
+            return {}
+        if not self.inside:
+            sizes = tuple(self.sizes[axis] for axis in axes)
+            hold_against(Promise(self.told.layout, sizes, longest, shared), segment_ids, seq_lengths, seq_lengths)
+        return {"max_segment_length": longest, "shared_length": shared}
 
     def decode(
         self, query: jax.Array, key: jax.Array, value: jax.Array, cache: KVCache, counts: Any, **options: Any
