@@ -17,6 +17,7 @@ import jaxprs
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import ringjax
 from ringjax import layout as layouts
@@ -100,19 +101,18 @@ CELLS = (
     Cell((3,), (RING,), "striped", "causal", first=(9,)),
     Cell((3,), (RING,), "contiguous", "lengths", longest=9),
     Cell((4,), (RING,), "contiguous", "positions", longest=24),
-    Cell((4,), (RING,), "zigzag", "pair", longest=10),
-    Cell((4,), (RING,), "zigzag", "window", longest=70, first=(15,)),
+    Cell((2,), (RING,), "zigzag", "pair", longest=10),
+    Cell((3,), (RING,), "zigzag", "window", longest=70, first=(15,)),
     Cell((4,), (GATHER,), "contiguous", "causal", longest=5, first=(8,)),
     Cell((4,), (HEADS,), "striped", "window", longest=6, first=(3,)),
-    Cell((8,), (RING,), "contiguous", "plain", longest=40, direction="both"),
+    Cell((8,), (RING,), "contiguous", "plain", longest=12, direction="both"),
     Cell((8,), (RING,), ringjax.Striped(stripe=4), "positions", longest=5, first=(8,)),
     Cell((8,), (RING,), "zigzag", "window", first=(0,)),
-    Cell((2, 2), (RING, RING), "contiguous", "causal", first=(3, 10)),
+    Cell((2, 2), (RING, RING), "zigzag", "causal", longest=30, first=(5, 12)),
     Cell((2, 4), (RING, RING), "striped", "positions", first=(0, 6), direction="both"),
-    Cell((4, 2), (RING, RING), "zigzag", "plain", longest=30, first=(5, 12)),
     Cell((2, 2), (RING, HEADS), "zigzag", "causal", first=(0, 7)),
     Cell((2, 2), (HEADS, RING), "contiguous", "window", longest=25, first=(8, 8)),
-    Cell((2, 2), (RING, GATHER), "striped", "causal", first=(2, 4)),
+    Cell((2, 2), (RING, GATHER), "striped", "causal", first=(0, 4)),
     Cell((2, 2, 2), (GATHER, RING, HEADS), "contiguous", "plain", first=(0, 0, 12)),
 )
 
@@ -178,9 +178,28 @@ def test_results_are_those_without_it(cell: Cell) -> None:
 
 
 def test_as_users_compile() -> None:
-    cell = Cell((4,), (RING,), "zigzag", "causal", longest=50, first=(10,))
+    cell = Cell((2,), (RING,), "zigzag", "causal", longest=50, first=(20,))
     case, inputs, promised = problem(cell)
     cases.assert_matches(case, inputs, run(cell, case, inputs, promised, as_users=True), as_users=True)
+
+
+@pytest.mark.parametrize(("sizes", "first"), [((4,), 0), ((4,), 3), ((2, 2), (0, 3))], ids=str)
+def test_inside_shard_map(sizes: tuple[int, ...], first: Any) -> None:
+    """Shards there: nothing is checked, and what travels is the same."""
+    axes = cases.axes_of(sizes)
+    spec = PartitionSpec(None, axes)
+    q, ids = jnp.zeros((1, 32, 1, 8)), jnp.zeros((1, 32), jnp.int32)
+
+    def traced(shared_length: Any) -> Any:
+        options = dict(axis_name=axes, config=cases.config_of("xla"), shared_length=shared_length, max_segment_length=9)
+        attend = lambda q, ids: ringjax.ring_attention(q, q, q, segment_ids=ids, **options)  # noqa: E731
+        inside = jax.shard_map(attend, mesh=cases.mesh_of(sizes), in_specs=(spec, spec), out_specs=spec)
+        return jax.make_jaxpr(inside)(q, ids)
+
+    found = {one.shape[2] for one in jaxprs.collectives(traced(first)) if one.dtype == np.float32}
+    assert found == (set() if first == 0 else {8})
+    with pytest.raises(ValueError, match="shared_length must be at most 8, the tokens of a shard. Got 9"):
+        traced(9)
 
 
 # --- which keys are needed -------------------------------------------------------------------------------------------
@@ -271,9 +290,7 @@ def keys_sent(keys: int, home: int) -> dict[str, int]:
     return {"bfloat16": 2 * 2 * keys * K * H * 2, "int32": 2 * keys * 4, "float32": 2 * home * K * H * 4}
 
 
-@pytest.mark.parametrize(
-    ("longest", "is_causal"), [(1, False), (2, True), (9, False), (17, True), (18, True), (25, False), (48, True)]
-)
+@pytest.mark.parametrize(("longest", "is_causal"), [(1, False), (2, True), (9, False), (17, True), (48, True)])
 def test_only_what_the_longest_document_needs_travels(longest: int, is_causal: bool) -> None:
     """Of neighbours in the sequence, in tiles of 8: longest - 1 tokens before, and after unless it is causal."""
     sides = -(-(longest - 1) // 8) * 8 * (1 if is_causal else 2)
@@ -297,15 +314,7 @@ def test_a_window_and_documents_leave_out_what_either_does() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "first"),
-    [
-        ("contiguous", 0),
-        ("contiguous", 1),
-        ("contiguous", 9),
-        ("zigzag", 8),
-        ("zigzag", 16),
-        ("striped", 0),
-        ("striped", 8),
-    ],
+    [("contiguous", 1), ("contiguous", 9), ("zigzag", 8), ("striped", 0), ("striped", 8)],
 )
 def test_only_the_first_tokens_of_a_shard_travel(layout: str, first: int) -> None:
     keys = -(-first // 8) * 8
@@ -496,6 +505,7 @@ except Exception as error:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def layers() -> dict[str, Any]:
     """What takes segment ids, as functions of ids and promises; tokens of 4 shards of 4."""
     mesh, config = cases.mesh_of(4), cases.config_of("xla")
