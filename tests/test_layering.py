@@ -25,14 +25,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("sharded",),
     ("cached",),
-    ("local", "promises", "targets"),
+    ("local", "promises", "targets", "torus"),
     ("arguments", "ring", "planner"),
     ("exchange", "sharing"),
     ("kernels",),
     ("schedule",),
     ("deal", "mask", "partial"),
     ("layout",),
-    ("config", "files", "simulate", "hopper", "mesh", "torus", "units", "usage"),
+    ("config", "files", "simulate", "hopper", "mesh", "units", "usage"),
     ("_compat",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from ringjax.inspect.program import Program
 from ringjax.inspect.work import pairs
 from ringjax.layout import as_layout
 from ringjax.planner import costs
-from ringjax.planner.chips import GPUS
+from ringjax.planner.chips import GPUS, TPUS
 from ringjax.planner.estimate import Problem, Way, estimate
 from ringjax.planner.network import Links
 from ringjax.schedule import full_schedule
@@ -182,17 +184,42 @@ def test_bytes_are_those_of_the_traced_program(named: tuple[str, ...], sizes: tu
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
-@pytest.mark.parametrize("ring", [1, 2, 3, 8])
-@pytest.mark.parametrize(("heads", "kv_heads", "values", "dtype"), [(8, 8, 128, "bfloat16"), (8, 1, 64, "float32")])
-def test_memory_of_a_ring_is_the_floor_of_inspect(ring, backward, heads, kv_heads, values, dtype):
-    program = Program(
-        "h100:8", ring, 96 * ring, heads, kv_heads, 128, values, batch=2, dtype=dtype, is_causal=True, backward=backward
-    )
-    asked = problem(96, batch=2, num_heads=heads, num_kv_heads=kv_heads, head_size=128, value_size=values,
-                    item_bytes=program.item_bytes, backward=backward)  # fmt: skip
-    found = estimate(asked, Way(("ring",), (ring,), "forward", as_layout("zigzag")), CHIP, links((ring,)))
-    assert found.memory_bytes == floor_bytes(program)
+PEAKS = json.loads((Path(__file__).parent / "data" / "peaks.json").read_text(encoding="utf-8"))
+
+
+def of_program(program: Program) -> int:
+    """What the planner says that a program of `ringjax inspect` takes."""
+    length = program.shard_length
+    asked = problem(
+        length, batch=program.batch, num_heads=program.heads, num_kv_heads=program.kv_heads,
+        head_size=program.head_dim, value_size=program.value_head_dim, item_bytes=program.item_bytes,
+        backward=program.backward,
+    )  # fmt: skip
+    way = Way(program.words, program.axes, program.direction, program.layout_object)
+    name = program.topology.partition(":")[0]
+    return estimate(asked, way, {**TPUS, **GPUS}[name], links(program.axes)).memory_bytes
+
+
+def in_words(row: dict[str, Any]) -> str:
+    one = row["program"]
+    words = [f"{word} {size}" for word, size in zip(one["strategy"], one["axes"], strict=True)]
+    sizes = "-".join(str(one.get(name, "")) for name in ("topology", "heads", "kv_heads", "head_dim", "dtype"))
+    return f"{sizes}-{' x '.join(words)}-{'both' if one['backward'] else 'forward'}"
+
+
+# What is further off, at most so much: TPU compilers keep or free one array more there.
+OTHERWISE: dict[str, float] = {}
+
+
+@pytest.mark.parametrize("row", PEAKS, ids=in_words)
+def test_memory_is_what_compilers_need(row: dict[str, Any]) -> None:
+    """Recorded by tests/record_peaks.py: within 5%, and never less than any program needs."""
+    program = Program(**row["program"])
+    said = of_program(program)
+    apart = OTHERWISE.get(in_words(row), 0.05)
+    assert abs(row["peak_bytes"] / said - 1) <= apart
+    assert (apart == 0.05) is (abs(row["peak_bytes"] / said - 1) <= 0.05), "no exception that is none"
+    assert said >= 0.99 * floor_bytes(program)
 
 
 def test_what_is_gathered_and_exchanged_takes_memory():
@@ -206,7 +233,8 @@ def test_what_is_gathered_and_exchanged_takes_memory():
     gathered, exchanged = (terms(word, backward=False) for word in ("all_gather", "all_to_all"))
     # Forward of a gather needs most while it is brought in order.
     assert gathered == {
-        "query": 8 * MI, "key, value": 4 * MI, "key, value, gathered": 32 * MI, "key or value, as gathered": 16 * MI
+        "query": 8 * MI, "key, value": 4 * MI, "key, value, gathered": 32 * MI, "key or value, as gathered": 16 * MI,
+        "output": 8 * MI,
     }  # fmt: skip
     assert exchanged == {
         "query": 8 * MI, "key, value": 4 * MI, "query, exchanged": 8 * MI, "key, value, exchanged": 4 * MI,

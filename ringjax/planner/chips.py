@@ -57,7 +57,10 @@ class Chip:
       backward_carry_passes: the same in backward, of the unfinished dq; whatever else a hop costs there that grows with
         the shard may be counted in it.
       gather_links: links of a torus that a gather uses at most; None: all.
+      lanes: a head takes memory in multiples of so many items.
     """
+
+    lanes = 1
 
     name: str
     memory_bytes: int
@@ -94,6 +97,7 @@ class Tpu(Chip):
     """
 
     platform = "tpu"
+    lanes = 128
 
     kinds: tuple[str, ...]
     macs_per_cycle: int

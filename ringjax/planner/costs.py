@@ -202,10 +202,12 @@ def count(keys: Keys | None, held: int) -> int:
 def memory_terms(
     shard: Shard, exchanged: Sequence[int], gathered: Sequence[int], rings: Sequence[int], *, backward: bool
 ) -> dict[str, int]:
-    """Bytes of one device at the moment of one layer's attention that needs most, term by term.
+    """Bytes that a compiled program holds on a device for one layer's attention when it needs most, term by term.
 
-    What :func:`ringjax.inspect.memory.floor_terms` says of a ring, and beside it:
+    What any program needs, see :func:`ringjax.inspect.memory.floor_terms`, and what compilers keep beside it:
 
+    - a ring: both receive buffers until the output is written, of several rings those of the innermost; in backward the
+      gradients that are returned beside the sums that they are made of, that of the query by tokens alone.
     - all_to_all: copies of q, k, v and out with the tokens of all devices and a part of the heads; in backward of dout,
       and q, k, v and out are kept in that form.
     - all_gather: the K/V of all devices of the axis; in backward the float32 sums of their gradients.
@@ -247,13 +249,12 @@ def _moments(
     }
     if gathered:  # one of K and V is in the order in which it came while it is brought in order
         larger = local.kv_bytes() * max(shard.head_size, shard.value_size) // (shard.head_size + shard.value_size)
-        yield {**given, **copies, "key or value, as gathered": larger}
-        if not backward:
-            copies.pop("key, value, exchanged", None)
+        copies.pop("key, value, exchanged", None)
+        yield {**given, **copies, "key or value, as gathered": larger, **({} if backward or exchanged else output)}
     yield {**given, **copies, **output}
     if num_blocks > 1:
         yield {**given, **copies, "receive buffers": buffers, **softmax}
-        last = {**given, **copies, "receive buffers": local.kv_bytes(), **softmax}
+        last = {**given, **copies, "receive buffers": _buffers(rings[-1:]) * local.kv_bytes(), **softmax}
         # The output may take the accumulator's place where its items are as wide.
         yield last if shard.item_bytes == 4 else {**last, "output": local.output_bytes}
     if not backward:
@@ -267,10 +268,17 @@ def _moments(
         "dquery sum, float32": 4 * local.batch * local.queries * local.heads * local.head_size,
     }
     if num_blocks > 1:
+        returned = {"dkey, dvalue": shard.kv_bytes()} if exchanged else gradients
         # Of this hop, sent and received on each ring.
         last = {**working, "receive buffers": local.kv_bytes(), "dkey, dvalue sums": 3 * local.sums_bytes()}
-        middle = {**working, "receive buffers": buffers, "dkey, dvalue sums": (1 + 2 * len(rings)) * local.sums_bytes()}
-        yield {**given, **copies, **output, **(middle if num_blocks > 2 else last)}
+        middle = {
+            **working,
+            "receive buffers": buffers,
+            "dkey, dvalue sums": (1 + _buffers(rings)) * local.sums_bytes(),
+        }
+        if gathered:  # by the last hop nobody needs the block that has not travelled
+            copies.pop("key, value, gathered")
+        yield {**given, **copies, **output, **(middle if num_blocks > 2 else last), **returned}
     elif exchanged or gathered:  # what the kernel writes is not yet what is returned
         yield {**given, **copies, **output, **working, "dkey, dvalue sums": local.sums_bytes(), **gradients}
 

@@ -169,12 +169,19 @@ def estimate(problem: Problem, way: Way, chip: Chip, links: Sequence[Links]) -> 
         wire_bytes=spent.wire,
         link_bytes=max(spent.loads.values(), default=0.0),
         memory=costs.memory_terms(
-            problem.shard,
+            _in_memory(problem.shard, chip),
             *(way.sizes_of(word) for word in EXCHANGES),
             rings=way.sizes_of("ring"),
             backward=problem.backward,
         ),
     )
+
+
+def _in_memory(shard: Shard, chip: Chip) -> Shard:
+    """Arrays of a TPU have whole lanes: a head of 64 takes the memory of one of 128."""
+    lanes = chip.lanes
+    whole = lambda size: -(-size // lanes) * lanes  # noqa: E731
+    return dataclasses.replace(shard, head_size=whole(shard.head_size), value_size=whole(shard.value_size))
 
 
 @dataclasses.dataclass(frozen=True)
