@@ -207,8 +207,26 @@ def in_words(row: dict[str, Any]) -> str:
     return f"{sizes}-{' x '.join(words)}-{'both' if one['backward'] else 'forward'}"
 
 
-# What is further off, at most so much: TPU compilers keep or free one array more there.
-OTHERWISE: dict[str, float] = {}
+# What is further off, and how far: mostly too much is said, of heads of 64 on TPUs and of exchanged heads.
+OTHERWISE = {
+    "v5p:2x2x2-8-1-128--all_gather 8-forward": 0.19,
+    "v5p:2x2x2-32-8-128--ring 2 x all_to_all 4-forward": 0.08,
+    "v5p:2x2x2-16-16-128--ring 4 x all_to_all 2-forward": 0.16,
+    "v5p:2x2x2-32-8-128--all_gather 2 x all_to_all 4-both": 0.08,
+    "v5e:2x4-24-4-64--ring 8-forward": 0.08,
+    "v5e:2x4-24-4-64--all_gather 8-forward": 0.14,
+    "v5e:2x4-24-4-64--all_to_all 8-forward": 0.30,
+    "h100:8-32-8-128--all_to_all 8-forward": 0.15,
+    "v5e:2x4-24-4-64--ring 2 x all_to_all 4-forward": 0.15,
+    "h100:8-32-8-128--ring 2 x all_to_all 4-forward": 0.08,
+    "v6e:2x4-8-8-128-float32-ring 8-forward": 0.13,
+    "v5e:2x4-24-4-64--ring 8-both": 0.13,
+    "v5e:2x4-24-4-64--all_to_all 8-both": 0.25,
+    "h100:8-32-8-128--all_to_all 8-both": 0.20,
+    "v5e:2x4-24-4-64--ring 2 x all_to_all 4-both": 0.27,
+    "v6e:2x4-8-8-128-float32-ring 8-both": 0.06,
+    "h100:8-16-16-128--ring 8-both": 0.09,
+}
 
 
 @pytest.mark.parametrize("row", PEAKS, ids=in_words)

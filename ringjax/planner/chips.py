@@ -58,9 +58,11 @@ class Chip:
         the shard may be counted in it.
       gather_links: links of a torus that a gather uses at most; None: all.
       lanes: a head takes memory in multiples of so many items.
+      thrifty: the compiler keeps nothing of a ring beside what any program needs.
     """
 
     lanes = 1
+    thrifty = False
 
     name: str
     memory_bytes: int
@@ -230,6 +232,7 @@ class Gpu(Chip):
     """
 
     platform = "gpu"
+    thrifty = True
 
     kind: str
     network_bandwidth: float

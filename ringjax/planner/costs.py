@@ -200,7 +200,13 @@ def count(keys: Keys | None, held: int) -> int:
 
 
 def memory_terms(
-    shard: Shard, exchanged: Sequence[int], gathered: Sequence[int], rings: Sequence[int], *, backward: bool
+    shard: Shard,
+    exchanged: Sequence[int],
+    gathered: Sequence[int],
+    rings: Sequence[int],
+    *,
+    backward: bool,
+    thrifty: bool = False,
 ) -> dict[str, int]:
     """Bytes that a compiled program holds on a device for one layer's attention when it needs most, term by term.
 
@@ -218,12 +224,20 @@ def memory_terms(
       shard: before any exchange.
       exchanged, gathered, rings: sizes of the axes with "all_to_all", "all_gather" and "ring".
       backward: both passes, of which the backward one needs more.
+      thrifty: the compiler keeps nothing of a ring beside what any program needs.
     """
-    return max(_moments(shard, exchanged, gathered, rings, backward=backward), key=lambda terms: sum(terms.values()))
+    moments = _moments(shard, exchanged, gathered, rings, backward=backward, thrifty=thrifty)
+    return max(moments, key=lambda terms: sum(terms.values()))
 
 
 def _moments(
-    shard: Shard, exchanged: Sequence[int], gathered: Sequence[int], rings: Sequence[int], *, backward: bool
+    shard: Shard,
+    exchanged: Sequence[int],
+    gathered: Sequence[int],
+    rings: Sequence[int],
+    *,
+    backward: bool,
+    thrifty: bool,
 ) -> Iterator[dict[str, int]]:
     given = {"query": shard.query_bytes, "key, value": shard.kv_bytes()}
     if backward:
@@ -254,7 +268,8 @@ def _moments(
     yield {**given, **copies, **output}
     if num_blocks > 1:
         yield {**given, **copies, "receive buffers": buffers, **softmax}
-        last = {**given, **copies, "receive buffers": _buffers(rings[-1:]) * local.kv_bytes(), **softmax}
+        kept = 1 if thrifty else _buffers(rings[-1:])
+        last = {**given, **copies, "receive buffers": kept * local.kv_bytes(), **softmax}
         # The output may take the accumulator's place where its items are as wide.
         yield last if shard.item_bytes == 4 else {**last, "output": local.output_bytes}
     if not backward:
@@ -268,7 +283,7 @@ def _moments(
         "dquery sum, float32": 4 * local.batch * local.queries * local.heads * local.head_size,
     }
     if num_blocks > 1:
-        returned = {"dkey, dvalue": shard.kv_bytes()} if exchanged else gradients
+        returned = {} if thrifty else {"dkey, dvalue": shard.kv_bytes()} if exchanged else gradients
         # Of this hop, sent and received on each ring.
         last = {**working, "receive buffers": local.kv_bytes(), "dkey, dvalue sums": 3 * local.sums_bytes()}
         middle = {

@@ -173,6 +173,7 @@ def estimate(problem: Problem, way: Way, chip: Chip, links: Sequence[Links]) -> 
             *(way.sizes_of(word) for word in EXCHANGES),
             rings=way.sizes_of("ring"),
             backward=problem.backward,
+            thrifty=chip.thrifty,
         ),
     )
 
