@@ -22,6 +22,7 @@ from .layout import from_ring_order as from_ring_order
 from .layout import ring_positions as ring_positions
 from .layout import to_ring_order as to_ring_order
 from .mesh import ring_mesh as ring_mesh
+from .packing import pack as pack
 from .partial import merge_partials as merge_partials
 from .planner import Plan as Plan
 from .planner import plan as plan

@@ -119,6 +119,7 @@ ONCE = (
     "test_models_gguf",
     "test_nnx",
     "test_offsets",
+    "test_packing",
     "test_partial",
     "test_planner",
     "test_planner_costs",

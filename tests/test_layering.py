@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule",),
     ("deal", "mask", "partial"),
     ("layout",),
-    ("config", "files", "simulate", "hopper", "mesh", "units", "usage"),
+    ("config", "files", "simulate", "hopper", "mesh", "packing", "units", "usage"),
     ("_compat",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,286 @@
+"""The call, its checks, and what it returns."""
+
+import dataclasses
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrangement import Arrangement, Dealt, arrange
+from .pairs import Bounds, by_hop, document_pairs
+from .sequences import fill
+from .shards import LEFT_OVER, SHARED, Rows, deal
+
+_EVEN = 0.98  # of what tolerance allows; the rest is for pieces of shared documents, which differ by a token
+_MOST = 2**22  # numbers of an array of pairs, sequences by ranks by ranks
+
+
+class Shared(NamedTuple):
+    """What is shared by all devices: how many documents, and which part of all tokens."""
+
+    documents: int
+    tokens: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Packing:
+    """Documents dealt into sequences of C shards. ``packing[i]`` is the arrangement of sequence i, made when asked for.
+
+    Attributes:
+      num_shards, shard_length: C, L.
+      shared_length: G, the places at the front of each shard that tokens of shared documents take at most. Of the keys
+        of a shard only these are needed elsewhere.
+      num_sequences: how many there are; ``len(packing)`` too.
+      left_over: int64, indices of documents that are in none of them, ascending. Put them first in the next call.
+      imbalance: float64 [sequences], attended pairs of the rank with most of them, over the mean.
+      lockstep_imbalance: float64 [sequences], the same where every hop of a ring lasts as long as its busiest rank: the
+        sum over hops of the most pairs of a rank, over the mean of ranks.
+      padding: places without a token, over all places.
+      shared: how many documents are shared, and which part of all tokens they have.
+      dealt: the documents of all sequences.
+    """
+
+    num_shards: int
+    shard_length: int
+    shared_length: int
+    num_sequences: int
+    left_over: np.ndarray
+    imbalance: np.ndarray
+    lockstep_imbalance: np.ndarray
+    padding: float
+    shared: Shared
+    dealt: Dealt = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, index: int) -> Arrangement:
+        place = range(self.num_sequences)[index]  # an IndexError ends loops
+        return arrange(self.dealt.part(place, place + 1))
+
+
+def pack(
+    lengths: Any,
+    *,
+    num_shards: int,
+    shard_length: int,
+    seed: int = 0,
+    is_causal: bool = True,
+    window: int | tuple[int | None, int | None] | None = None,
+    prefix: Any = None,
+    shared_length: int | None = None,
+    multiple: int = 128,
+    tolerance: float = 1.05,
+    final: bool = False,
+) -> Packing:
+    r"""Packs whole documents into sequences of C shards of L tokens, so that every device of a ring works equally.
+
+    A document is local, all its tokens in one shard, or shared by all. A shared document is cut in 2 C pieces, of which
+    rank r holds pieces r and 2C - 1 - r, so that every rank does the same work at every hop; its tokens come first in
+    each shard. Only these travel: give ``shared_length`` to :func:`ringjax.ring_attention`. Local documents
+    are dealt so that shards are equal in pairs,
+
+    .. math::  \max_r W_r \le tolerance \cdot \frac{1}{C} \sum_r W_r
+
+    and in tokens. Those with the most pairs are shared, as few as this takes, and those that fit into no shard.
+
+    Runs on the host, with NumPy. The result depends on the arguments alone.
+
+    Args:
+      lengths: integers [documents], tokens of each.
+      num_shards: C, devices on the ring.
+      shard_length: L, tokens of each in one sequence.
+      seed: deals otherwise.
+      is_causal, window: the mask, as ``is_causal`` and ``local_window_size`` of :func:`ringjax.ring_attention`.
+      prefix: integers [documents]: all tokens of a document attend to so many at its beginning (a prefix language
+        model). As many as the document has: full attention. Causal masks only.
+      shared_length: G, places of a shard that shared documents may take. None: as many as it takes. Otherwise documents
+        that do not fit are left over, and balance is as good as it gets.
+      multiple: of which G is one where it is chosen here, unless it is L.
+      tolerance: pairs of the rank with most of them, over the mean, for which documents are shared.
+      final: also fills a last sequence, in part, with what is left.
+
+    Returns:
+      A :class:`Packing`. Documents that do not fill a sequence are left over, not dropped: put them first in the next
+      call.
+
+    Raises:
+      ValueError: for arguments that do not fit, naming the argument, what is required and what was given.
+    """
+    num_shards = _integer("num_shards", num_shards, least=1)
+    shard_length = _integer("shard_length", shard_length, least=1)
+    seed = _integer("seed", seed, least=0)
+    multiple = _integer("multiple", multiple, least=1)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real) or not tolerance >= 1:
+        raise ValueError(f"tolerance must be a number of at least 1, most pairs over the mean. Got {tolerance!r}.")
+    bounds = _bounds(window, is_causal)
+    most_shared = shard_length
+    if shared_length is not None:
+        most_shared = _integer("shared_length", shared_length, least=0)
+        if most_shared > shard_length:
+            raise ValueError(f"shared_length must be at most shard_length, {shard_length}. Got {shared_length}.")
+    sizes = _lengths(lengths, num_shards, shard_length, most_shared)
+    prefixes = _prefix(prefix, sizes, is_causal)
+
+    pairs = document_pairs(sizes, prefixes, bounds).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    left = np.arange(len(sizes))
+    found: list[np.ndarray] = []  # document, shard and sequence: [3, documents]
+    number = 0
+    while True:
+        more = int(sizes[left].sum()) // (num_shards * shard_length)
+        if not more and final and len(left):
+            more = 1
+        if not more:
+            break
+        of = fill(
+            sizes[left],
+            num_sequences=more,
+            capacity=num_shards * shard_length,
+            longest_local=shard_length,
+            most_shared=num_shards * most_shared,
+            rng=rng,
+        )
+        documents, of = left[of >= 0], of[of >= 0]
+        order = np.lexsort((documents, -pairs[documents], sizes[documents] <= shard_length, of))
+        documents, of = documents[order], of[order]
+        shard = deal(
+            Rows(
+                lengths=sizes[documents],
+                pairs=pairs[documents],
+                start=np.searchsorted(of, np.arange(more + 1)),
+                num_shards=num_shards,
+                shard_length=shard_length,
+                most_shared=most_shared,
+                tolerance=1 + _EVEN * (float(tolerance) - 1),
+            )
+        )
+        these = np.stack([documents, shard, of + number])[:, shard != LEFT_OVER]
+        found.append(these)
+        number += more
+        left = np.setdiff1d(left, these[0], assume_unique=True)
+    documents, shard, of = np.concatenate([np.empty((3, 0), np.int64), *found], axis=1)
+    of = rng.permutation(number)[of]
+    order = np.lexsort((shard, of))
+    documents, shard, of = documents[order], shard[order], of[order]
+    dealt = Dealt(
+        documents=documents,
+        lengths=sizes[documents],
+        prefix=prefixes[documents],
+        shard=shard,
+        start=np.searchsorted(of, np.arange(number + 1)),
+        num_shards=num_shards,
+        shard_length=shard_length,
+        has_prefixes=prefix is not None,
+        bounds=bounds,
+    )
+    if shared_length is None:
+        each = -(-int(dealt.shared_tokens().max(initial=0)) // num_shards)
+        most_shared = min(shard_length, -(-each // multiple) * multiple)
+    return _packing(dealt, left, most_shared)
+
+
+def _packing(dealt: Dealt, left: np.ndarray, shared_length: int) -> Packing:
+    number, shared = dealt.num_sequences, dealt.shard == SHARED
+    imbalance, lockstep = _imbalance(dealt)
+    tokens = int(dealt.lengths.sum())
+    places = number * dealt.num_shards * dealt.shard_length
+    return Packing(
+        num_shards=dealt.num_shards,
+        shard_length=dealt.shard_length,
+        shared_length=shared_length,
+        num_sequences=number,
+        left_over=left,
+        imbalance=imbalance,
+        lockstep_imbalance=lockstep,
+        padding=(places - tokens) / max(places, 1),
+        shared=Shared(documents=int(shared.sum()), tokens=int(dealt.lengths[shared].sum()) / max(tokens, 1)),
+        dealt=dealt,
+    )
+
+
+def _imbalance(dealt: Dealt) -> tuple[np.ndarray, np.ndarray]:
+    """In total and in lockstep, of every sequence: float64 [sequences], some sequences at a time."""
+    total, lockstep = [np.empty(0)], [np.empty(0)]
+    step = max(1, _MOST // dealt.num_shards**2)
+    for begin in range(0, dealt.num_sequences, step):
+        work = by_hop(dealt.part(begin, min(begin + step, dealt.num_sequences)).work())
+        mean = work.sum(axis=(1, 2)) / dealt.num_shards
+        total.append(work.sum(axis=2).max(axis=1) / mean)
+        lockstep.append(work.max(axis=1).sum(axis=1) / mean)
+    return np.concatenate(total), np.concatenate(lockstep)
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _integer(name: str, given: Any, *, least: int) -> int:
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or int(given) < least:
+        raise ValueError(f"{name} must be an integer of at least {least}. Got {given!r}.")
+    return int(given)
+
+
+def _integers(name: str, given: Any) -> np.ndarray:
+    array = np.asarray(given)
+    if array.ndim == 1 and not array.size:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be integers [documents]. Got {array.dtype.name} {array.shape}.")
+    return array.astype(np.int64)
+
+
+def _lengths(given: Any, num_shards: int, shard_length: int, most_shared: int) -> np.ndarray:
+    lengths = _integers("lengths", given)
+    wrong = np.flatnonzero(lengths < 1)
+    if len(wrong):
+        raise ValueError(f"lengths must be positive. Got {lengths[wrong[0]]} of document {wrong[0]}.")
+    capacity = num_shards * shard_length
+    wrong = np.flatnonzero(lengths > capacity)
+    if len(wrong):
+        raise ValueError(
+            f"lengths must be at most num_shards * shard_length = {num_shards} * {shard_length} = {capacity}. "
+            f"Got {lengths[wrong[0]]} of document {wrong[0]}."
+        )
+    wrong = np.flatnonzero((lengths > shard_length) & (lengths > num_shards * most_shared))
+    if len(wrong):
+        raise ValueError(
+            f"lengths must be at most shard_length, {shard_length}, or num_shards * shared_length = {num_shards} * "
+            f"{most_shared} = {num_shards * most_shared}. Got {lengths[wrong[0]]} of document {wrong[0]}."
+        )
+    return lengths
+
+
+def _prefix(given: Any, lengths: np.ndarray, is_causal: bool) -> np.ndarray:
+    if given is None:
+        return np.zeros_like(lengths)
+    prefix = _integers("prefix", given)
+    if prefix.shape != lengths.shape:
+        raise ValueError(f"prefix must have a number for each of {len(lengths)} documents. Got {len(prefix)}.")
+    wrong = np.flatnonzero((prefix < 0) | (prefix > lengths))
+    if len(wrong):
+        first = wrong[0]
+        raise ValueError(
+            f"prefix must be from 0 to the length of its document. Got {prefix[first]} of document {first} with "
+            f"{lengths[first]} tokens."
+        )
+    if not is_causal:
+        raise ValueError("prefix must be None where is_causal is False: all tokens attend to all. Got an array.")
+    return prefix
+
+
+def _bounds(window: Any, is_causal: Any) -> Bounds:
+    if not isinstance(is_causal, bool):
+        raise ValueError(f"is_causal must be True or False. Got {is_causal!r}.")
+    sides: Sequence[Any] = window if isinstance(window, (tuple, list)) else (window, window)
+    whole = [
+        side is None or (isinstance(side, numbers.Integral) and not isinstance(side, bool) and int(side) >= 0)
+        for side in sides
+    ]
+    if len(sides) != 2 or not all(whole):
+        raise ValueError(
+            "window must be None, a non-negative integer or a pair (left, right) of non-negative integers or None. "
+            f"Got {window!r}."
+        )
+    left, right = (None if side is None else int(side) for side in sides)
+    return Bounds(left, 0 if is_causal else right)

@@ -1,0 +1,237 @@
+"""Attended (query, key) pairs of documents, counted in closed form. NumPy only; no token is looked at.
+
+A query at offset i of a document has the position max(i, prefix - 1), a key at offset j the position j, and a query at
+position q attends to keys at positions in [q - left, q + right]; None is no bound, and a causal mask is right = 0.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Which keys a query sees: positions in [q - left, q + right]; None is no bound."""
+
+    left: int | None
+    right: int | None
+
+    def reach(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both bounds for documents of these lengths, in which no distance exceeds length - 1."""
+        last = lengths - 1
+        left, right = (last if side is None else np.minimum(side, last) for side in (self.left, self.right))
+        return left, right
+
+    def spare(self, lengths: np.ndarray) -> np.ndarray:
+        """Whether a document of each of these lengths loses nothing to a window: bool [documents]."""
+        left, right = self.reach(lengths)
+        return (left == lengths - 1) & ((right == lengths - 1) | (self.right == 0))
+
+
+def document_pairs(lengths: np.ndarray, prefix: np.ndarray, bounds: Bounds) -> np.ndarray:
+    """Pairs of whole documents: int64 [documents].
+
+    Without a prefix the sum over i of 1 + min(i, left) + min(length - 1 - i, right). With a prefix of P tokens, which
+    there is under a causal mask only, its P queries attend to min(P, left + 1) keys each.
+    """
+
+    def side(bound: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return bound * (bound + 1) // 2 + bound * (lengths - 1 - bound)
+
+    left, right = bounds.reach(lengths)
+    pairs = lengths + side(left, lengths) + side(right, lengths)
+    if prefix.any():
+        within = np.minimum(left, np.maximum(prefix - 1, 0))
+        causal = np.where(prefix > 0, prefix + side(within, prefix), 0)
+        pairs = pairs - causal + prefix * np.minimum(prefix, left + 1)
+    return pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Shared documents, cut. A document is a prefix and what follows it, either of which may be empty, and each of the
+    two is cut in 2 C pieces: rank r holds pieces r and 2 C - 1 - r, or those of rank r - turn.
+
+    Lengths of pieces differ by one at most, and which ones are longer goes round over all documents of a sequence, so
+    that the ranks' sums differ by one at most.
+
+    Attributes:
+      sizes: int64 [documents, 2, 2 C], tokens of each piece in order of offsets; prefixes first.
+      turn: int64 [documents], which rank has the first piece.
+    """
+
+    sizes: np.ndarray
+    turn: np.ndarray
+
+    @property
+    def num_shards(self) -> int:
+        """C."""
+        return self.sizes.shape[2] // 2
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Offsets at which pieces start: [documents, 2, 2 C]."""
+        flat = self.sizes.reshape(len(self.sizes), 4 * self.num_shards)
+        return (np.cumsum(flat, axis=1) - flat).reshape(self.sizes.shape)
+
+    @property
+    def early(self) -> np.ndarray:
+        """Which piece of those up to C is each rank's: [documents, C]."""
+        return (np.arange(self.num_shards) - self.turn[:, None]) % self.num_shards
+
+    @property
+    def late(self) -> np.ndarray:
+        """Which of those from C on: [documents, C]."""
+        return 2 * self.num_shards - 1 - self.early
+
+    @property
+    def owner(self) -> np.ndarray:
+        """The rank of each piece: [documents, 2 C]."""
+        piece = np.arange(2 * self.num_shards)
+        return (np.minimum(piece, piece[::-1]) + self.turn[:, None]) % self.num_shards
+
+    def of_ranks(self, which: np.ndarray) -> np.ndarray:
+        """Sizes of the early or the late pieces of ranks: [documents, 2, C]."""
+        return np.take_along_axis(self.sizes, which[:, None], axis=2)
+
+    def part(self, which: np.ndarray) -> "Pieces":
+        return Pieces(self.sizes[which], self.turn[which])
+
+
+def cut(lengths: np.ndarray, prefix: np.ndarray, sequence: np.ndarray, num_shards: int, bounds: Bounds) -> Pieces:
+    """Cuts shared documents, those of one sequence one after another: ``sequence`` ascends.
+
+    Where a window cuts keys off, a document's first tokens have less work than others, which would always be on the
+    first ranks: such documents begin on different ranks, evenly over those of a sequence (multiples of the golden
+    ratio).
+    """
+    number = 2 * num_shards
+    first = np.searchsorted(sequence, sequence)  # the first document of each one's sequence
+    whole = bounds.spare(lengths)
+    nth = np.cumsum(~whole) - 1
+    nth = nth - nth[first] + ~whole[first]
+    turn = np.where(whole, 0, (nth * ((5**0.5 - 1) / 2) % 1 * num_shards).astype(np.int64))
+
+    spans = np.stack([prefix, lengths - prefix], axis=1)  # [documents, 2]
+    longer = (spans % number).reshape(-1)
+    before = np.cumsum(longer) - longer
+    begin = ((before - before[2 * first].repeat(2)) % number).reshape(-1, 2, 1)
+    # Places of longer pieces go round: the early piece of rank t for t < C, then the late one of rank t - C.
+    pieces = Pieces(np.empty((len(lengths), 2, number), np.int64), turn)
+    piece = np.arange(number)
+    place = np.where(piece < num_shards, pieces.owner, num_shards + pieces.owner)
+    extra = (place[:, None] - begin) % number < longer.reshape(-1, 2, 1)
+    return Pieces((spans // number)[:, :, None] + extra, turn)
+
+
+def shared_work(
+    pieces: Pieces, lengths: np.ndarray, prefix: np.ndarray, sequence: np.ndarray, num_sequences: int, bounds: Bounds
+) -> np.ndarray:
+    """Pairs of the queries of each rank with the keys of each: int64 [sequences, C (queries), C (keys)].
+
+    Args:
+      pieces: of shared documents.
+      lengths, prefix, sequence: of the same documents; ``sequence`` ascends and is below ``num_sequences``.
+    """
+    whole = bounds.spare(lengths)
+    work = np.zeros((num_sequences, pieces.num_shards, pieces.num_shards), np.int64)
+    if whole.any():
+        work += _whole_work(pieces.part(whole), sequence[whole], num_sequences, bounds.right == 0)
+    if not whole.all():
+        cut_off = ~whole
+        _add_window_work(work, pieces.part(cut_off), prefix[cut_off], sequence[cut_off], bounds)
+    return work
+
+
+def _whole_work(pieces: Pieces, sequence: np.ndarray, num_sequences: int, is_causal: bool) -> np.ndarray:
+    """Of documents that no window cuts: sums over documents of products of lengths, which are products of matrices.
+
+    They all begin on rank 0. Queries attend to all of the prefix. Beyond it query piece i attends to key pieces j < i
+    and to half of itself: of a lower rank both pieces attend to the early one, of a higher one the late piece to both.
+    """
+    num_shards = pieces.num_shards
+    early, late = pieces.of_ranks(pieces.early), pieces.of_ranks(pieces.late)
+    prefix, rest = early[:, 0] + late[:, 0], early[:, 1] + late[:, 1]
+    early, late = early[:, 1], late[:, 1]
+    if not is_causal:  # all attend to all
+        prefix, rest, early, late = prefix + rest, 0 * rest, 0 * early, 0 * late
+
+    # [documents, C] to [sequences, documents of a sequence, C]. Products are exact in float64: below L^2 < 2^53.
+    start = np.searchsorted(sequence, np.arange(num_sequences))
+    place = np.arange(len(sequence)) - start[sequence]
+    shape = (num_sequences, int(place.max()) + 1, num_shards)
+
+    def of_sequences(x: np.ndarray) -> np.ndarray:
+        out = np.zeros(shape)
+        out[sequence, place] = x
+        return out
+
+    def products(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(of_sequences(queries).swapaxes(1, 2)) @ of_sequences(keys)
+
+    lower = np.tri(num_shards, k=-1, dtype=bool)  # the keys' rank is lower
+    work = products(prefix + rest, prefix)
+    work += np.where(lower, products(rest, early), 0) + np.where(lower.T, products(late, rest), 0)
+    own = (early * (early + 1) + late * (late + 1)) // 2 + early * late
+    work[:, range(num_shards), range(num_shards)] += of_sequences(own).sum(axis=1)
+    return work.astype(np.int64)
+
+
+def _add_window_work(
+    work: np.ndarray, pieces: Pieces, prefix: np.ndarray, sequence: np.ndarray, bounds: Bounds
+) -> None:
+    """Of documents that a window cuts: pairs of query piece i and key piece i - t, for every t that has any."""
+    num_shards = pieces.num_shards
+    has_prefix = bool(prefix.any())
+    owner = pieces.owner
+    if has_prefix:
+        sizes, starts = (x.reshape(len(x), 4 * num_shards) for x in (pieces.sizes, pieces.starts))
+        owner = np.tile(owner, (1, 2))
+    else:
+        sizes, starts = pieces.sizes[:, 1], pieces.starts[:, 1]
+    number = owner.shape[1]
+    least = int(sizes.min())  # no run of t pieces is shorter than t times that
+    back, ahead = (
+        number - 1 if side is None or has_prefix or not least else min(number - 1, side // least + 1)
+        for side in (bounds.left, bounds.right)
+    )
+    flat = work.reshape(-1)
+    for apart in range(-ahead, back + 1):
+        queries = np.arange(max(0, apart), number + min(0, apart))
+        keys = queries - apart
+        pairs = _between(
+            starts[:, queries], sizes[:, queries], starts[:, keys], sizes[:, keys], prefix[:, None], bounds
+        )
+        index = sequence[:, None] * num_shards**2 + owner[:, queries] * num_shards + owner[:, keys]
+        np.add.at(flat, index.reshape(-1), pairs.reshape(-1))
+
+
+def _between(
+    query: np.ndarray, queries: np.ndarray, key: np.ndarray, keys: np.ndarray, prefix: np.ndarray, bounds: Bounds
+) -> np.ndarray:
+    """Pairs of a run of queries and one of keys, by first offset and length. No run of queries is in and out of the
+    prefix."""
+    upper = queries * keys if bounds.right is None else _at_most(bounds.right + query - key, queries, keys)
+    lower = 0 if bounds.left is None else _at_most(-bounds.left - 1 + query - key, queries, keys)
+    pairs = upper - lower
+    # All queries of a prefix stand at its end.
+    first = 0 if bounds.left is None else prefix - 1 - bounds.left
+    seen = np.clip(np.minimum(key + keys, prefix) - np.maximum(key, first), 0, None)
+    return np.where(query < prefix, queries * seen, pairs)
+
+
+def _at_most(bound: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Pairs (x, y), 0 <= x < queries and 0 <= y < keys, with y - x <= bound: the sum over x of
+    clip(x + bound + 1, 0, keys)."""
+
+    def ramp(top: np.ndarray) -> np.ndarray:  # the sum of clip(u, 0, keys) over all u up to top
+        rising = np.clip(top, 0, keys)
+        return rising * (rising + 1) // 2 + np.maximum(top - keys, 0) * keys
+
+    return ramp(queries + bound) - ramp(bound)
+
+
+def by_hop(work: np.ndarray) -> np.ndarray:
+    """[..., C (queries), C (keys)] to [..., C (ranks), C (hops)]: at hop o rank r works on the keys of rank r - o."""
+    rank = np.arange(work.shape[-1])
+    return work[..., rank[:, None], (rank[:, None] - rank) % len(rank)]

@@ -1,0 +1,251 @@
+"""Documents of a sequence onto its shards: which are shared by all, and which shard has each of the others.
+
+All sequences are dealt side by side, each as one row of arrays.
+"""
+
+import dataclasses
+
+import numpy as np
+
+SHARED, LEFT_OVER = -1, -2
+_ROOMS = 4  # times that a deal is repeated with more room for what fitted nowhere
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Documents of sequences, one sequence after another.
+
+    Attributes:
+      lengths: int64 [documents].
+      pairs: float64 [documents], attended pairs.
+      start: int64 [sequences + 1], where the documents of each sequence begin. Within one, documents that are longer
+        than a shard come first, then those with the most pairs.
+      num_shards, shard_length: C, L.
+      most_shared: tokens that a shard may hold of shared documents.
+      tolerance: the most pairs of a shard, over the mean.
+    """
+
+    lengths: np.ndarray
+    pairs: np.ndarray
+    start: np.ndarray
+    num_shards: int
+    shard_length: int
+    most_shared: int
+    tolerance: float
+
+
+def deal(rows: Rows) -> np.ndarray:
+    """The shard of each document, SHARED or LEFT_OVER: int64 [documents].
+
+    The first k documents of a sequence are shared, and those for which no shard has room. The least k is looked for,
+    by trial, with which all fit and no shard has more than ``tolerance`` times the mean of attended pairs: first more
+    and more, in steps that double, then between the last one that would not do and the first that did.
+    """
+    first, last = rows.start[:-1], rows.start[1:]
+    least, most = _least_shared(rows), _most_shared(rows)
+    low = np.minimum(least, most) - 1  # known, or assumed, not to do
+    high = most + 1  # known to do; beyond what is possible, none yet
+    step = np.ones_like(low)
+    out = np.full(len(rows.lengths), LEFT_OVER, np.int64)
+    best = np.full(len(first), np.inf)
+    while True:
+        open_rows = np.flatnonzero(low + 1 < high)
+        if not len(open_rows):
+            break
+        found = high[open_rows] <= most[open_rows]
+        upward = np.minimum(low[open_rows] + step[open_rows], most[open_rows])
+        tried = np.where(found, (low[open_rows] + high[open_rows]) // 2, upward)
+        step[open_rows] *= 2
+        good, tokens = _try(rows, open_rows, tried, best[open_rows], out)
+        best[open_rows] = np.where(good, np.minimum(best[open_rows], tokens), best[open_rows])
+        high[open_rows] = np.where(good, tried, high[open_rows])
+        low[open_rows] = np.where(good, low[open_rows], tried)
+    hopeless = np.flatnonzero(np.isinf(best) & (last > first))
+    if len(hopeless):  # as good as it gets
+        dealt = _Deal(rows, hopeless, most[hopeless], np.zeros(len(hopeless), np.int64))
+        dealt.write(out, np.ones(len(hopeless), bool), LEFT_OVER)
+    return out
+
+
+def _try(
+    rows: Rows, which: np.ndarray, shared: np.ndarray, best: np.ndarray, out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deals with so many documents shared in each of these sequences: whether that is good, and how many tokens are.
+
+    Where documents found no room and no room is left to share them either, deals anew with as much kept free for them.
+    Writes what is good and shares fewer tokens than ``best``.
+    """
+    reserve = np.zeros(len(which), np.int64)
+    good, tokens = np.zeros(len(which), bool), np.full(len(which), np.inf)
+    todo = np.arange(len(which))
+    for _ in range(_ROOMS):
+        dealt = _Deal(rows, which[todo], shared[todo], reserve[todo])
+        fits = dealt.good
+        dealt.write(out, fits & (dealt.shared_tokens < best[todo]), SHARED)
+        good[todo], tokens[todo] = fits, dealt.shared_tokens
+        reserve[todo] = -(-dealt.unplaced // rows.num_shards)
+        todo = todo[~fits & (dealt.unplaced > 0)]
+        if not len(todo):
+            break
+    return good, tokens
+
+
+class _Deal:
+    """One trial: of each sequence the first documents are shared, the others are dealt, those with most pairs first.
+
+    A document goes to the shard where the sum of squares of loads grows least. Loads are pairs and tokens, each over
+    its mean and over the slack that it has, so that large documents even out pairs and small ones tokens.
+    """
+
+    def __init__(self, rows: Rows, which: np.ndarray, shared: np.ndarray, reserve: np.ndarray) -> None:
+        self.rows, self.num_shards = rows, rows.num_shards
+        # The longest rows first: those that are still being dealt are then the first ones at every step.
+        order = np.argsort(rows.start[which] + shared - rows.start[which + 1], kind="stable")
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        which, shared, reserve = which[order], shared[order], reserve[order]
+        self.back = back
+        self.which = which
+        self.first, self.begin, self.end = rows.start[which], rows.start[which] + shared, rows.start[which + 1]
+        tokens_before = np.concatenate([[0], np.cumsum(rows.lengths)])
+        pairs_before = np.concatenate([[0.0], np.cumsum(rows.pairs)])
+        self.top_tokens = tokens_before[self.begin] - tokens_before[self.first]
+        local_tokens = tokens_before[self.end] - tokens_before[self.begin]
+        self.all_pairs = pairs_before[self.end] - pairs_before[self.first]
+        local_pairs = pairs_before[self.end] - pairs_before[self.begin]
+        self.room = rows.shard_length - -(-self.top_tokens // self.num_shards) - reserve
+        number = self.num_shards
+        slack_pairs = np.clip((rows.tolerance - 1) * self.all_pairs / np.maximum(local_pairs, 1), 0.1, 1)
+        slack_tokens = np.clip(self.room * number / np.maximum(local_tokens, 1) - 1, 0.1, 1)
+        self.pairs_weight = (number / np.maximum(local_pairs, 1) / slack_pairs) ** 2
+        self.tokens_weight = (number / np.maximum(local_tokens, 1) / slack_tokens) ** 2
+        self.pairs = np.zeros((len(which), number))
+        self.tokens = np.zeros((len(which), number), np.int64)
+        self.shard = np.full(int((self.end - self.begin).sum()), SHARED, np.int64)
+        self.offset = np.concatenate([[0], np.cumsum(self.end - self.begin)])[:-1]
+        self.unplaced_tokens = np.zeros(len(which), np.int64)
+        self._run()
+
+    def _run(self) -> None:
+        width = max(1, self.num_shards // 16)
+        counts = self.end - self.begin
+        active = len(counts)
+        for step in range(0, int(counts.max(initial=0)), width):
+            while active and counts[active - 1] <= step:
+                active -= 1
+            if width == 1:
+                self._place(np.arange(active), np.full(active, step))
+            else:
+                self._place_several(active, step, width)
+
+    def _score(self, row: np.ndarray | slice, document: np.ndarray) -> np.ndarray:
+        """How much the sum of squares grows with a document of each row on each shard; inf where it has no room."""
+        length, pairs = self.rows.lengths[document], self.rows.pairs[document]
+        score = self.pairs[row] * (pairs * self.pairs_weight[row])[:, None]
+        score += self.tokens[row] * (length * self.tokens_weight[row])[:, None]
+        score[self.tokens[row] > (self.room[row] - length)[:, None]] = np.inf
+        return score
+
+    def _place(self, row: np.ndarray, step: np.ndarray) -> None:
+        """The document at ``step`` of each of these rows."""
+        document = self.begin[row] + step
+        score = self._score(row, document)
+        shard = score.argmin(axis=1)
+        fits = np.isfinite(score[np.arange(len(row)), shard])
+        self.unplaced_tokens[row[~fits]] += self.rows.lengths[document[~fits]]
+        row, step, shard, document = row[fits], step[fits], shard[fits], document[fits]
+        self.tokens[row, shard] += self.rows.lengths[document]
+        self.pairs[row, shard] += self.rows.pairs[document]
+        self.shard[self.offset[row] + step] = shard
+
+    def _place_several(self, active: int, step: int, width: int) -> None:
+        """The next ``width`` documents of each row onto as many shards; those that find no room there one by one."""
+        score = self._score(slice(active), self.begin[:active] + step)
+        shards = np.argpartition(score, width - 1, axis=1)[:, :width]
+        chosen = np.take_along_axis(score, shards, axis=1)
+        shards = np.take_along_axis(shards, np.argsort(chosen, axis=1, kind="stable"), axis=1)
+        at = step + np.arange(width)
+        there = self.begin[:active, None] + at < self.end[:active, None]
+        document = np.minimum(self.begin[:active, None] + at, len(self.rows.lengths) - 1)
+        length = np.where(there, self.rows.lengths[document], 0)
+        room = self.room[:active, None] - np.take_along_axis(self.tokens[:active], shards, axis=1)
+        fits = there & (length <= room)
+        inside, place = np.nonzero(fits)  # no shard twice in a row
+        shard, chosen = shards[inside, place], document[inside, place]
+        self.tokens[inside, shard] += self.rows.lengths[chosen]
+        self.pairs[inside, shard] += self.rows.pairs[chosen]
+        self.shard[self.offset[inside] + at[place]] = shard
+        alone = there & ~fits
+        for place in np.flatnonzero(alone.any(axis=0)):
+            row = np.flatnonzero(alone[:, place])
+            self._place(row, np.full(len(row), step + place))
+
+    @property
+    def _shared_tokens(self) -> np.ndarray:
+        return self.top_tokens + self.unplaced_tokens
+
+    @property
+    def _good(self) -> np.ndarray:
+        each = -(-self._shared_tokens // self.num_shards)
+        fits = (self.tokens.max(axis=1) + each <= self.rows.shard_length) & (each <= self.rows.most_shared)
+        shared_pairs = self.all_pairs - self.pairs.sum(axis=1)
+        most = self.num_shards * self.pairs.max(axis=1) + shared_pairs
+        return fits & (most <= self.rows.tolerance * self.all_pairs * (1 + 1e-9))
+
+    @property
+    def good(self) -> np.ndarray:
+        """Whether all fit, and no shard has too many pairs; in the order in which the rows were given."""
+        return self._good[self.back]
+
+    @property
+    def shared_tokens(self) -> np.ndarray:
+        return self._shared_tokens[self.back]
+
+    @property
+    def unplaced(self) -> np.ndarray:
+        """Tokens of documents that found no room."""
+        return self.unplaced_tokens[self.back]
+
+    def write(self, out: np.ndarray, which: np.ndarray, unplaced: int) -> None:
+        """The shards of documents of some of the rows, with a word for those that found no room."""
+        chosen = np.empty_like(which)
+        chosen[self.back] = which
+        row = np.flatnonzero(chosen)
+        out[_ranges(self.first[row], self.begin[row])] = SHARED
+        dealt = self.shard[_ranges(self.offset[row], self.offset[row] + self.end[row] - self.begin[row])]
+        out[_ranges(self.begin[row], self.end[row])] = np.where(dealt < 0, unplaced, dealt)
+
+
+def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The integers of several ranges, one after another."""
+    sizes = last - first
+    total = np.cumsum(sizes)
+    return np.arange(int(sizes.sum())) + np.repeat(first - total + sizes, sizes)
+
+
+def _least_shared(rows: Rows) -> np.ndarray:
+    """Documents that are shared in any case: they are longer than the room, or have more pairs than a shard may."""
+    first, last = rows.start[:-1], rows.start[1:]
+    row = np.repeat(np.arange(len(first)), last - first)
+    tokens = np.cumsum(rows.lengths) - rows.lengths
+    pairs = np.cumsum(rows.pairs) - rows.pairs
+    tokens, pairs = tokens - tokens[first[row]], pairs - pairs[first[row]]
+    whole = np.bincount(row, weights=rows.pairs, minlength=len(first))[row]
+    fits = rows.lengths <= rows.shard_length - -(-tokens // rows.num_shards)
+    fits &= rows.num_shards * rows.pairs + pairs <= rows.tolerance * whole * (1 + 1e-9)
+    index = np.where(fits, np.arange(len(row)), len(row))
+    out = last - first
+    filled = np.flatnonzero(last > first)
+    if len(filled):
+        out[filled] = np.minimum(np.minimum.reduceat(index, first[filled]), last[filled]) - first[filled]
+    return out
+
+
+def _most_shared(rows: Rows) -> np.ndarray:
+    """How many documents of each row may be shared at most: int64 [sequences]."""
+    first, last = rows.start[:-1], rows.start[1:]
+    row = np.repeat(np.arange(len(first)), last - first)
+    tokens = np.cumsum(rows.lengths)
+    tokens = tokens - (tokens - rows.lengths)[first[row]]
+    fits = tokens <= rows.num_shards * rows.most_shared
+    return np.bincount(row, weights=fits, minlength=len(first)).astype(np.int64)
