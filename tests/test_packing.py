@@ -315,6 +315,39 @@ def test_balance_under_other_masks(mask: str) -> None:
     assert packing.imbalance.max() <= 1.05 and packing.lockstep_imbalance.max() <= 1.10
 
 
+@pytest.mark.parametrize(
+    ("name", "num_shards", "shard_length", "sequences", "above"),
+    [
+        ("magi short", 8, 65536, 4.5, 0.02),
+        ("magi short", 8, 8192, 20.5, 0.08),  # few documents per shard: some are shared because they fit nowhere
+        ("magi short", 64, 16384, 2.5, 0.02),
+        ("log-normal", 64, 32768, 2.5, 0.03),
+        ("one giant", 32, 8192, 4.5, 0.01),
+        ("one giant", 8, 8192, 12.5, 0.03),
+    ],
+)
+def test_hardly_more_is_shared_than_must_be(
+    name: str, num_shards: int, shard_length: int, sequences: float, above: float
+) -> None:
+    """A document cannot be local that has more pairs than a rank may have beside its part of those that are shared."""
+    lengths = distribution(name, num_shards * shard_length, shard_length, sequences)
+    packing = ringjax.pack(lengths, num_shards=num_shards, shard_length=shard_length)
+    needed = []
+    for arrangement in packing:
+        sizes = np.sort(lengths[list(set(arrangement.document) - {-1})])[::-1]
+        pairs = sizes * (sizes + 1) / 2
+        shared = 0
+        while shared < len(sizes) and (
+            sizes[shared] > shard_length
+            or pairs[shared] + pairs[:shared].sum() / num_shards > 1.05 * pairs.sum() / num_shards
+        ):
+            shared += 1
+        needed.append(sizes[:shared].sum() / num_shards)
+    assert np.mean(needed) <= packing.shared.tokens * shard_length <= np.mean(needed) + above * shard_length
+    # One number for all sequences, which no unlucky one of them decides.
+    assert packing.shared_length <= 1.3 * max(needed) + 128
+
+
 def test_the_tolerance_is_what_is_shared_for() -> None:
     lengths = distribution("magi short", 16 * 8192, 8192, 4.5)
     shared, worst = [], []
@@ -341,11 +374,16 @@ def test_the_seed_decides() -> None:
     options: dict[str, Any] = {"num_shards": 4, "shard_length": 64}
     assert same(ringjax.pack(lengths, seed=3, **options), ringjax.pack(list(lengths), seed=3, **options))
     assert not same(ringjax.pack(lengths, seed=3, **options), ringjax.pack(lengths, seed=4, **options))
+    places = set()
+    for seed in range(8):
+        longest = [int(lengths[x.document].max()) for x in ringjax.pack(lengths, seed=seed, **options)]
+        places.add(longest.index(max(longest)))
+    assert len(places) > 1, "sequences are in a random order"
 
 
 def test_nothing_is_lost_over_several_calls() -> None:
     stream = some_lengths(4, 64, 2, sequences=9.7)
-    used: list[int] = []
+    used: list[Any] = []
     carried = np.empty(0, np.int64)
     for part in np.array_split(np.arange(len(stream)), 5):
         documents = np.concatenate([carried, part])
@@ -366,16 +404,33 @@ def test_those_that_come_first_are_taken_first() -> None:
     assert len(packing) == 12 and packing.left_over.tolist() == [96, 97, 98, 99]
 
 
+@pytest.mark.parametrize("shared_length", [None, 8, 12, 16])
+@pytest.mark.parametrize("length", [1, 8, 12, 16, 24, 32])
+def test_equal_documents(length: int, shared_length: int | None) -> None:
+    """As many in each sequence as there is room for; a document longer than a shard needs its part of each."""
+    if length > 16 and shared_length is not None and length > 2 * shared_length:
+        return
+    packing = ringjax.pack([length] * 200, num_shards=2, shard_length=16, shared_length=shared_length)
+    each = {1: 32, 8: 4, 12: 2, 16: 2, 24: 1, 32: 1}[length]
+    tokens = [int((arrangement.document >= 0).sum()) for arrangement in packing]
+    assert set(tokens) == {each * length}
+    assert len(packing.left_over) == 200 - len(packing) * each and len(packing.left_over) * length < 2 * 16
+    assert packing.imbalance.max() == pytest.approx(1, abs=0.05)
+
+
 def test_a_given_shared_length() -> None:
     lengths = some_lengths(4, 64, 4)
     free = ringjax.pack(lengths, num_shards=4, shard_length=64, multiple=1, final=True)
     for shared_length in (64, free.shared_length, 48):
         packing = ringjax.pack(lengths, num_shards=4, shard_length=64, shared_length=shared_length, final=True)
         assert packing.shared_length == shared_length and not packing.left_over.size
+        placed: list[Any] = []
         for arrangement in packing:
             document = arrangement.document.reshape(4, -1)
+            placed += set(document.ravel()) - {-1}
             behind = set(document[:, shared_length:].ravel()) - {-1}
             assert all((document == which).any(axis=1).sum() == 1 for which in behind)
+        assert sorted(placed) == list(range(len(lengths))), "what did not fit in one sequence is in another"
     local = ringjax.pack(lengths[lengths <= 64], num_shards=4, shard_length=64, shared_length=0, final=True)
     assert local.shared == (0, 0.0) and not local.left_over.size
 

@@ -10,9 +10,10 @@ import numpy as np
 from .arrangement import Arrangement, Dealt, arrange
 from .pairs import Bounds, by_hop, document_pairs
 from .sequences import fill
-from .shards import LEFT_OVER, SHARED, Rows, deal
+from .shards import LEFT_OVER, SHARED, Rows, deal, unlucky
 
 _EVEN = 0.98  # of what tolerance allows; the rest is for pieces of shared documents, which differ by a token
+_ATTEMPTS = 6  # to do without sequences that share much more than others
 _MOST = 2**22  # numbers of an array of pairs, sequences by ranks by ranks
 
 
@@ -127,7 +128,7 @@ def pack(
     rng = np.random.default_rng(seed)
     left = np.arange(len(sizes))
     found: list[np.ndarray] = []  # document, shard and sequence: [3, documents]
-    number = 0
+    number, attempts = 0, _ATTEMPTS
     while True:
         more = int(sizes[left].sum()) // (num_shards * shard_length)
         if not more and final and len(left):
@@ -142,24 +143,28 @@ def pack(
             most_shared=num_shards * most_shared,
             rng=rng,
         )
-        documents, of = left[of >= 0], of[of >= 0]
+        documents, (filled, of) = left[of >= 0], np.unique(of[of >= 0], return_inverse=True)
         order = np.lexsort((documents, -pairs[documents], sizes[documents] <= shard_length, of))
         documents, of = documents[order], of[order]
-        shard = deal(
-            Rows(
-                lengths=sizes[documents],
-                pairs=pairs[documents],
-                start=np.searchsorted(of, np.arange(more + 1)),
-                num_shards=num_shards,
-                shard_length=shard_length,
-                most_shared=most_shared,
-                tolerance=1 + _EVEN * (float(tolerance) - 1),
-            )
+        rows = Rows(
+            lengths=sizes[documents],
+            pairs=pairs[documents],
+            start=np.searchsorted(of, np.arange(len(filled) + 1)),
+            num_shards=num_shards,
+            shard_length=shard_length,
+            most_shared=most_shared,
+            tolerance=1 + _EVEN * (float(tolerance) - 1),
         )
-        these = np.stack([documents, shard, of + number])[:, shard != LEFT_OVER]
-        found.append(these)
-        number += more
-        left = np.setdiff1d(left, these[0], assume_unique=True)
+        shard = deal(rows)
+        kept = shard != LEFT_OVER
+        if shared_length is None and attempts:  # one sequence would decide how much of all travels: filled anew
+            attempts -= 1
+            again = unlucky(rows, shard)
+            kept &= ~(again | np.roll(again, 1))[of]  # with the documents of another one
+        filled, of = np.unique(of[kept], return_inverse=True)
+        found.append(np.stack([documents[kept], shard[kept], of + number]))
+        number += len(filled)
+        left = np.setdiff1d(left, documents[kept], assume_unique=True)
     documents, shard, of = np.concatenate([np.empty((3, 0), np.int64), *found], axis=1)
     of = rng.permutation(number)[of]
     order = np.lexsort((shard, of))

@@ -108,8 +108,8 @@ def cut(lengths: np.ndarray, prefix: np.ndarray, sequence: np.ndarray, num_shard
     number = 2 * num_shards
     first = np.searchsorted(sequence, sequence)  # the first document of each one's sequence
     whole = bounds.spare(lengths)
-    nth = np.cumsum(~whole) - 1
-    nth = nth - nth[first] + ~whole[first]
+    nth = np.cumsum(~whole)
+    nth = nth - nth[first] + ~whole[first] - 1
     turn = np.where(whole, 0, (nth * ((5**0.5 - 1) / 2) % 1 * num_shards).astype(np.int64))
 
     spans = np.stack([prefix, lengths - prefix], axis=1)  # [documents, 2]

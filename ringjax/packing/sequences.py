@@ -17,7 +17,7 @@ def fill(
     Documents are taken in their order, so that those that were left over before come first, until there are enough;
     the others only fill gaps. The largest ones are dealt first and the smallest last, so that every sequence gets its
     mix of both and sequences end up equally full. The order is that of lengths up to a random tenth, so that another
-    seed deals otherwise.
+    seed deals otherwise. A sequence may stay empty.
 
     Args:
       lengths: int64 [documents].
@@ -48,22 +48,25 @@ def fill(
             heapq.heapreplace(heap, least + (length << width))
             chosen.append(least & mask)
     of[order] = chosen
-    _fill_gaps(of, lengths, [(entry & mask, entry >> width) for entry in heap], capacity, aim, longest_local)
+    used = [(entry & mask, entry >> width) for entry in heap]
+    _fill_gaps(of, lengths, used, capacity, aim, capacity if most_shared == capacity else longest_local)
     return of
 
 
 def _fill_gaps(
-    of: np.ndarray, lengths: np.ndarray, used: list[tuple[int, int]], capacity: int, aim: int, longest_local: int
+    of: np.ndarray, lengths: np.ndarray, used: list[tuple[int, int]], capacity: int, aim: int, longest: int
 ) -> None:
     """Documents that are still left go where they fit, the largest that do, and of several of one length the first."""
-    left = np.flatnonzero((of < 0) & (lengths <= longest_local))
+    enough = capacity - capacity // 40
+    left = np.flatnonzero((of < 0) & (lengths <= longest))
     left = left[np.lexsort((-left, lengths[left]))]
     documents, sizes = left.tolist(), lengths[left].tolist()
     for sequence, tokens in used:
         while sizes:
             at = bisect.bisect_right(sizes, aim - tokens)
-            if not at and 100 * (capacity - tokens) > capacity:  # more than a hundredth would be padding
-                at = bisect.bisect_right(sizes, capacity - tokens)
+            if not at and tokens < enough:  # beyond the aim, as little as may be
+                at = min(bisect.bisect_left(sizes, enough - tokens) + 1, bisect.bisect_right(sizes, capacity - tokens))
+                at = bisect.bisect_right(sizes, sizes[at - 1]) if at else 0
             if not at:
                 break
             tokens += sizes.pop(at - 1)

@@ -90,11 +90,25 @@ def _try(
     return good, tokens
 
 
+def unlucky(rows: Rows, shard: np.ndarray) -> np.ndarray:
+    """Sequences that share clearly more tokens than most, and than any of them must: bool [sequences]."""
+    first, last = rows.start[:-1], rows.start[1:]
+    shared = _before(np.where(shard == SHARED, rows.lengths, 0))
+    tokens = shared[last] - shared[first]
+    before = _before(rows.lengths)
+    needed = before[first + _least_shared(rows)] - before[first]
+    return tokens > 1.05 * max(np.median(tokens), needed.max(initial=0))
+
+
+def _before(x: np.ndarray) -> np.ndarray:
+    """Sums of all that comes before, and in the end of all."""
+    return np.concatenate([[0], np.cumsum(x)])
+
+
 class _Deal:
     """One trial: of each sequence the first documents are shared, the others are dealt, those with most pairs first.
 
-    A document goes to the shard where the sum of squares of loads grows least. Loads are pairs and tokens, each over
-    its mean and over the slack that it has, so that large documents even out pairs and small ones tokens.
+    A document goes to the shard with the fewest pairs that has room for it.
     """
 
     def __init__(self, rows: Rows, which: np.ndarray, shared: np.ndarray, reserve: np.ndarray) -> None:
@@ -105,24 +119,16 @@ class _Deal:
         back[order] = np.arange(len(order))
         which, shared, reserve = which[order], shared[order], reserve[order]
         self.back = back
-        self.which = which
         self.first, self.begin, self.end = rows.start[which], rows.start[which] + shared, rows.start[which + 1]
-        tokens_before = np.concatenate([[0], np.cumsum(rows.lengths)])
-        pairs_before = np.concatenate([[0.0], np.cumsum(rows.pairs)])
+        tokens_before = _before(rows.lengths)
+        pairs_before = _before(rows.pairs)
         self.top_tokens = tokens_before[self.begin] - tokens_before[self.first]
-        local_tokens = tokens_before[self.end] - tokens_before[self.begin]
         self.all_pairs = pairs_before[self.end] - pairs_before[self.first]
-        local_pairs = pairs_before[self.end] - pairs_before[self.begin]
         self.room = rows.shard_length - -(-self.top_tokens // self.num_shards) - reserve
-        number = self.num_shards
-        slack_pairs = np.clip((rows.tolerance - 1) * self.all_pairs / np.maximum(local_pairs, 1), 0.1, 1)
-        slack_tokens = np.clip(self.room * number / np.maximum(local_tokens, 1) - 1, 0.1, 1)
-        self.pairs_weight = (number / np.maximum(local_pairs, 1) / slack_pairs) ** 2
-        self.tokens_weight = (number / np.maximum(local_tokens, 1) / slack_tokens) ** 2
-        self.pairs = np.zeros((len(which), number))
-        self.tokens = np.zeros((len(which), number), np.int64)
+        self.pairs = np.zeros((len(which), self.num_shards))
+        self.tokens = np.zeros((len(which), self.num_shards), np.int64)
         self.shard = np.full(int((self.end - self.begin).sum()), SHARED, np.int64)
-        self.offset = np.concatenate([[0], np.cumsum(self.end - self.begin)])[:-1]
+        self.offset = _before(self.end - self.begin)[:-1]
         self.unplaced_tokens = np.zeros(len(which), np.int64)
         self._run()
 
@@ -139,12 +145,9 @@ class _Deal:
                 self._place_several(active, step, width)
 
     def _score(self, row: np.ndarray | slice, document: np.ndarray) -> np.ndarray:
-        """How much the sum of squares grows with a document of each row on each shard; inf where it has no room."""
-        length, pairs = self.rows.lengths[document], self.rows.pairs[document]
-        score = self.pairs[row] * (pairs * self.pairs_weight[row])[:, None]
-        score += self.tokens[row] * (length * self.tokens_weight[row])[:, None]
-        score[self.tokens[row] > (self.room[row] - length)[:, None]] = np.inf
-        return score
+        """Pairs of each shard; inf where it has no room for a document, one of each row."""
+        room = self.room[row] - self.rows.lengths[document]
+        return np.where(self.tokens[row] <= room[:, None], self.pairs[row], np.inf)
 
     def _place(self, row: np.ndarray, step: np.ndarray) -> None:
         """The document at ``step`` of each of these rows."""
