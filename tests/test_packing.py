@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -358,6 +360,38 @@ def test_the_tolerance_is_what_is_shared_for() -> None:
         assert worst[-1] <= tolerance
     assert shared == sorted(shared, reverse=True) and shared[0] > 1.2 * shared[2]
     assert worst == sorted(worst) and worst[2] > 1.1
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "packing.md").read_text(encoding="utf-8")
+
+
+def row(name: str, num_shards: int, shard_length: int = 65536) -> str:
+    """A row of the page's table. All of them: python -c "import test_packing; test_packing.table()", in tests."""
+    lengths = distribution(name, num_shards * shard_length, shard_length, 20.5 if num_shards < 64 else 4.5)
+    packing = ringjax.pack(lengths, num_shards=num_shards, shard_length=shard_length)
+    return (
+        f"| {name} | {num_shards} | {packing.imbalance.max():.3f} | {packing.lockstep_imbalance.max():.3f} "
+        f"| {packing.padding:.1%} | {packing.shared.tokens:.0%} | {packing.shared_length / shard_length:.0%} |"
+    )
+
+
+def table() -> None:
+    sys.stdout.writelines(row(name, num_shards) + "\n" for name in NAMES for num_shards in (2, 8, 64, 256))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name != "standard library"]
+)  # which each Python has its own
+def test_figures_of_the_page(name: str) -> None:
+    assert row(name, 8) in PAGE
+
+
+def test_examples_of_the_page() -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    assert code.count("assert ") > 4
+    exec(compile(code, "docs/packing.md", "exec"), {})
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def fill(
     taken = int(np.searchsorted(np.cumsum(lengths), num_sequences * aim, side="right"))
     if num_sequences * capacity >= lengths.sum():  # a last sequence, of all that is there
         taken = len(lengths)
-    shuffled = lengths[:taken] * np.exp(rng.uniform(-0.1, 0.1, taken))
+    shuffled = lengths[:taken] * rng.uniform(0.9, 1.1, taken)
     order = np.lexsort((-shuffled, lengths[:taken] <= longest_local))
 
     width = max(1, (num_sequences - 1).bit_length())
