@@ -218,6 +218,8 @@ def test_take(num_shards: int) -> None:
 def test_take_refuses_what_does_not_fit() -> None:
     arrangement = ringjax.pack([5, 3], num_shards=2, shard_length=4)[0]
     tokens = np.arange(8)
+    with pytest.raises(ValueError, match=r"tokens must be one array.*rank 1. Got shape \(2, 4\)"):
+        arrangement.take(tokens.reshape(2, 4), [0, 5])
     with pytest.raises(ValueError, match=r"starts must be integers \[documents\].*float64 \(2,\)"):
         arrangement.take(tokens, [0.0, 5.0])
     with pytest.raises(ValueError, match="starts must have a number for each document.*document 1.*Got 1"):
@@ -469,6 +471,14 @@ def test_a_given_shared_length() -> None:
     assert local.shared == (0, 0.0) and not local.left_over.size
 
 
+@pytest.mark.parametrize("final", [False, True])
+def test_documents_that_are_nearly_a_sequence(final: bool) -> None:
+    """Longer than what a sequence aims at, shorter than what may be shared."""
+    packing = ringjax.pack([2036] * 3, num_shards=2, shard_length=1024, shared_length=1020, final=final)
+    assert len(packing) == 3 - (not final) and len(packing.left_over) == (not final)
+    assert packing.shared == (len(packing), 1.0)
+
+
 def test_nothing_to_pack() -> None:
     for lengths in ([], [3, 4]):
         packing = ringjax.pack(lengths, num_shards=2, shard_length=4)
@@ -495,6 +505,7 @@ def test_nothing_to_pack() -> None:
         ({"multiple": 0}, "multiple must be an integer of at least 1. Got 0"),
         ({"tolerance": 0.9}, "tolerance must be a number of at least 1.*Got 0.9"),
         ({"tolerance": float("nan")}, "tolerance must be a number of at least 1.*Got nan"),
+        ({"final": 1}, "final must be True or False. Got 1"),
         ({"is_causal": 1}, "is_causal must be True or False. Got 1"),
         ({"window": -1}, "window must be None, a non-negative integer or a pair.*Got -1"),
         ({"window": (1, 2, 3)}, r"window must be None.*Got \(1, 2, 3\)"),

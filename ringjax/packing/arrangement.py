@@ -122,7 +122,9 @@ class Arrangement:
         Raises:
           ValueError: where a document would end behind the last token.
         """
-        starts = np.asarray(starts)
+        tokens, starts = np.asarray(tokens), np.asarray(starts)
+        if tokens.ndim != 1:
+            raise ValueError(f"tokens must be one array of all documents, of rank 1. Got shape {tokens.shape}.")
         if starts.ndim != 1 or not np.issubdtype(starts.dtype, np.integer):
             raise ValueError(f"starts must be integers [documents]. Got {starts.dtype.name} {starts.shape}.")
         documents = self.dealt.documents

@@ -79,8 +79,7 @@ def pack(
 
     A document is local, all its tokens in one shard, or shared by all. A shared document is cut in 2 C pieces, of which
     rank r holds pieces r and 2C - 1 - r, so that every rank does the same work at every hop; its tokens come first in
-    each shard. Only these travel: give ``shared_length`` to :func:`ringjax.ring_attention`. Local documents
-    are dealt so that shards are equal in pairs,
+    each shard, and only these are needed elsewhere. Local documents are dealt so that shards are equal in pairs,
 
     .. math::  \max_r W_r \le tolerance \cdot \frac{1}{C} \sum_r W_r
 
@@ -115,6 +114,8 @@ def pack(
     multiple = _integer("multiple", multiple, least=1)
     if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real) or not tolerance >= 1:
         raise ValueError(f"tolerance must be a number of at least 1, most pairs over the mean. Got {tolerance!r}.")
+    if not isinstance(final, bool):
+        raise ValueError(f"final must be True or False. Got {final!r}.")
     bounds = _bounds(window, is_causal)
     most_shared = shard_length
     if shared_length is not None:
@@ -124,48 +125,19 @@ def pack(
     sizes = _lengths(lengths, num_shards, shard_length, most_shared)
     prefixes = _prefix(prefix, sizes, is_causal)
 
-    pairs = document_pairs(sizes, prefixes, bounds).astype(np.float64)
     rng = np.random.default_rng(seed)
-    left = np.arange(len(sizes))
-    found: list[np.ndarray] = []  # document, shard and sequence: [3, documents]
-    number, attempts = 0, _ATTEMPTS
-    while True:
-        more = int(sizes[left].sum()) // (num_shards * shard_length)
-        if not more and final and len(left):
-            more = 1
-        if not more:
-            break
-        of = fill(
-            sizes[left],
-            num_sequences=more,
-            capacity=num_shards * shard_length,
-            longest_local=shard_length,
-            most_shared=num_shards * most_shared,
-            rng=rng,
-        )
-        documents, (filled, of) = left[of >= 0], np.unique(of[of >= 0], return_inverse=True)
-        order = np.lexsort((documents, -pairs[documents], sizes[documents] <= shard_length, of))
-        documents, of = documents[order], of[order]
-        rows = Rows(
-            lengths=sizes[documents],
-            pairs=pairs[documents],
-            start=np.searchsorted(of, np.arange(len(filled) + 1)),
-            num_shards=num_shards,
-            shard_length=shard_length,
-            most_shared=most_shared,
-            tolerance=1 + _EVEN * (float(tolerance) - 1),
-        )
-        shard = deal(rows)
-        kept = shard != LEFT_OVER
-        if shared_length is None and attempts:  # one sequence would decide how much of all travels: filled anew
-            attempts -= 1
-            again = unlucky(rows, shard)
-            kept &= ~(again | np.roll(again, 1))[of]  # with the documents of another one
-        filled, of = np.unique(of[kept], return_inverse=True)
-        found.append(np.stack([documents[kept], shard[kept], of + number]))
-        number += len(filled)
-        left = np.setdiff1d(left, documents[kept], assume_unique=True)
-    documents, shard, of = np.concatenate([np.empty((3, 0), np.int64), *found], axis=1)
+    documents, shard, of, left = _sequences(
+        sizes,
+        document_pairs(sizes, prefixes, bounds).astype(np.float64),
+        num_shards=num_shards,
+        shard_length=shard_length,
+        most_shared=most_shared,
+        tolerance=1 + _EVEN * (float(tolerance) - 1),
+        attempts=_ATTEMPTS if shared_length is None else 0,
+        final=final,
+        rng=rng,
+    )
+    number = int(of.max(initial=-1)) + 1
     of = rng.permutation(number)[of]
     order = np.lexsort((shard, of))
     documents, shard, of = documents[order], shard[order], of[order]
@@ -184,6 +156,62 @@ def pack(
         each = -(-int(dealt.shared_tokens().max(initial=0)) // num_shards)
         most_shared = min(shard_length, -(-each // multiple) * multiple)
     return _packing(dealt, left, most_shared)
+
+
+def _sequences(
+    sizes: np.ndarray,
+    pairs: np.ndarray,
+    *,
+    num_shards: int,
+    shard_length: int,
+    most_shared: int,
+    tolerance: float,
+    attempts: int,
+    final: bool,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Documents, the shard and the sequence of each, and those that are left over.
+
+    Sequences are filled and dealt until what is left has fewer tokens than one. As often as ``attempts`` says those
+    that share much more than others are filled anew, as one of them would decide how much of all travels.
+    """
+    capacity = num_shards * shard_length
+    left = np.arange(len(sizes))
+    found = [np.empty((3, 0), np.int64)]  # document, shard, sequence
+    number = 0
+    while more := max(int(sizes[left].sum()) // capacity, int(final and len(left) > 0)):
+        of = fill(
+            sizes[left],
+            num_sequences=more,
+            capacity=capacity,
+            longest_local=shard_length,
+            most_shared=num_shards * most_shared,
+            rng=rng,
+        )
+        documents, (filled, of) = left[of >= 0], np.unique(of[of >= 0], return_inverse=True)
+        order = np.lexsort((documents, -pairs[documents], sizes[documents] <= shard_length, of))
+        documents, of = documents[order], of[order]
+        rows = Rows(
+            lengths=sizes[documents],
+            pairs=pairs[documents],
+            start=np.searchsorted(of, np.arange(len(filled) + 1)),
+            num_shards=num_shards,
+            shard_length=shard_length,
+            most_shared=most_shared,
+            tolerance=tolerance,
+        )
+        shard = deal(rows)
+        kept = shard != LEFT_OVER
+        if attempts:
+            attempts -= 1
+            again = unlucky(rows, shard)
+            kept &= ~(again | np.roll(again, 1))[of]  # together with the documents of another one
+        filled, of = np.unique(of[kept], return_inverse=True)
+        found.append(np.stack([documents[kept], shard[kept], of + number]))
+        number += len(filled)
+        left = np.setdiff1d(left, documents[kept], assume_unique=True)
+    documents, shard, of = np.concatenate(found, axis=1)
+    return documents, shard, of, left
 
 
 def _packing(dealt: Dealt, left: np.ndarray, shared_length: int) -> Packing:

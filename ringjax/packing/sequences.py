@@ -6,6 +6,7 @@ import heapq
 import numpy as np
 
 _SLACK = 128  # a sequence aims at 1 - 1/128 of its places, so that shards need not be filled to the last one
+_ENOUGH = 40  # where it would stay below 1 - 1/40, it may have more than that
 
 
 def fill(
@@ -29,7 +30,7 @@ def fill(
     """
     aim = capacity - capacity // _SLACK
     of = np.full(len(lengths), -1, np.int64)
-    taken = int(np.searchsorted(np.cumsum(lengths), num_sequences * aim, side="right"))
+    taken = max(1, int(np.searchsorted(np.cumsum(lengths), num_sequences * aim, side="right")))
     if num_sequences * capacity >= lengths.sum():  # a last sequence, of all that is there
         taken = len(lengths)
     shuffled = lengths[:taken] * rng.uniform(0.9, 1.1, taken)
@@ -57,7 +58,7 @@ def _fill_gaps(
     of: np.ndarray, lengths: np.ndarray, used: list[tuple[int, int]], capacity: int, aim: int, longest: int
 ) -> None:
     """Documents that are still left go where they fit, the largest that do, and of several of one length the first."""
-    enough = capacity - capacity // 40
+    enough = capacity - capacity // _ENOUGH
     left = np.flatnonzero((of < 0) & (lengths <= longest))
     left = left[np.lexsort((-left, lengths[left]))]
     documents, sizes = left.tolist(), lengths[left].tolist()
