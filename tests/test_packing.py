@@ -410,7 +410,7 @@ def test_the_seed_decides() -> None:
     options: dict[str, Any] = {"num_shards": 4, "shard_length": 64}
     assert same(ringjax.pack(lengths, seed=3, **options), ringjax.pack(list(lengths), seed=3, **options))
     assert not same(ringjax.pack(lengths, seed=3, **options), ringjax.pack(lengths, seed=4, **options))
-    places = set()
+    places: set[int] = set()
     for seed in range(8):
         longest = [int(lengths[x.document].max()) for x in ringjax.pack(lengths, seed=seed, **options)]
         places.add(longest.index(max(longest)))

@@ -8,7 +8,6 @@ import dataclasses
 import numpy as np
 
 SHARED, LEFT_OVER = -1, -2
-_ROOMS = 4  # times that a deal is repeated with more room for what fitted nowhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,6 @@ def deal(rows: Rows) -> np.ndarray:
     high = most + 1  # known to do; beyond what is possible, none yet
     step = np.ones_like(low)
     out = np.full(len(rows.lengths), LEFT_OVER, np.int64)
-    best = np.full(len(first), np.inf)
     while True:
         open_rows = np.flatnonzero(low + 1 < high)
         if not len(open_rows):
@@ -56,38 +54,15 @@ def deal(rows: Rows) -> np.ndarray:
         upward = np.minimum(low[open_rows] + step[open_rows], most[open_rows])
         tried = np.where(found, (low[open_rows] + high[open_rows]) // 2, upward)
         step[open_rows] *= 2
-        good, tokens = _try(rows, open_rows, tried, best[open_rows], out)
-        best[open_rows] = np.where(good, np.minimum(best[open_rows], tokens), best[open_rows])
+        trial = _Deal(rows, open_rows, tried)
+        good = trial.good
+        trial.write(out, good, SHARED)
         high[open_rows] = np.where(good, tried, high[open_rows])
         low[open_rows] = np.where(good, low[open_rows], tried)
-    hopeless = np.flatnonzero(np.isinf(best) & (last > first))
+    hopeless = np.flatnonzero((high > most) & (last > first))
     if len(hopeless):  # as good as it gets
-        dealt = _Deal(rows, hopeless, most[hopeless], np.zeros(len(hopeless), np.int64))
-        dealt.write(out, np.ones(len(hopeless), bool), LEFT_OVER)
+        _Deal(rows, hopeless, most[hopeless]).write(out, np.ones(len(hopeless), bool), LEFT_OVER)
     return out
-
-
-def _try(
-    rows: Rows, which: np.ndarray, shared: np.ndarray, best: np.ndarray, out: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Deals with so many documents shared in each of these sequences: whether that is good, and how many tokens are.
-
-    Where documents found no room and no room is left to share them either, deals anew with as much kept free for them.
-    Writes what is good and shares fewer tokens than ``best``.
-    """
-    reserve = np.zeros(len(which), np.int64)
-    good, tokens = np.zeros(len(which), bool), np.full(len(which), np.inf)
-    todo = np.arange(len(which))
-    for _ in range(_ROOMS):
-        dealt = _Deal(rows, which[todo], shared[todo], reserve[todo])
-        fits = dealt.good
-        dealt.write(out, fits & (dealt.shared_tokens < best[todo]), SHARED)
-        good[todo], tokens[todo] = fits, dealt.shared_tokens
-        reserve[todo] = -(-dealt.unplaced // rows.num_shards)
-        todo = todo[~fits & (dealt.unplaced > 0)]
-        if not len(todo):
-            break
-    return good, tokens
 
 
 def unlucky(rows: Rows, shard: np.ndarray) -> np.ndarray:
@@ -111,20 +86,20 @@ class _Deal:
     A document goes to the shard with the fewest pairs that has room for it.
     """
 
-    def __init__(self, rows: Rows, which: np.ndarray, shared: np.ndarray, reserve: np.ndarray) -> None:
+    def __init__(self, rows: Rows, which: np.ndarray, shared: np.ndarray) -> None:
         self.rows, self.num_shards = rows, rows.num_shards
         # The longest rows first: those that are still being dealt are then the first ones at every step.
         order = np.argsort(rows.start[which] + shared - rows.start[which + 1], kind="stable")
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        which, shared, reserve = which[order], shared[order], reserve[order]
+        which, shared = which[order], shared[order]
         self.back = back
         self.first, self.begin, self.end = rows.start[which], rows.start[which] + shared, rows.start[which + 1]
         tokens_before = _before(rows.lengths)
         pairs_before = _before(rows.pairs)
         self.top_tokens = tokens_before[self.begin] - tokens_before[self.first]
         self.all_pairs = pairs_before[self.end] - pairs_before[self.first]
-        self.room = rows.shard_length - -(-self.top_tokens // self.num_shards) - reserve
+        self.room = rows.shard_length - -(-self.top_tokens // self.num_shards)
         self.pairs = np.zeros((len(which), self.num_shards))
         self.tokens = np.zeros((len(which), self.num_shards), np.int64)
         self.shard = np.full(int((self.end - self.begin).sum()), SHARED, np.int64)
@@ -189,30 +164,13 @@ class _Deal:
             self._place(row, np.full(len(row), step + place))
 
     @property
-    def _shared_tokens(self) -> np.ndarray:
-        return self.top_tokens + self.unplaced_tokens
-
-    @property
-    def _good(self) -> np.ndarray:
-        each = -(-self._shared_tokens // self.num_shards)
+    def good(self) -> np.ndarray:
+        """Whether all fit, and no shard has too many pairs; in the order in which the rows were given."""
+        each = -(-(self.top_tokens + self.unplaced_tokens) // self.num_shards)
         fits = (self.tokens.max(axis=1) + each <= self.rows.shard_length) & (each <= self.rows.most_shared)
         shared_pairs = self.all_pairs - self.pairs.sum(axis=1)
         most = self.num_shards * self.pairs.max(axis=1) + shared_pairs
-        return fits & (most <= self.rows.tolerance * self.all_pairs * (1 + 1e-9))
-
-    @property
-    def good(self) -> np.ndarray:
-        """Whether all fit, and no shard has too many pairs; in the order in which the rows were given."""
-        return self._good[self.back]
-
-    @property
-    def shared_tokens(self) -> np.ndarray:
-        return self._shared_tokens[self.back]
-
-    @property
-    def unplaced(self) -> np.ndarray:
-        """Tokens of documents that found no room."""
-        return self.unplaced_tokens[self.back]
+        return (fits & (most <= self.rows.tolerance * self.all_pairs * (1 + 1e-9)))[self.back]
 
     def write(self, out: np.ndarray, which: np.ndarray, unplaced: int) -> None:
         """The shards of documents of some of the rows, with a word for those that found no room."""
