@@ -173,7 +173,7 @@ def test_work_is_what_is_counted(num_shards: int, mask: str) -> None:
         present = arrangement.document >= 0
         seen = mask_of(arrangement, **arguments) & present[:, None]
         blocks = seen.reshape(num_shards, 56, num_shards, 56).sum(axis=(1, 3))
-        hops = np.array([[blocks[r, (r - o) % num_shards] for o in range(num_shards)] for r in range(num_shards)])
+        hops = np.array([[blocks[r, (r + o) % num_shards] for o in range(num_shards)] for r in range(num_shards)])
         work = arrangement.work()
         assert work.dtype == np.int64 and (work == hops).all()
         mean = hops.sum() / num_shards

@@ -151,7 +151,7 @@ class Arrangement:
         return inputs, targets
 
     def work(self) -> np.ndarray:
-        """Attended pairs, rank by hop: int64 [C, C]. At hop o rank r works on the keys of rank (r - o) mod C."""
+        """Attended pairs, rank by hop: int64 [C, C]. At hop o rank r works on the keys of rank (r + o) mod C."""
         return by_hop(self.dealt.work()[0])
 
 

@@ -232,6 +232,6 @@ def _at_most(bound: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.nda
 
 
 def by_hop(work: np.ndarray) -> np.ndarray:
-    """[..., C (queries), C (keys)] to [..., C (ranks), C (hops)]: at hop o rank r works on the keys of rank r - o."""
+    """[..., C (queries), C (keys)] to [..., C (ranks), C (hops)]: at hop o rank r works on the keys of rank r + o."""
     rank = np.arange(work.shape[-1])
-    return work[..., rank[:, None], (rank[:, None] - rank) % len(rank)]
+    return work[..., rank[:, None], (rank[:, None] + rank) % len(rank)]
