@@ -11,9 +11,10 @@ a file, or a test of it, with or without its parameters.
 # Long files without a slow test: they start first.
 LONG = ("test_conformance", "test_mosaic_interpret", "test_strategies", "test_transforms")
 
-# A worker runs whole files, so that what the tests of a file share is compiled once; of these, tests with one name and
-# other parameters, and of these that share nothing, each test by itself.
-BY_NAME = ("test_conformance", "test_offsets", "test_poison", "test_strategies", "test_transforms")
+# A worker runs whole files, so that what the tests of a file share is compiled once; of these tests with one name and
+# other parameters, of these with the same parameters, and of these that share nothing each test by itself.
+BY_NAME = ("test_offsets", "test_poison", "test_strategies", "test_transforms")
+BY_PARAMETERS = ("test_conformance",)
 ONE_BY_ONE = ("test_gpu_ring", "test_inspect_compile", "test_mosaic_interpret", "test_tpu_kernel", "test_tpu_ring")
 
 # One more combination of what other tests hold each by itself, and what is compiled for machines that are not there.
@@ -181,6 +182,8 @@ def unit(node: str) -> str:
     stem = file.rpartition("/")[2].removesuffix(".py")
     if stem in ONE_BY_ONE:
         return node
+    if stem in BY_PARAMETERS and "[" in test:
+        return f"{file}[{test.partition('[')[2]}"
     return f"{file}::{test.partition('[')[0]}" if stem in BY_NAME else file
 
 

@@ -28,7 +28,7 @@ def tiles_of(allowed: np.ndarray, block_q: int, block_kv: int) -> dict[tuple[int
     }
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(any_mask, st.sampled_from(BLOCKS))
 def test_tile_kinds_never_lie(mask: Mask, blocks: tuple[int, int]) -> None:
     kinds = np.asarray(visits.tile_kinds(mask, T, S, *blocks))
@@ -52,7 +52,7 @@ def visited(plan: visits.Visits, b: int, row: int) -> tuple[list[int], list[int]
     return columns[:full], columns[full:]
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(any_mask, st.sampled_from(BLOCKS), st.sampled_from(("queries", "keys")))
 def test_rows_visit_every_pair_once_and_full_tiles_are_full(mask: Mask, blocks: tuple[int, int], rows: str) -> None:
     plan = visits.plan_visits(mask, T, S, *blocks, rows=rows)
