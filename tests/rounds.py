@@ -162,6 +162,7 @@ ONCE = (
     "test_training_data",
     "test_training_finetune",
     "test_training_multihost",
+    "test_training_packed",
     "test_training_resume",
     "test_training_sources",
     "test_transforms::test_a_drop_in_for_jax_nn",

@@ -6,7 +6,8 @@ import json
 import pydantic
 import pytest
 
-from ringjax.training.config import Config
+from ringjax import RingConfig
+from ringjax.training.config import Config, Ring
 from ringjax.training.loading import ConfigError, flatten, from_table, known_keys, load, to_table
 
 
@@ -40,6 +41,13 @@ def test_a_pretrained_model_s_table_says_nothing_of_the_defaults():
 
 def without_none(table):
     return {k: without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
+
+
+def test_ring_has_every_field_of_a_ring_config():
+    fields = {field.name for field in dataclasses.fields(RingConfig)}
+    assert {field.name for field in dataclasses.fields(Ring)} == fields | {"layout", "stripe"}
+    found = from_table({"ring": {"strategy": "all_gather", "direction": "both"}}).ring.tuning
+    assert found == RingConfig(strategy="all_gather", direction="both", deterministic=True)
 
 
 def test_frozen():

@@ -63,6 +63,8 @@ class Data:
     tokenizer: str | None = None  # a Hugging Face directory or GGUF file; absent: the one beside model.init_from
     text_key: str = "text"  # of a line of JSON; source "jsonl" only
     eval_fraction: Fraction = 0.0  # of the tokens, which training never sees: measured at each checkpoint
+    # "stream": documents end to end, cut where a sequence ends; "balanced": whole ones, so that devices work equally
+    packing: Literal["stream", "balanced"] = "stream"
     sequence_length: Count = 8192
     batch_size: Count = 1  # sequences per optimizer step, over all devices
     seed: Natural = 0
@@ -88,7 +90,9 @@ class Ring:
     layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
     stripe: Count = 1  # tokens per stripe; striped layout only
     implementation: Literal["xla", "pallas_tpu", "pallas_gpu", "pallas_triton"] | None = None
+    strategy: Literal["ring", "all_to_all", "all_gather", "auto"] = "ring"
     direction: Literal["forward", "both"] = "forward"
+    rings: Count = 1  # without a common link, on a torus of TPUs
     block_q: Count | None = None
     block_kv: Count | None = None
     unroll: Count | None = None
@@ -202,6 +206,11 @@ def conflicts(config: Config) -> Iterator[str]:
         yield (
             f"data.sequence_length: must be a multiple of {unit} (layout {ring.layout!r} on mesh.sequence = "
             f"{mesh.sequence}). Got {data.sequence_length}."
+        )
+    if data.packing == "balanced" and ring.layout != "contiguous":
+        yield (
+            "ring.layout: must be 'contiguous' when data.packing = 'balanced', which deals the tokens itself. "
+            f"Got {ring.layout!r}."
         )
     if ring.stripe != 1 and ring.layout != "striped":
         yield f"ring.stripe: only layout 'striped' has stripes. Got {ring.stripe} with layout {ring.layout!r}."

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -25,7 +25,8 @@ from .sources import DataError as DataError
 from .sources import Document, as_ids, read_documents
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segment_ids: int32 [B, T]; loss_mask: bool [B, T]. All in ring order."""
+"""tokens, targets, segment_ids: int32 [B, T]; loss_mask: bool [B, T]; of packed documents also positions: int32 [B, T],
+the place of each token in its document. All in ring order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,14 @@ def _no_targets(fraction: float, corpus: Corpus) -> DataError:
     )
 
 
+class Measured(Protocol):
+    """Batches in which every token of a corpus stands once."""
+
+    def __len__(self) -> int: ...
+
+    def on_devices(self, step: int, sharding: NamedSharding) -> Batch: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
     """One pass over the corpus: a stream of documents and the order in which its sequences are taken."""
@@ -133,6 +142,10 @@ class Batches:
       layout: the ring's layout, a name or an object.
       num_shards: devices on the ring.
     """
+
+    names: tuple[str, ...] = ("tokens", "targets", "segment_ids", "loss_mask")  # of the arrays of a batch
+    shared_length: int | None = None  # a promise about its segments, see ring_attention
+    notes: tuple[str, ...] = ()  # what there is to tell
 
     def __init__(self, corpus: Corpus, config: Data, *, layout: str | ringjax.Layout, num_shards: int) -> None:
         self.corpus = corpus
@@ -154,8 +167,10 @@ class Batches:
         sequence_length: int,
         batch_size: int,
         seed: int = 0,
-        layout: str | ringjax.Layout = "zigzag",
+        layout: str | ringjax.Layout | None = None,
         num_shards: int = 1,
+        packing: str = "stream",
+        window: int | tuple[int | None, int | None] | None = None,
     ) -> Batches:
         """Batches of documents that are tokens already.
 
@@ -165,7 +180,11 @@ class Batches:
           sequence_length: T, a multiple of what the layout deals to num_shards.
           batch_size: B, sequences of a batch.
           seed: of the shuffle, 0 or more.
-          layout, num_shards: the ring order, as the decoder's ``layout`` and the devices on its ring.
+          layout, num_shards: the ring order, as the decoder's ``layout`` and the devices on its ring. None: "zigzag",
+            or "contiguous" of balanced packing, which deals the tokens itself.
+          packing: "stream" lays documents end to end and cuts them where a sequence ends; "balanced" keeps them whole
+            and deals them so that every device works equally, see :func:`ringjax.pack`.
+          window: of balanced packing, the decoder's ``local_window_size``.
 
         Raises:
           ValueError: naming the argument, what is required and what was given.
@@ -185,8 +204,25 @@ class Batches:
                 kept.append(as_ids(document))
             except ValueError as error:
                 raise ValueError(f"documents[{number}] {error}") from None
-        config = Data(sequence_length=int(sequence_length), batch_size=int(batch_size), seed=int(seed))
-        return cls(Corpus.of(kept), config, layout=layout, num_shards=int(num_shards))
+        if packing not in ("stream", "balanced"):
+            raise ValueError(f"packing must be 'stream' or 'balanced'. Got {packing!r}.")
+        balanced = packing == "balanced"
+        if balanced and layout not in (None, "contiguous"):
+            raise ValueError(f"layout must be 'contiguous' or None with packing 'balanced'. Got {layout!r}.")
+        if balanced and sequence_length % num_shards:
+            raise ValueError(f"sequence_length must be a multiple of num_shards, {num_shards}. Got {sequence_length}.")
+        if window is not None and not balanced:
+            raise ValueError(f"window must be None with packing 'stream', which takes no notice of it. Got {window!r}.")
+        config = Data(
+            sequence_length=int(sequence_length), batch_size=int(batch_size), seed=int(seed),
+            packing="balanced" if balanced else "stream",
+        )  # fmt: skip
+        corpus = Corpus.of(kept)
+        if balanced:
+            from .packed import Packed
+
+            return Packed(corpus, config, num_shards=int(num_shards), window=window)
+        return cls(corpus, config, layout="zigzag" if layout is None else layout, num_shards=int(num_shards))
 
     def on_devices(self, step: int, sharding: NamedSharding) -> Batch:
         """The batch of a step (counted from 0); each process builds only the shards of its own devices."""
@@ -200,8 +236,8 @@ class Batches:
                 built[key] = self.on_host(step, rows, self._positions[columns.start : columns.stop])
             return built[key][name]
 
-        names = ("tokens", "targets", "segment_ids", "loss_mask")
-        return {name: jax.make_array_from_callback(shape, sharding, functools.partial(shard, name)) for name in names}
+        make = jax.make_array_from_callback
+        return {name: make(shape, sharding, functools.partial(shard, name)) for name in self.names}
 
     def on_host(
         self, step: int, rows: Iterable[int] | None = None, positions: np.ndarray | None = None
@@ -212,7 +248,7 @@ class Batches:
         parts = [self._row(step * self.config.batch_size + row, at) for row in rows]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
-    def once(self, batch_size: int) -> Once:
+    def once(self, batch_size: int) -> Measured:
         """The same documents as they come, every token once: to measure on."""
         config = dataclasses.replace(self.config, batch_size=batch_size)
         return Once(self.corpus, config, layout=self.layout, num_shards=self.num_shards)

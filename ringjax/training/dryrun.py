@@ -37,11 +37,14 @@ def plan(config: Config) -> Plan:
       ConfigError, ValueError, NotImplementedError: as the run itself would when it traces.
     """
     subject = pretrained.resolve(config)
-    made = program.build(config, devices.abstract_mesh(config), subject.decoder)
+    shard = config.data.sequence_length // config.mesh.sequence
+    # How much documents share is not known without them: as much as can be.
+    shared = shard if config.data.packing == "balanced" else None
+    made = program.build(config, devices.abstract_mesh(config), subject.decoder, shared_length=shared)
     out_state, _ = made.trace_step().out_info
     for wanted, found in zip(jax.tree.leaves(made.state), jax.tree.leaves(out_state), strict=True):
         assert (wanted.shape, wanted.dtype) == (found.shape, found.dtype)  # a step may not change its own type
-    model, shard = subject.decoder, config.data.sequence_length // config.mesh.sequence
+    model = subject.decoder
     rows, kv_heads = (
         config.data.batch_size // config.optimizer.accumulate // config.mesh.data,
         model.num_kv_heads // config.mesh.tensor,
@@ -82,11 +85,16 @@ def show(config: Config, console: Console) -> None:
         f"tokens per step: {batch} x {length:,} = {made.tokens_per_step:,}",
         f"a device holds: {batch // mesh.data} x {made.shard_length:,} tokens ({size(made.batch_bytes_per_device)} "
         f"of batch), {size(made.state_bytes_per_device)} of parameters and optimizer state",
-        f"ring: layout {config.ring.layout}, {mesh.sequence} devices, "
-        f"at most {mesh.sequence - 1} hops a layer of {size(made.bytes_per_hop)} forward",
+        f"ring: layout {config.ring.layout}, {mesh.sequence} devices, {_travels(config, made)}",
         f"steps: {config.optimizer.steps:,}; traced to shapes, nothing was run",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _travels(config: Config, made: Plan) -> str:
+    if config.ring.strategy != "ring":
+        return f"strategy {config.ring.strategy}"
+    return f"at most {config.mesh.sequence - 1} hops a layer of {size(made.bytes_per_hop)} forward"
 
 
 def _axes(sharding: NamedSharding) -> str:

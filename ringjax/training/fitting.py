@@ -90,9 +90,13 @@ def fit(
     for name, value in (("batches", batches), ("held_out", held_out)):
         if value is not None:
             _check_batches(name, value, settings, where, chosen)
+    if held_out is not None and held_out.names != batches.names:
+        raise ValueError(
+            f"held_out must have the packing of batches, {batches.config.packing!r}. Got {held_out.config.packing!r}."
+        )
 
     shape = (batches.config.batch_size, batches.config.sequence_length)
-    made = program.assemble(settings, chosen, where, batch_shape=shape, seed=seed)
+    made = program.assemble(settings, chosen, where, batch_shape=shape, seed=seed, shared_length=batches.shared_length)
     about = _about(settings, batches, held_out, chosen, seed if isinstance(model, DecoderConfig) else None)
     output = None if directory is None else Path(directory)
     with contextlib.ExitStack() as stack:
@@ -207,7 +211,9 @@ def _about(
 ) -> dict[str, Any]:
     """What a checkpoint must agree with, in the form of a run's configuration."""
     decoder = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in _PLACING}
-    data = {name: getattr(batches.config, name) for name in ("sequence_length", "batch_size", "seed")}
+    data = {name: getattr(batches.config, name) for name in ("sequence_length", "batch_size", "seed", "packing")}
+    if batches.shared_length is not None:  # dealt with the number of devices in mind
+        data["num_shards"] = batches.num_shards
     held = None if held_out is None else held_out.corpus.fingerprint
     table = {
         "decoder": decoder,

@@ -17,7 +17,7 @@ import jax
 from rich.console import Console
 
 from ..files import replacing
-from . import data, devices, export, metrics, pretrained, processes, program, tensorboard
+from . import data, devices, export, metrics, packed, pretrained, processes, program, tensorboard
 from .checkpoints import CheckpointError, Checkpoints
 from .config import Config
 from .loading import ConfigError, to_table
@@ -77,17 +77,15 @@ def train(
     held_out = None
     if config.data.eval_fraction:
         corpus, held_out = data.hold_out(corpus, config.data.eval_fraction, config.data.seed)
-    made = program.build(config, mesh, subject.decoder)
+    learned = _batches(corpus, config, subject)
+    made = program.build(config, mesh, subject.decoder, shared_length=learned.shared_length)
     processes.prepare_output(output)
     with Checkpoints(output / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         start = find_start(checkpoints, made.state, about, resume)
-        batches = functools.partial(
-            data.Batches, config=config.data, layout=subject.decoder.layout, num_shards=config.mesh.sequence
-        )
         steps = Steps(
             functions=made,
-            batches=batches(corpus),
-            held_out=None if held_out is None else batches(held_out),
+            batches=learned,
+            held_out=None if held_out is None else _batches(held_out, config, subject),
             total=config.optimizer.steps,
             every=config.checkpoint.every_steps,
             checkpoints=checkpoints,
@@ -111,6 +109,13 @@ def train(
             raise TrainingError(
                 f"output: must stay writable during the run. Got {reason_of(error)}. {checkpoints.kept()}"
             ) from error
+
+
+def _batches(corpus: data.Corpus, config: Config, subject: pretrained.Subject) -> data.Batches:
+    shards, decoder = config.mesh.sequence, subject.decoder
+    if config.data.packing == "balanced":
+        return packed.Packed(corpus, config.data, num_shards=shards, window=decoder.local_window_size)
+    return data.Batches(corpus, config.data, layout=decoder.layout, num_shards=shards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,7 @@ class _Run:
             f"{count:,} parameters on {where}: data {mesh.data} x sequence {mesh.sequence} x tensor {mesh.tensor}",
             f"{_amount(corpus)}; a step takes {self.config.data.batch_size} x "
             f"{self.config.data.sequence_length:,} of them",
+            *self.steps.batches.notes,
             *([f"held out: {_amount(held_out.corpus)}"] if held_out is not None else []),
             *([f"data: these files are empty: {corpus.empty}"] if corpus.empty else []),
             *(

@@ -135,13 +135,20 @@ class Functions:
         return lowered.compile(compiler_options=self.compiler_options or None)
 
 
-def build(config: Config, mesh: Mesh | AbstractMesh, decoder: DecoderConfig | None = None) -> Functions:
+def build(
+    config: Config,
+    mesh: Mesh | AbstractMesh,
+    decoder: DecoderConfig | None = None,
+    *,
+    shared_length: int | None = None,
+) -> Functions:
     """The functions of a configuration.
 
     Args:
       config: the checked configuration.
       mesh: with the axes "data", "sequence" and "tensor"; of any size where it is abstract.
       decoder: what is trained; None: what `[model]` describes.
+      shared_length: of batches of packed documents.
     """
     return assemble(
         decoder_config(config) if decoder is None else decoder,
@@ -149,6 +156,7 @@ def build(config: Config, mesh: Mesh | AbstractMesh, decoder: DecoderConfig | No
         mesh,
         batch_shape=(config.data.batch_size, config.data.sequence_length),
         seed=config.seed,
+        shared_length=shared_length,
     )
 
 
@@ -159,6 +167,7 @@ def assemble(
     *,
     batch_shape: tuple[int, int],
     seed: int,
+    shared_length: int | None = None,
 ) -> Functions:
     """Makes the functions of a run. Allocates nothing, so an abstract mesh of any size will do.
 
@@ -168,12 +177,14 @@ def assemble(
       mesh: has the axes that `settings` names.
       batch_shape: (B, T), B a multiple of optimizer.accumulate times the devices on the batch axes.
       seed: of fresh parameters.
+      shared_length: of batches of packed documents, which have positions; None: batches have none.
     """
+    packed = shared_length is not None
     held = dataclasses.replace(settings, param_dtype=_held_dtype(settings, optimizer))
     update, schedule = make_optimizer(optimizer)
     abstract = nnx.eval_shape(lambda: Decoder(settings, mesh=mesh, rngs=nnx.Rngs(seed)))
     graph, params = nnx.split(abstract)  # the decoder has no state but parameters
-    batch = _abstract_batch(settings, mesh, batch_shape)
+    batch = _abstract_batch(settings, mesh, batch_shape, packed=packed)
 
     def start(given: dict[str, Any]) -> TrainState:
         wide = _cast(given, held.param_dtype)
@@ -188,14 +199,19 @@ def assemble(
         nnx.replace_by_pure_dict(filled, _cast(values, settings.param_dtype))
         return nnx.merge(graph, filled)
 
-    def loss_of(values: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
+    def loss_of(values: dict[str, Any], batch: Batch, shared_length: int | None = shared_length) -> tuple[Array, Array]:
         loss, aux = decode(values).loss(
-            batch["tokens"], batch["targets"], segment_ids=batch["segment_ids"], loss_mask=batch["loss_mask"]
+            batch["tokens"],
+            batch["targets"],
+            segment_ids=batch["segment_ids"],
+            shared_length=shared_length,
+            positions=batch.get("positions"),
+            loss_mask=batch["loss_mask"],
         )
         return loss, aux["tokens"]
 
     def measure(values: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
-        loss, targets = loss_of(values, batch)
+        loss, targets = loss_of(values, batch, None)  # other documents, which promise something else
         return loss * targets, targets
 
     shardings = nnx.to_pure_dict(param_shardings(settings, mesh))
@@ -223,7 +239,7 @@ def assemble(
         decode=decode,
         state=state,
         batch=batch,
-        part=_abstract_batch(settings, mesh, (batch_shape[0] // optimizer.accumulate, batch_shape[1])),
+        part=_abstract_batch(settings, mesh, (batch_shape[0] // optimizer.accumulate, batch_shape[1]), packed=packed),
     )
 
 
@@ -351,8 +367,9 @@ def _abstract_state(
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings)
 
 
-def _abstract_batch(config: DecoderConfig, mesh: Mesh | AbstractMesh, shape: tuple[int, int]) -> Batch:
+def _abstract_batch(config: DecoderConfig, mesh: Mesh | AbstractMesh, shape: tuple[int, int], *, packed: bool) -> Batch:
     sharding = NamedSharding(mesh, PartitionSpec(config.batch_axis_name, config.axis_name))
     dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
+    dtypes |= {"positions": jnp.int32} if packed else {}
     structs: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     return structs
