@@ -99,7 +99,7 @@ def test_devices_get_their_shards() -> None:
 def test_held_out_documents_are_measured_once() -> None:
     batches = make(1).once(2)
     assert len(batches) == -(-len(make(1).packing) // 2)
-    counted = sum(int(batches.on_host(number)["loss_mask"].sum()) for number in range(len(batches)))  # type: ignore[attr-defined]
+    counted = sum(int(batches.on_host(number)["loss_mask"].sum()) for number in range(len(batches)))
     assert counted == sum(size - 1 for size in SIZES)
 
 

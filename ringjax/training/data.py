@@ -123,6 +123,8 @@ class Measured(Protocol):
 
     def on_devices(self, step: int, sharding: NamedSharding) -> Batch: ...
 
+    def on_host(self, step: int) -> dict[str, np.ndarray]: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
