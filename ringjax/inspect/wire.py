@@ -15,6 +15,8 @@ import numpy as np
 
 from .hlo import HloError
 
+_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
@@ -109,22 +111,20 @@ def _groups(attributes: str) -> np.ndarray:
 
 
 def _groups_of_mesh(axes: str, source: str | None, perm: str | None, listed: str | None, over: str) -> np.ndarray:
+    """Groups over some axes of a mesh: devices that differ along these alone. Arguments are the groups of _MESH."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    devices = _transposed(source or str(math.prod(sizes.values())), perm)
     if listed is not None:
         devices = np.array(_integers(listed))
-    else:
-        devices = _transposed(source or str(math.prod(sizes.values())), perm)
-    shape, taking_part = [], []
-    parts = {
-        name: (int(before or 1), size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over)
-    }
+    parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _PART.findall(over)}
+    # Each axis as what is before, the part that is named, 1 where none is, and what is after it.
+    shape = []
     for name, size in sizes.items():
-        before, part = parts.get(name, (1, "1"))
-        part = int(part or size)
+        before, part = parts.get(name, (1, 1))
         shape += [before, part, size // before // part]
-        taking_part.append(len(shape) - 2)
-    grid = np.moveaxis(devices.reshape(shape), taking_part, range(-len(taking_part), 0))
-    return grid.reshape(-1, math.prod(grid.shape[len(shape) - len(taking_part) :]))
+    grid = devices.reshape(*shape)
+    named = range(1, len(shape), 3)
+    return np.moveaxis(grid, named, range(-len(named), 0)).reshape(-1, math.prod(shape[n] for n in named))
 
 
 def _transposed(source: str, perm: str | None) -> np.ndarray:
