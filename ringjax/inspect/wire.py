@@ -15,8 +15,6 @@ import numpy as np
 
 from .hlo import HloError
 
-_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
-
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
@@ -52,6 +50,7 @@ _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?
 _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\]T\(([\d,]+)\)|([\d,]+))\))? \{([^}]*)\}"
 )
+_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _SLICES = re.compile(r"_xla_megascale_target=\{((?:\{\d+->\d+\},?)+)\}")
 _FIRST_OF_A_SLICE = 100_000  # devices of slice s are numbered from (s + 1) times this
 
