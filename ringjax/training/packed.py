@@ -13,7 +13,6 @@ import functools
 import numpy as np
 
 import ringjax
-from ringjax.packing import Packing
 
 from .config import Data
 from .data import Batches, Corpus, DataError
@@ -46,7 +45,7 @@ class Packed(Batches):
         number = np.arange(int(parts.sum())) - np.repeat(np.cumsum(parts) - parts, parts)
         self._starts = np.repeat(corpus.starts, parts) + number * length  # of each part, in the text
         self._ends = np.repeat(corpus.starts + corpus.lengths, parts)  # of its document
-        self.packing: Packing = ringjax.pack(
+        self.packing = ringjax.pack(
             np.minimum(self._ends - self._starts, length),
             num_shards=num_shards,
             shard_length=length // num_shards,
