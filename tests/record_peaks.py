@@ -30,7 +30,7 @@ TOKENS = 8192  # of a shard
 
 
 def programs() -> Iterator[dict[str, Any]]:
-    """Fields of a Program. The first are those by which the terms were chosen; the others had no part in it."""
+    """Fields of a Program: those by which the terms were chosen, then others, for which two of them were added."""
     for axes, words in WAYS:
         for heads in HEADS if words != ("ring", "ring") else HEADS[:1]:
             for backward in (False, True):

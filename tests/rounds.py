@@ -11,10 +11,12 @@ a file, or a test of it, with or without its parameters.
 # Long files without a slow test: they start first.
 LONG = ("test_conformance", "test_mosaic_interpret", "test_strategies", "test_transforms")
 
-# A worker runs whole files, so that what the tests of a file share is compiled once; of these tests with one name and
-# other parameters, of these with the same parameters, and of these that share nothing each test by itself.
+# A worker runs whole files, so that what the tests of a file share is compiled once. Long files are split, so that no
+# worker is left alone with one. Of these a worker runs all tests of one name:
 BY_NAME = ("test_offsets", "test_poison", "test_strategies", "test_transforms")
+# Of these all tests of one set of parameters, which share a program:
 BY_PARAMETERS = ("test_conformance",)
+# Of these, whose tests share nothing, one test at a time:
 ONE_BY_ONE = ("test_gpu_ring", "test_inspect_compile", "test_mosaic_interpret", "test_tpu_kernel", "test_tpu_ring")
 
 # One more combination of what other tests hold each by itself, and what is compiled for machines that are not there.

@@ -166,7 +166,7 @@ class Report:
                     )
                     for ring in rings
                 ]
-                found.append(Link(axis, *map(max, *loads) if len(loads) > 1 else loads[0]))
+                found.append(Link(axis, *(max(each) for each in zip(*loads, strict=True))))
         return tuple(found)
 
     @property
