@@ -128,19 +128,6 @@ def gpu_load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     return load(ref, *([()] if required else []), layout=layout, optimized=optimized)
 
 
-def gpu_ptx(instruction: str) -> None:
-    """One PTX instruction without operands, executed by every thread. In Pallas Mosaic GPU kernels."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    @plgpu.inline_mgpu()
-    def emit(_: Any) -> None:
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], instruction, "~{memory}", has_side_effects=True)
-
-    emit()  # pyright: ignore[reportCallIssue]
-
-
 def gpu_kernel(
     body: Any, operands: Sequence[Any], updated: Sequence[jax.Array], *,
     out_type: Sequence[Any], scratch_types: Sequence[Any], compiler_params: Any, grid: tuple[int, ...],

@@ -156,6 +156,29 @@ def test_every_feature(name: str, head_size: int, implementation: str, dtype: An
     assert_as_good_as_dense(case, inputs, result, implementation)
 
 
+@needs_gpu
+@pytest.mark.parametrize(
+    ("name", "head_size", "implementation", "dtype"),
+    on_kernels(
+        ("full_mqa_wide_value", 128, BF16), ("causal_gqa", 128, BF16), ("causal_gqa", 128, F16),
+        ("causal_gqa", 256, BF16), ("causal_gqa", 64, BF16),
+    ),
+)  # fmt: skip
+@pytest.mark.parametrize("ends", [(0.0, 30.0), (30.0, 0.0), (1.0, 5000.0)])
+def test_logits_that_grow_along_the_keys(
+    name: str, head_size: int, implementation: str, dtype: Any, ends: tuple[float, float]
+) -> None:
+    """What is done with the maximum of the tiles before comes out as with the maximum of all, on one device and two."""
+    case = enlarged(cases.BY_NAME[name], head_size)
+    inputs = cases.make_inputs(case, dtype)
+    growth = np.linspace(*ends, case.key_length)[:, None, None]
+    inputs = dataclasses.replace(inputs, arrays={**inputs.arrays, "key": (inputs.arrays["key"] * growth).astype(dtype)})
+    config = ringjax.RingConfig(implementation=implementation)
+    for num_shards in (1, 2):
+        result = cases.stacked_ring(case, inputs, config, layout="zigzag", num_shards=num_shards)
+        cases.assert_matches(case, inputs, result)
+
+
 # One token and some, of heads that share keys or not: few enough for the kernel that splits keys, and too many for it.
 DECODED = {
     "one token": Problem(shards=1, layout="striped"),

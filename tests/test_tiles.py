@@ -92,6 +92,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "wrong tuple": (entry(MOSAIC, registers=[24, "x"]), "registers must be of the type"),
     "unknown value": (entry(MOSAIC, turns="never"), "turns must be one of 'issued'.* Got 'never'"),
     "too large": (entry(MOSAIC, block_kv=128, stages=4), "must fit 232448 bytes of SMEM"),
+    "too many barriers": (entry(MOSAIC, block_kv=64, stages=4), "must take at most 16 named barriers. They take 17"),
     "three warpgroups": (entry(MOSAIC, compute=3), "registers: .* at most 512 together"),
     "register steps": (entry(MOSAIC, registers=[20, 240]), "registers must be multiples of 8"),
     "negative": (entry(MOSAIC, group_heads=-1), "group_heads must be 0 or more"),

@@ -14,18 +14,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..._compat import gpu_load, gpu_ptx
+from ..._compat import gpu_load
 from ...mask import Rule
 from ...partial import NO_LOGIT
 from ..base import KernelParams
-from . import common
+from . import common, ptx
 from .common import LOG2_E, MATRIX, MaskArrays, batch_row, is_finite
-from .tiles import WARPGROUP_ROWS
+from .tiles import WARPGROUP_ROWS, WARPGROUP_THREADS
 
 COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = 2
 BLOCK_KV = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
-_COMPUTE_BARRIER = 8  # of the 16 named ones; the first few are Mosaic's
+_COMPUTE_BARRIER = 8  # a named one, see ringjax.kernels.mosaic.ptx: where the compute warpgroups meet
 
 # The last one runs fastest: programs of one head share in the cache what passes by.
 GRID_NAMES = ("batch", "head", "tile")
@@ -93,6 +93,8 @@ def rows_of(lse: Array, delta: Array, scale: float, length: int) -> Array:
     lse2 = jnp.where(lse2 < NO_LOGIT, -lse2, lse2)  # -inf to inf, without an infinite constant
     if scale > 0:  # Static.folds_scale
         lse2 = lse2 - math.log2(scale)
+    # Otherwise XLA makes one kernel of this and of the sums that are delta, four times slower than those by themselves.
+    lse2, delta = jax.lax.optimization_barrier((lse2, delta))
     return common.pad_axis(jnp.stack([lse2, delta], axis=2), 3, length)
 
 
@@ -166,5 +168,5 @@ def clean(x_smem: Any) -> None:
 
 def join_compute_warpgroups() -> None:
     """Both compute warpgroups have come here, and what they wrote to SMEM is there for WGMMA and TMA."""
-    gpu_ptx("fence.proxy.async.shared::cta;")
-    gpu_ptx(f"bar.sync {_COMPUTE_BARRIER}, {128 * COMPUTE_WARPGROUPS};")
+    ptx.instruction("fence.proxy.async.shared::cta;")
+    ptx.sync(_COMPUTE_BARRIER, WARPGROUP_THREADS * COMPUTE_WARPGROUPS)

@@ -27,8 +27,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..._compat import gpu_kernel, gpu_load, gpu_ptx
+from ..._compat import gpu_kernel, gpu_load
 from . import backward_common as gpu
+from . import ptx
 from .backward_common import BLOCK_KV, COMPUTE_WARPGROUPS, Inputs, Place, Static
 from .common import COLUMNS, column_matrix, is_finite, smem_tile, zeros
 from .tiles import WARPGROUP_ROWS
@@ -189,9 +190,10 @@ class _Kernel:
             self._send_dq(place, total, state, self._tile_before(place, state))
         scale = static.params.scale
         if dk is not None:
-            self._store(place, state.dk, dk)
+            self._store(place, state.dk, dk, self.scratch.k_smem)
         if dv is not None:
-            self._store(place, state.dv * (1.0 / scale) if static.folds_scale else state.dv, dv)
+            dv_total = state.dv * (1.0 / scale) if static.folds_scale else state.dv
+            self._store(place, dv_total, dv, self.scratch.v_smem if self.needs_ds else self.scratch.k_smem)
         plgpu.wait_smem_to_gmem(0)
 
     def _add(self, now: _Tile, place: Place, state: _State) -> _State:
@@ -223,7 +225,7 @@ class _Kernel:
             if dq_acc is not None:
                 s.ds_smem.at[now.index & 1, place.own][...] = ds
                 # Before the barrier: the half of sums_smem that is written next has been read.
-                gpu_ptx("cp.async.bulk.wait_group.read 0;")
+                ptx.instruction("cp.async.bulk.wait_group.read 0;")
             if dq_acc is not None or now.masked:
                 gpu.join_compute_warpgroups()
             if now.masked:  # now that both have used the raw numbers
@@ -326,10 +328,15 @@ class _Kernel:
         out_gmem = self.out.dq.at[place.batch, rows, state.head, columns]
         plgpu.copy_smem_to_gmem(self._sums(place, index - 1), out_gmem, state.n >= 0, reduction_op="add")
 
-    def _store(self, place: Place, total: Array, out_gmem: Any) -> None:
-        """This warpgroup's rows of dk or dv, 64 columns at a time."""
+    def _store(self, place: Place, total: Array, out_gmem: Any, done_smem: Any) -> None:
+        """This warpgroup's rows of dk or dv: float32 by 64 columns, 16 bits at once, where keys or values have been."""
         sums_smem = self.scratch.sums_smem.at[0, place.warpgroup]
         keys = pl.ds(place.tile * BLOCK_KV + place.own.start, WARPGROUP_ROWS)
+        if out_gmem.dtype == done_smem.dtype:
+            done_smem.at[place.own][...] = total.astype(out_gmem.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(done_smem.at[place.own], out_gmem.at[place.batch, keys, place.head])
+            return
         for start in range(0, self.static.size, WARPGROUP_ROWS):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             sums_smem[...] = jax.lax.slice(total, (0, start), (WARPGROUP_ROWS, start + WARPGROUP_ROWS))

@@ -44,8 +44,8 @@ def run(static: Static, x: Inputs, dq: Array) -> Array:
         gpu.run_program(program.memory, program.compute)
 
     dtype, size, stages = x.q.dtype, static.size, static.stages
-    batch, q_length, heads, _ = x.q.shape
     each_stage = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)  # noqa: E731
+    batch, q_length, heads, _ = x.q.shape
     (added,), _ = gpu_kernel(
         body,
         leaves,

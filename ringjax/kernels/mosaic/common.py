@@ -38,11 +38,15 @@ COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
-    """SMEM for matrices as WGMMA and TMA want them: in tiles of 8 rows of 128 bytes, swizzled."""
+    """SMEM for matrices as WGMMA and TMA want them."""
+    return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
+
+
+def swizzled(dtype: Any) -> tuple[Any, ...]:
+    """How such SMEM lies: in tiles of 8 rows of 128 bytes, swizzled."""
     tiling: Any = plgpu.TilingTransform
     swizzle: Any = plgpu.SwizzleTransform
-    transforms = (tiling((8, 128 // jnp.dtype(dtype).itemsize)), swizzle(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return tiling((8, 128 // jnp.dtype(dtype).itemsize)), swizzle(128)
 
 
 def pad_axis(x: Array, axis: int, length: int) -> Array:

@@ -15,7 +15,7 @@ from ..base import Block, Finished, KernelParams
 from ..fold import fold, rows_of, unfold
 from . import common
 from .forward import launch
-from .forward_compute import Inputs, Static
+from .forward_common import Inputs, Static
 from .tiles import MULTIPROCESSORS, WARPGROUP_ROWS, TileSizes, head_size
 
 

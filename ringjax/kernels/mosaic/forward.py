@@ -7,16 +7,18 @@ other's, or two also multiply p v of the previous tile beside q k^T of this one.
 
     s = LOG2_E logits,    m = max s,    l = sum exp2(s - m),    acc = sum exp2(s - m) v,
 
-and so is the maximum in the carry, which only this kernel reads. It is changed in place, so a row of tiles with nothing
-to visit costs nothing. Its acc comes and goes by TMA behind the compute, joining at the end of a row, where there is
-SMEM for it; otherwise each warpgroup starts from it and writes it back, in blocks of columns, see :func:`carry_shape`.
+and so is the maximum in the carry, which only this kernel reads. Any m near the maximum does as well, and where a FULL
+tile need not wait for its own, m is that of the tiles before, until l gets large; see :meth:`Compute.guess`.
+
+The carry is changed in place, so a row of tiles with nothing to visit costs nothing. Its acc comes and goes by TMA
+behind the compute, joining at the end of a row, where there is SMEM for it; otherwise each warpgroup starts from it and
+writes it back, in blocks of columns, see :func:`carry_shape`.
+
 After Shah et al. 2024, arXiv:2407.08608; online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
 import dataclasses
-import functools
 import math
-import operator
 from typing import Any
 
 import jax
@@ -25,14 +27,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..._compat import GPU_CONCATENATES, gpu_kernel, gpu_load, shape_like
+from ..._compat import GPU_CONCATENATES, gpu_kernel, shape_like
 from ...partial import Partial
 from ..base import Block, Finished, KernelParams
 from . import common
 from . import tiles as tile_sizes
-from .common import COLUMN_BLOCK, MATRIX, ROWS, full
-from .forward_compute import Compute, Inputs, Scratch, Static, Work, column, walk
-from .tiles import SMEM_BYTES, WARPGROUP_ROWS, TileSizes, head_size
+from .common import COLUMN_BLOCK
+from .forward_common import Inputs, Scratch, Static, Work, column, walk
+from .forward_compute import Compute
+from .forward_poison import look
+from .signals import signals
+from .tiles import FLAGS, SMEM_BYTES, WARPGROUP_ROWS, TileSizes, head_size
 
 
 def forward(
@@ -157,8 +162,10 @@ class _Kernel:
         """What to allocate; None: nothing."""
         static, tiles = self.static, self.static.tiles
         queries = (tiles.compute, WARPGROUP_ROWS)
-        left = plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.stages)
-        out = acc = carried = None
+        out = acc = carried = left = turn = None
+        if static.params.interpret:
+            left = plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.stages)
+            turn = plgpu.Barrier(num_barriers=tiles.compute)
         # Otherwise the output goes through the SMEM of the queries.
         if static.finish and tiles.has_out_smem(size, v_size):
             out = common.smem_tile((*queries, v_size), jnp.float32 if static.splits else dtype)
@@ -174,15 +181,15 @@ class _Kernel:
             q_ready=plgpu.Barrier(num_barriers=tiles.compute),
             q_consumed=plgpu.Barrier(num_barriers=tiles.compute),
             k_ready=plgpu.Barrier(num_barriers=tiles.stages),
-            k_consumed=left,
             v_ready=plgpu.Barrier(num_barriers=tiles.stages),
-            v_consumed=left,
             acc_ready=carried,
             acc_consumed=carried,
-            turn=plgpu.Barrier(num_barriers=tiles.compute),
+            k_free=left,
+            v_free=left,
+            turn=turn,
             met=plgpu.Barrier(num_arrivals=tiles.compute),
             v_landed=plgpu.Barrier(num_barriers=tiles.stages) if static.masked else None,
-            flags_smem=plgpu.SMEM((tiles.stages, WARPGROUP_ROWS), jnp.float32) if static.masked else None,
+            flags_smem=plgpu.SMEM((tiles.stages, FLAGS), jnp.float32) if static.masked else None,
         )
 
     def __call__(self, *refs: Any) -> None:
@@ -210,7 +217,7 @@ class _Kernel:
 
 def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
     """The loading warpgroup: keys and values into the ring as slots come free, queries behind the first of them."""
-    tiles = static.tiles
+    tiles, signal = static.tiles, signals(static.tiles, scratch)
 
     def one(work: Work, count: Array) -> Array:
         kv_head = jax.lax.div(work.n, static.heads // static.kv_heads)
@@ -218,7 +225,7 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
         def tile(t: Array, count: Array) -> Array:
             slot = jax.lax.rem(count, tiles.stages)
             at = (work.b, pl.ds(column(static, x, work, t) * tiles.block_kv, tiles.block_kv), kv_head)
-            plgpu.barrier_wait(scratch.k_consumed.at[slot])
+            signal.k_free.wait(slot)
             plgpu.copy_gmem_to_smem(x.k.at[at], scratch.k_smem.at[slot], scratch.k_ready.at[slot])
 
             @pl.when(t == 0)
@@ -228,7 +235,7 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
                     plgpu.barrier_wait(scratch.q_consumed.at[w])
                     plgpu.copy_gmem_to_smem(x.q.at[work.b, rows, work.n], scratch.q_smem.at[w], scratch.q_ready.at[w])
 
-            plgpu.barrier_wait(scratch.v_consumed.at[slot])
+            signal.v_free.wait(slot)
             v_smem = scratch.v_smem.at[slot]
             if not static.masked:
                 plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_ready.at[slot])
@@ -242,7 +249,7 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
             def _() -> None:
                 plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_landed.at[slot])
                 plgpu.barrier_wait(scratch.v_landed.at[slot])
-                _look_for_poison(v_smem, scratch.flags_smem.at[slot])
+                look(static, v_smem, scratch.flags_smem.at[slot], signal.look)
                 plgpu.barrier_arrive(scratch.v_ready.at[slot])
 
             return count + 1
@@ -274,25 +281,10 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
     walk(static, x, one)
     if static.params.interpret:  # which wants every arrival to be waited for
         for slot in range(tiles.stages):
-            plgpu.barrier_wait(scratch.k_consumed.at[slot])
-            plgpu.barrier_wait(scratch.v_consumed.at[slot])
+            signal.k_free.wait(slot)
+            signal.v_free.wait(slot)
         for w in range(tiles.compute):
             plgpu.barrier_wait(scratch.q_consumed.at[w])
-
-
-def _look_for_poison(v_smem: Any, flags_smem: Any) -> None:
-    """flags[0] = 0, or NaN if a tile of values holds NaN or Inf: 0 * x is NaN for these only."""
-    rows, size = v_smem.shape
-    total = full((WARPGROUP_ROWS,), 0.0, ROWS)
-    for row in range(0, rows, WARPGROUP_ROWS):
-        for start in range(0, size, WARPGROUP_ROWS):  # small pieces: this warpgroup has few registers
-            piece = v_smem.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(start, WARPGROUP_ROWS)]
-            values = gpu_load(piece, MATRIX, optimized=False)
-            total = total + jnp.sum(values.astype(jnp.float32) * 0.0, axis=1)
-    flags_smem[...] = total
-    # By eights: their loads do not wait for each other.
-    eight = lambda i: functools.reduce(operator.add, [flags_smem[8 * i + n] for n in range(8)])  # noqa: E731
-    flags_smem[0] = jax.lax.fori_loop(1, WARPGROUP_ROWS // 8, lambda i, flag: flag + eight(i), eight(0))
 
 
 def _is_type(x: Any) -> bool:

@@ -5,6 +5,7 @@ Each has 64 queries and keeps their running softmax in registers while tiles of 
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,56 +15,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..._compat import gpu_load
-from ...mask import Rule, attends
 from ...partial import NO_LOGIT, close
-from ..base import KernelParams
-from . import common
-from .common import (
-    COLUMN_BLOCK,
-    COLUMNS,
-    LN_2,
-    MATRIX,
-    ROWS,
-    MaskArrays,
-    column_matrix,
-    full,
-    is_finite,
-    row_matrix,
-)
-from .tiles import WARPGROUP_ROWS, TileSizes
+from . import common, ptx
+from .common import COLUMN_BLOCK, LN_2, MATRIX, ROWS, full, row_matrix, zeros
+from .forward_common import Inputs, Scratch, Static, Work, column, invariant, walk
+from .forward_poison import contain
+from .signals import Signals, signals
+from .tiles import WARPGROUP_ROWS
 
-
-class Inputs(NamedTuple):
-    """Refs (or arrays) in GMEM of what goes in. None: absent."""
-
-    q: Any  # [B, T, N, D]
-    k: Any  # [B, S, K, D]
-    v: Any  # [B, S, K, Dv]
-    mask: MaskArrays  # rows of tiles are of queries
-    carry: Any  # (acc, max, sum) of [B, N, Tp, Dv] or [B, N, Tp / 64, Dv / 8, 64, 8], [B, N, Tp], [B, N, Tp]
-    sinks: Any  # [N]
-
-
-class Scratch(NamedTuple):
-    """SMEM and barriers. A slot of the ring holds a tile of keys and one of values."""
-
-    q_smem: Any  # [compute, 64, D]
-    k_smem: Any  # [stages, block_kv, D]
-    v_smem: Any  # [stages, block_kv, Dv]
-    out_smem: Any  # [compute, 64, Dv], or None: the output goes through q_smem
-    acc_smem: Any  # [compute, 64, Dv] float32: acc of the carry; or None: it is read from and written to GMEM
-    q_ready: Any
-    q_consumed: Any
-    k_ready: Any
-    k_consumed: Any
-    v_ready: Any
-    v_consumed: Any
-    acc_ready: Any
-    acc_consumed: Any
-    turn: Any  # one barrier per warpgroup: it may multiply
-    met: Any  # all multiplying warpgroups have come here
-    v_landed: Any  # as v_ready, but for the loading warpgroup, which looks through the values of PARTIAL tiles; or None
-    flags_smem: Any  # [stages, 64] float32: not 0 where the values of the slot hold NaN or Inf; or None
+# Of guessed weights, summed over an eighth of the keys: more is taken back. acc then may be so many times the largest
+# value, which leaves float32 room for values of up to 2^80.
+MOST = 2.0**40
+LARGE = 2.0**20
 
 
 class Running(NamedTuple):
@@ -73,103 +36,6 @@ class Running(NamedTuple):
     max: Array
     sum: Array
     p: Array
-
-
-class Work(NamedTuple):
-    """What one block of threads works on at a time: a tile of queries of one head, and all or a split of its visits."""
-
-    b: Array
-    n: Array
-    i: Array  # the tile of queries, or the split of the only one
-    first: Array | int  # of the row's visits
-    full: Array  # of the visits from there on
-    visit: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-    params: KernelParams
-    tiles: TileSizes
-    batch: int
-    heads: int
-    kv_heads: int
-    num_q: int
-    num_kv: int
-    group_heads: int
-    num_blocks: int
-    finish: bool
-    carried: bool
-    carry_in_smem: bool
-    rule: Rule | None  # of PARTIAL tiles. None: every row visits every column, and all are FULL
-    rows_total: int  # queries in the carry and in lse
-    splits: int = 0  # of the visits of the only tile of queries, see ringjax.kernels.mosaic.decode. 0: none
-    rows_out: int = WARPGROUP_ROWS  # queries of a split that there are, in eights
-
-    @property
-    def masked(self) -> bool:
-        return self.rule is not None
-
-    @property
-    def own_keys(self) -> int:
-        """Keys of a tile that one warpgroup multiplies with: all, or its part where all have the same queries."""
-        return self.tiles.block_kv // self.tiles.compute if self.splits else self.tiles.block_kv
-
-    def first_query(self, work: Work, warpgroup: Any) -> Any:
-        return 0 if self.splits else (work.i * self.tiles.compute + warpgroup) * WARPGROUP_ROWS
-
-    @property
-    def carry_by_tma(self) -> bool:
-        return self.carried and self.carry_in_smem
-
-    def reads_carry(self, work: Work) -> Array:
-        """A carry that goes on is left as it is where there is nothing to visit."""
-        return (work.visit > 0) | self.finish
-
-
-def column(static: Static, x: Inputs, work: Work, t: Array) -> Array:
-    """The column of the t-th tile of a row, or of a split of it."""
-    if static.splits:
-        return common.column(x.mask, work.b, jnp.int32(0), work.first + t)
-    return common.column(x.mask, work.b, work.i, t)
-
-
-def walk(static: Static, x: Inputs, body: Any) -> None:
-    """``body(work, count) -> count`` for all that this block of threads works on; count is of tiles of keys so far.
-
-    Rows of tiles that come last have most to do under a causal mask, so they come first; of a group of heads all have
-    their turn before the next row. Every other round goes backwards: what is left for each block is even.
-    """
-    block = jax.lax.axis_index("block")
-    num_items = static.batch * static.heads * static.num_q
-    section = static.group_heads * static.num_q
-
-    def work(index: Array) -> Work:
-        rest = jax.lax.rem(index, section)
-        row = jax.lax.div(index, section) * static.group_heads + jax.lax.rem(rest, static.group_heads)
-        i = static.num_q - 1 - jax.lax.div(rest, static.group_heads)
-        b, n = jax.lax.div(row, static.heads), jax.lax.rem(row, static.heads)
-        full = visit = jnp.int32(static.num_kv)
-        if static.masked:
-            counts, row = x.mask.counts, jnp.int32(0) if static.splits else i
-            full, visit = (invariant(counts[common.batch_row(counts, b), which, row]) for which in range(2))
-        first: Any = 0
-        if static.splits:
-            first, end = (jax.lax.div(visit * n, jnp.int32(static.splits)) for n in (i, i + 1))
-            full, visit = jnp.clip(full, first, end) - first, end - first
-        return Work(b=b, n=n, i=i, first=first, full=full, visit=visit)
-
-    if static.num_blocks == num_items:
-        body(work(block), jnp.int32(0))
-        return
-    rounds, rest = divmod(num_items, static.num_blocks)
-
-    def place(turn: Array) -> Array:
-        return jnp.where(jax.lax.rem(turn, 2) == 1, static.num_blocks - 1 - block, block)
-
-    mine = rounds + (place(jnp.int32(rounds)) < rest).astype(jnp.int32)
-    jax.lax.fori_loop(
-        0, mine, lambda turn, count: body(work(turn * static.num_blocks + place(turn)), count), jnp.int32(0)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,17 +49,32 @@ class Compute:
     warpgroup: Array
 
     @property
+    def signals(self) -> Signals:
+        return signals(self.static.tiles, self.scratch)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether weights of a FULL tile are those of the maximum of the tiles before, see :meth:`guess`.
+
+        float16 has not the range for it, three warpgroups not the registers.
+        """
+        static, tiles = self.static, self.static.tiles
+        if self.scratch.q_smem.dtype != jnp.bfloat16 or static.splits:
+            return False
+        return static.params.interpret or (tiles.overlap and tiles.compute == 2)
+
+    @property
     def tile_shape(self) -> tuple[int, int]:
         return WARPGROUP_ROWS, self.static.own_keys
 
     def run(self) -> None:
         tiles, scratch = self.static.tiles, self.scratch
         for slot in range(tiles.stages):
-            plgpu.barrier_arrive(scratch.k_consumed.at[slot])
-            plgpu.barrier_arrive(scratch.v_consumed.at[slot])
+            self.signals.k_free.give(slot)
+            self.signals.v_free.give(slot)
         plgpu.barrier_arrive(scratch.q_consumed.at[self.warpgroup])
         if tiles.turns != "none":
-            pl.when(self.warpgroup == tiles.compute - 1)(lambda: plgpu.barrier_arrive(scratch.turn.at[0]))
+            pl.when(self.warpgroup == tiles.compute - 1)(lambda: self.signals.turn.give(0))
         walk(self.static, self.x, self.one)
         plgpu.wait_smem_to_gmem(0)
 
@@ -265,11 +146,19 @@ class Compute:
         return acc_gmem.at[work.b, work.n, jax.lax.div(self.rows_there(work).start, WARPGROUP_ROWS)]
 
     def attend(self, work: Work, count: Array, acc: Array, top: Array, total: Array) -> tuple[Array, Array, Array]:
-        """acc, max and sum over the tiles of one row. Invariant: p of tile t - 1 meets v in step t."""
+        """acc, max and sum over the tiles of one row."""
+        plgpu.barrier_wait(self.scratch.q_ready.at[self.warpgroup])
+        if self.guesses:  # a sum of its own for every column of a block: they are added up at the end of the row
+            total = row_matrix(total * (1.0 / COLUMN_BLOCK), zeros((WARPGROUP_ROWS, COLUMN_BLOCK)))
+        attend = self.attend_overlapped if self.static.tiles.overlap else self.attend_plainly
+        acc, top, total = attend(work, count, acc, top, total)
+        return acc, top, jnp.sum(total, axis=1) if self.guesses else total
+
+    def attend_overlapped(
+        self, work: Work, count: Array, acc: Array, top: Array, total: Array
+    ) -> tuple[Array, Array, Array]:
+        """The products of one tile beside the softmax of another. Invariant: p of tile t - 1 meets v in step t."""
         scratch = self.scratch
-        plgpu.barrier_wait(scratch.q_ready.at[self.warpgroup])
-        if not self.static.tiles.overlap:
-            return self.attend_plainly(work, count, acc, top, total)
         running = self.first(work, count, acc, top, total)
         self.release_carry()
         running = jax.lax.fori_loop(1, work.full, lambda t, r: self.step(work, count, t, r, masked=False), running)
@@ -280,6 +169,8 @@ class Compute:
         if not self.through_q():
             plgpu.barrier_arrive(scratch.q_consumed.at[self.warpgroup])
         last = self.slot(count + work.visit - 1)
+        if not self.static.masked:
+            plgpu.barrier_wait(scratch.v_ready.at[last])
         self.take_turn()
 
         def values(acc_ref: Any) -> None:
@@ -288,7 +179,7 @@ class Compute:
 
         summed: Any = pl.run_state(values)(plgpu.WGMMAAccumulatorRef.init(running.acc))
         self.pass_turn("logits")
-        plgpu.barrier_arrive(scratch.v_consumed.at[last])
+        self.signals.v_free.give(last)
         return summed, running.max, running.sum
 
     def attend_plainly(
@@ -309,20 +200,34 @@ class Compute:
         scratch, slot = self.scratch, self.slot(count + t)
         plgpu.barrier_wait(scratch.k_ready.at[slot])
         self.take_turn()
-        s = common.scores(self.products(slot), self.static.params)
+        s = common.scores(self.products(slot, in_turn=True), self.static.params)
         self.pass_turn("logits")
-        plgpu.barrier_arrive(scratch.k_consumed.at[slot])
-        if not self.through_q():  # so that the next ones arrive while this row ends
-            pl.when(t == work.visit - 1)(lambda: plgpu.barrier_arrive(scratch.q_consumed.at[self.warpgroup]))
-        if masked:
-            s = jnp.where(self.allowed(work, t), s, -jnp.inf)
-        p, top, total, rescale = self.softmax(s, top, total)
+
+        def release_keys() -> None:
+            self.signals.k_free.give(slot)
+            if not self.through_q():  # so that the next ones arrive while this row ends
+                pl.when(t == work.visit - 1)(lambda: plgpu.barrier_arrive(scratch.q_consumed.at[self.warpgroup]))
+
+        if self.guesses and not masked:
+            p, guessed = self.guess(s, top, total)
+            wrong = jnp.max(guessed) > MOST
+            state = (acc, top, guessed, p)
+            acc, top, total, p = jax.lax.cond(
+                wrong, lambda _: self.again(slot, acc, top, total), lambda state: state, state
+            )
+            release_keys()
+        else:
+            release_keys()
+            if masked:
+                s = jnp.where(self.allowed(work, t), s, -jnp.inf)
+            p, top, total, rescale = self.softmax(s, top, total)
+            acc = acc * row_matrix(rescale, acc)
         p = p.astype(scratch.q_smem.dtype)
         plgpu.barrier_wait(scratch.v_ready.at[slot])
         if masked:
-            acc = self.mark_poison(work, t, slot, acc)
-        acc = self.add_values(acc * row_matrix(rescale, acc), p, slot)
-        plgpu.barrier_arrive(scratch.v_consumed.at[slot])
+            acc = self.contain_poison(work, t, slot, acc)
+        acc = self.add_values(acc, p, slot)
+        self.signals.v_free.give(slot)
         return acc, top, total
 
     def first(self, work: Work, count: Array, acc: Array, top: Array, total: Array) -> Running:
@@ -330,9 +235,9 @@ class Compute:
         slot = self.slot(count)
         plgpu.barrier_wait(self.scratch.k_ready.at[slot])
         self.take_turn()
-        s = self.products(slot)
+        s = self.products(slot, in_turn=True)
         self.pass_turn("logits")
-        plgpu.barrier_arrive(self.scratch.k_consumed.at[slot])
+        self.signals.k_free.give(slot)
         s = common.scores(s, self.static.params)
         if self.static.masked:
             s = jax.lax.cond(
@@ -341,16 +246,16 @@ class Compute:
         p, top, total, rescale = self.softmax(s, top, total)
         if self.static.carried and not self.static.carry_in_smem:
             acc = acc * row_matrix(rescale, acc)
-        plgpu.barrier_wait(self.scratch.v_ready.at[slot])
         if self.static.masked:
+            plgpu.barrier_wait(self.scratch.v_ready.at[slot])
             acc = jax.lax.cond(
-                work.full > 0, lambda acc: acc, lambda acc: self.mark_poison(work, jnp.int32(0), slot, acc), acc
+                work.full > 0, lambda acc: acc, lambda acc: self.contain_poison(work, jnp.int32(0), slot, acc), acc
             )
         return Running(acc, top, total, p.astype(self.scratch.q_smem.dtype))
 
     def step(self, work: Work, count: Array, t: Array, running: Running, *, masked: bool) -> Running:
         """Tile t of the row: q k^T of this tile and p v of the one before run while the softmax waits, then does."""
-        scratch = self.scratch
+        scratch, guesses = self.scratch, self.guesses and not masked
         slot, before = self.slot(count + t), self.slot(count + t - 1)
 
         def products(refs: Any) -> None:
@@ -365,30 +270,48 @@ class Compute:
 
         def softmax(acc_ref: Any, s_ref: Any) -> tuple[Array, ...]:
             self.multiply_keys(s_ref, slot)
+            if not self.static.masked:  # otherwise they are there: they have been looked through
+                plgpu.barrier_wait(scratch.v_ready.at[before])
             plgpu.wgmma(acc_ref, running.p, self.own(scratch.v_smem, before))
             self.pass_turn("issued")
             s = jax.lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
             self.pass_turn("logits")
-            plgpu.barrier_arrive(scratch.k_consumed.at[slot])
+            if not guesses:
+                self.signals.k_free.give(slot)
             s = common.scores(s, self.static.params)
             if masked:
                 s = jnp.where(self.allowed(work, t), s, -jnp.inf)
-            p, top, total, rescale = self.softmax(s, running.max, running.sum)
             # These two keep the compiler from putting the softmax behind the wait for p v, which it is to overlap.
-            p, top, total, rescale = jax.lax.optimization_barrier((p, top, total, rescale))
-            plgpu.barrier_wait(scratch.v_ready.at[slot])
-            return top, total, p, rescale
+            # Where weights are guessed the question does too: it needs all of them.
+            if guesses:
+                p, total = jax.lax.optimization_barrier(self.guess(s, running.max, running.sum))
+                wrong = ptx.any_above(total, MATRIX, MOST, self.signals.retry + self.warpgroup)
+                rest = p, total, wrong.astype(jnp.int32)
+            else:
+                rest = jax.lax.optimization_barrier(self.softmax(s, running.max, running.sum))
+            if self.static.masked:
+                plgpu.barrier_wait(scratch.v_ready.at[slot])
+            return rest
 
-        rows = running.max
-        results: Any = pl.run_state(products)(
-            (plgpu.WGMMAAccumulatorRef.init(running.acc), rows, rows, full(self.tile_shape, 0.0, MATRIX), rows)
-        )
-        acc, top, total, p, rescale = results
-        plgpu.barrier_arrive(scratch.v_consumed.at[before])
+        start, p = plgpu.WGMMAAccumulatorRef.init(running.acc), full(self.tile_shape, 0.0, MATRIX)
         # p becomes short only now: its registers may be those of the p that was being multiplied.
+        if guesses:
+            acc, p, total, wrong = pl.run_state(products)((start, p, running.sum, jnp.int32(0)))
+            self.signals.v_free.give(before)
+            acc, top, total, p = jax.lax.cond(
+                wrong > 0,
+                lambda _: self.again(slot, acc, running.max, running.sum),
+                lambda state: state,
+                (acc, running.max, total, p),
+            )
+            self.signals.k_free.give(slot)
+            return Running(acc, top, total, p.astype(scratch.q_smem.dtype))
+        rows = running.max
+        acc, p, top, total, rescale = pl.run_state(products)((start, p, rows, running.sum, rows))
+        self.signals.v_free.give(before)
         running = Running(acc * row_matrix(rescale, acc), top, total, p.astype(scratch.q_smem.dtype))
         if masked:
-            running = running._replace(acc=self.mark_poison(work, t, slot, running.acc))
+            running = running._replace(acc=self.contain_poison(work, t, slot, running.acc))
         return running
 
     def own(self, tiles_smem: Any, slot: Array) -> Any:
@@ -410,7 +333,7 @@ class Compute:
         q_smem = self.scratch.q_smem.at[self.warpgroup]
         plgpu.wgmma(s_ref, q_smem, self.own(self.scratch.k_smem, slot).transpose((1, 0)))
 
-    def products(self, slot: Array) -> Array:
+    def products(self, slot: Array, *, in_turn: bool) -> Array:
         """q k^T of one tile."""
         if self.static.params.interpret:
             return jnp.dot(
@@ -419,7 +342,8 @@ class Compute:
 
         def multiply(s_ref: Any) -> Array:
             self.multiply_keys(s_ref, slot)
-            self.pass_turn("issued")
+            if in_turn:
+                self.pass_turn("issued")
             return s_ref[...]
 
         return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(self.tile_shape, jnp.float32))
@@ -442,16 +366,37 @@ class Compute:
         plgpu.commit_smem()
         return x
 
-    def softmax(self, s: Array, old: Array, total: Array) -> tuple[Array, Array, Array, Array]:
-        """Weights, new maximum, new sum, and the factor for what was summed before.
+    def softmax(
+        self, s: Array, old: Array, total: Array, least: Array | None = None
+    ) -> tuple[Array, Array, Array, Array]:
+        """Weights, new maximum, new sum, and the factor for what was summed before. The maximum is ``least`` at least.
 
         Masked logits are -inf here, and the maximum stays finite (NO_LOGIT at least), so that their weight is 0.
         """
-        factor = common.factor(self.static.params)
-        new = jnp.maximum(old, jnp.max(_halved(jnp.maximum, s), axis=1) * factor)
+        tile_max = jnp.max(_halved(jnp.maximum, s), axis=1) * common.factor(self.static.params)
+        new = jnp.maximum(old if least is None else least, tile_max)
         rescale = jnp.exp2(old - new)
-        p = jnp.exp2(s * factor - row_matrix(new, s))
-        return p, new, total * rescale + jnp.sum(_halved(jnp.add, p), axis=1), rescale
+        p, added = self.guess(s, new, jnp.zeros_like(total))
+        return p, new, total * (row_matrix(rescale, total) if self.guesses else rescale) + added, rescale
+
+    def guess(self, s: Array, top: Array, total: Array) -> tuple[Array, Array]:
+        """Weights and new sum of a tile, with ``top`` in place of the maximum.
+
+        Any number that is near it gives the same digits, since bfloat16 has the exponents of float32; the maximum of
+        the first tile mostly is near enough for the row. Then nobody waits for a maximum, and acc is not rescaled.
+        """
+        p = jnp.exp2(s * common.factor(self.static.params) - row_matrix(top, s))
+        return p, total + (_folded(p) if self.guesses else jnp.sum(_halved(jnp.add, p), axis=1))
+
+    def again(self, slot: Array, acc: Array, top: Array, total: Array) -> tuple[Array, Array, Array, Array]:
+        """acc, maximum, sum and weights where a guess came out above MOST, from the products and the maximum.
+
+        What was below MOST until now is brought down as well if it is large, so that not every tile ends up here.
+        """
+        s = common.scores(self.products(slot, in_turn=False), self.static.params)
+        least = jnp.where(jnp.sum(total, axis=1) > LARGE, top + math.log2(LARGE), top)
+        p, top, total, rescale = self.softmax(s, top, total, least)
+        return acc * row_matrix(rescale, acc), top, total, p
 
     def allowed(self, work: Work, t: Array) -> Array:
         """The predicate of tile t for this warpgroup's queries."""
@@ -460,46 +405,19 @@ class Compute:
         q_start, k_start = self.static.first_query(work, self.warpgroup), self.first_key(work, t)
         return common.allowed(rule, self.x.mask, work.b, q_start=q_start, k_start=k_start, shape=self.tile_shape)
 
-    def mark_poison(self, work: Work, t: Array, slot: Array, acc: Array) -> Array:
-        """NaN in the outputs of queries that attend to a value that is NaN or Inf, which is then set to zero in SMEM.
-
-        0 * NaN would reach the others too. Slow, and hardly ever done.
-        """
-        return jax.lax.cond(
-            self.scratch.flags_smem[slot, 0] == 0.0, lambda acc: acc, lambda acc: self.poisoned(work, t, slot, acc), acc
+    def contain_poison(self, work: Work, t: Array, slot: Array, acc: Array) -> Array:
+        """See :mod:`ringjax.kernels.mosaic.forward_poison`."""
+        return contain(
+            self.static,
+            self.x,
+            self.scratch,
+            work,
+            acc,
+            warpgroup=self.warpgroup,
+            slot=slot,
+            first_key=self.first_key(work, t),
+            meet=self.meet,
         )
-
-    def poisoned(self, work: Work, t: Array, slot: Array, acc: Array) -> Array:
-        rule = self.static.rule
-        assert rule is not None
-        kv_head = jax.lax.div(work.n, self.static.heads // self.static.kv_heads)
-        first_key, start = self.first_key(work, t), self.static.first_query(work, self.warpgroup)
-
-        def key(c: Array, acc: Array) -> Array:
-            index = first_key + c
-            shape = (acc.shape[0], acc.shape[1])
-            queries = common.query_side(rule, self.x.mask, work.b, start, shape, 0)
-            # Beyond the last key nothing is allowed, whatever is read.
-            token = jnp.minimum(index, self.x.v.shape[1] - 1)
-            value = gpu_load(self.x.v.at[work.b, token, kv_head], COLUMNS, optimized=False)
-            bad = ~is_finite(column_matrix(value.astype(jnp.float32), acc))
-            may = attends(queries, common.one_key(rule, self.x.mask, work.b, index, shape))
-            return jnp.where(bad & may, jnp.nan, acc)
-
-        acc = jax.lax.fori_loop(0, self.static.own_keys, key, acc)
-        self.meet()  # all have read what is now set to zero
-
-        @pl.when(self.warpgroup == 0)
-        def _() -> None:
-            for row in range(0, self.static.tiles.block_kv, WARPGROUP_ROWS):
-                tile_smem = self.scratch.v_smem.at[slot, pl.ds(row, WARPGROUP_ROWS)]
-                values = gpu_load(tile_smem, MATRIX, optimized=False)
-                wide = values.astype(jnp.float32)
-                tile_smem[...] = jnp.where(is_finite(wide), wide, 0.0).astype(values.dtype)
-            plgpu.commit_smem()
-
-        self.meet()
-        return acc
 
     def end(self, work: Work, old_top: Array, acc: Array, top: Array, total: Array, *, visited: bool) -> None:
         """Write a new carry, or acc / l and LN_2 * m + log(l), 0 and -inf over no keys."""
@@ -561,21 +479,16 @@ class Compute:
 
     def take_turn(self) -> None:
         if self.static.tiles.turns != "none":
-            plgpu.barrier_wait(self.scratch.turn.at[self.warpgroup])
+            self.signals.turn.wait(self.warpgroup)
 
     def pass_turn(self, event: str) -> None:
         if self.static.tiles.turns == event:
             following = jax.lax.rem(self.warpgroup + 1, self.static.tiles.compute)
-            plgpu.barrier_arrive(self.scratch.turn.at[following])
+            self.signals.turn.give(following)
 
     def meet(self) -> None:
         plgpu.barrier_arrive(self.scratch.met)
         plgpu.barrier_wait(self.scratch.met)
-
-
-def invariant(x: Array) -> Array:
-    """For loops: under check_vma what is read from GMEM is typed as varying over a mesh, what is computed is not."""
-    return x * jnp.ones((), x.dtype)
 
 
 def _halved(op: Any, x: Array) -> Array:
@@ -583,4 +496,12 @@ def _halved(op: Any, x: Array) -> Array:
     while x.shape[1] > 32 and x.shape[1] % 16 == 0:
         half = x.shape[1] // 2
         x = op(x[:, :half], x[:, half:])
+    return x
+
+
+def _folded(x: Array) -> Array:
+    """Columns added up by blocks: within a thread, where a sum over all would ask three others."""
+    while x.shape[1] > COLUMN_BLOCK:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
     return x

@@ -16,9 +16,13 @@ from ..tiles import Key, dtype_class
 
 # Queries that one warpgroup multiplies at a time: the height of a WGMMA.
 WARPGROUP_ROWS = 64
+WARPGROUP_THREADS = 128
 HEAD_SIZES = (64, 128, 256)
 # Multiprocessors of a Hopper card. On one that has fewer, the surplus blocks of a persistent grid wait their turn.
 MULTIPROCESSORS = 132
+
+NAMED_BARRIERS = 16  # of a block of threads
+FLAGS = 4  # float32 numbers in a row of flags, of which the first counts
 
 SMEM_BYTES = 227 * 1024  # what a block of threads may have
 # Registers of a thread of each warpgroup, summed over warpgroups, that a block of so many multiplying ones starts
@@ -47,6 +51,12 @@ class TileSizes:
     def block_q(self) -> int:
         return self.compute * WARPGROUP_ROWS
 
+    @property
+    def named_barriers(self) -> int:
+        """Those of Mosaic, two for each stage, turns, and one each to look and to try again: see Signals."""
+        turns = 0 if self.turns == "none" else self.compute
+        return 1 + (self.compute + 1) + 2 * self.stages + turns + 1 + (self.compute if self.compute == 2 else 0)
+
     def has_out_smem(self, size: int, v_size: int) -> bool:
         """Whether the finished output has SMEM of its own; otherwise it goes through that of the queries."""
         return self.stage_out or size != v_size
@@ -55,7 +65,7 @@ class TileSizes:
         """What a forward call takes for heads of these native sizes, without the carry, which need not be in SMEM."""
         out = v_size if finish and self.has_out_smem(size, v_size) else 0
         numbers = self.block_q * (size + out) + self.stages * self.block_kv * (size + v_size)
-        small = 2048 + self.stages * WARPGROUP_ROWS * 4  # barriers and reductions, and flags of each stage
+        small = 2048 + self.stages * FLAGS * 4  # barriers and reductions, and flags of each stage
         return 2 * numbers + small
 
     def refusal(self, size: int) -> str | None:
@@ -84,6 +94,10 @@ class TileSizes:
         taken = self._most_smem(size)
         if taken > SMEM_BYTES:
             return f"block_kv x stages must fit {SMEM_BYTES} bytes of SMEM. They take {taken}."
+        if self.named_barriers > NAMED_BARRIERS:
+            return (
+                f"stages and turns must take at most {NAMED_BARRIERS} named barriers. They take {self.named_barriers}."
+            )
         return None
 
     def _most_smem(self, size: int) -> int:
@@ -93,19 +107,28 @@ class TileSizes:
         return max(self.smem_bytes(*pair, finish=True) for pair in pairs)
 
 
-# What was fastest on an H100 (docs/optimisation-log.md), for heads of 64, 128 and 256. Three warpgroups hide each
-# other's waits best, but a tile of 192 queries has more PARTIAL tiles along the diagonal, whose mask wants registers.
+# What was fastest on an H100 (docs/optimisation-log.md), for heads of 64, 128 and 256. With heads of 64 the softmax is
+# what takes longest, and three warpgroups hide it best. With longer ones two have the registers to guess at a maximum,
+# see Compute.guess.
 _THREE = (32, 160)
-_FORWARD_FULL = {
-    64: TileSizes(compute=3, block_kv=128, stages=2, turns="none", registers=_THREE),
-    128: TileSizes(compute=3, block_kv=128, stages=2, turns="none", overlap=False, registers=_THREE),
-    256: TileSizes(compute=2, block_kv=64, stages=2),
-}
+_TWO_128 = TileSizes(compute=2, block_kv=128, stages=3)
+_TWO_256 = TileSizes(compute=2, block_kv=64, stages=2)
+_THREE_64 = TileSizes(compute=3, block_kv=128, stages=2, turns="none", registers=_THREE)
+# One product after the other leaves the registers for heads of 128, not those to guess.
+_THREE_128 = dataclasses.replace(_THREE_64, overlap=False)
+_FORWARD_FULL = {64: _THREE_64, 128: _TWO_128, 256: _TWO_256}
 _FORWARD = {
-    # Stages enough that the next tiles are there while the values of a PARTIAL one are looked through.
-    64: TileSizes(compute=2, block_kv=128, stages=5, turns="none", stage_out=True),
-    128: TileSizes(compute=2, block_kv=128, stages=2),
-    256: TileSizes(compute=2, block_kv=64, stages=2),
+    # A stage more, so that the next tiles are there while the values of a PARTIAL one are looked through.
+    64: dataclasses.replace(_THREE_64, stages=3, stage_out=True),
+    128: _TWO_128,
+    256: _TWO_256,
+}
+# With a carry. Under a mask there is SMEM for it.
+_CARRY_FULL = {64: _THREE_64, 128: _THREE_128, 256: _TWO_256}
+_CARRY = {
+    64: TileSizes(compute=2, block_kv=128, stages=4, turns="none", stage_out=True),
+    128: dataclasses.replace(_TWO_128, stages=2),
+    256: _TWO_256,
 }
 
 # Of few queries. Two warpgroups have half of a tile each; what matters is how many bytes are on their way.
@@ -140,7 +163,10 @@ def forward_tiles(
 ) -> TileSizes:
     """Tiles of a forward call: as requested, otherwise of the tables, the user's first. ``whole``: without a carry."""
     size = max(head_size(q.shape[3]), head_size(v.shape[3]))
-    tiles = (_FORWARD_FULL if mask.is_full else _FORWARD)[size]
+    if whole:
+        tiles = (_FORWARD_FULL if mask.is_full else _FORWARD)[size]
+    else:
+        tiles = (_CARRY_FULL if mask.is_full else _CARRY)[size]
     if params.interpret:
         return dataclasses.replace(tiles, turns="none", overlap=False)  # all that JAX's interpreter can follow
     if params.block_q is None and params.block_kv is None:
@@ -152,7 +178,7 @@ def forward_tiles(
                 "config.block_q must be 128 or 192 (heads of up to 128) for implementation 'pallas_gpu'. "
                 f"Got {params.block_q}."
             )
-        wanted = _FORWARD[128] if params.block_q == 128 else _FORWARD_FULL[128]
+        wanted = _TWO_128 if params.block_q == 128 else _THREE_128
         tiles = dataclasses.replace(wanted, block_kv=tiles.block_kv)
     if params.block_kv is not None:
         if params.block_kv not in (64, tiles.block_kv):

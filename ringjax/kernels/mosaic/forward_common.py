@@ -1,0 +1,152 @@
+"""What the warpgroups of the forward kernel for GPU share: what goes in, SMEM and barriers, who works on what.
+
+See :mod:`ringjax.kernels.mosaic.forward`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ...mask import Rule
+from ..base import KernelParams
+from . import common
+from .common import MaskArrays
+from .tiles import WARPGROUP_ROWS, TileSizes
+
+
+class Inputs(NamedTuple):
+    """Refs (or arrays) in GMEM of what goes in. None: absent."""
+
+    q: Any  # [B, T, N, D]
+    k: Any  # [B, S, K, D]
+    v: Any  # [B, S, K, Dv]
+    mask: MaskArrays  # rows of tiles are of queries
+    carry: Any  # (acc, max, sum) of [B, N, Tp, Dv] or [B, N, Tp / 64, Dv / 8, 64, 8], [B, N, Tp], [B, N, Tp]
+    sinks: Any  # [N]
+
+
+class Scratch(NamedTuple):
+    """SMEM and barriers. A slot of the ring holds a tile of keys and one of values."""
+
+    q_smem: Any  # [compute, 64, D]
+    k_smem: Any  # [stages, block_kv, D]
+    v_smem: Any  # [stages, block_kv, Dv]
+    out_smem: Any  # [compute, 64, Dv], or None: the output goes through q_smem
+    acc_smem: Any  # [compute, 64, Dv] float32: acc of the carry; or None: it is read from and written to GMEM
+    q_ready: Any
+    q_consumed: Any
+    k_ready: Any
+    v_ready: Any
+    acc_ready: Any
+    acc_consumed: Any
+    k_free: Any  # see Signals: for the interpreter; or None
+    v_free: Any
+    turn: Any
+    met: Any  # all multiplying warpgroups have come here
+    v_landed: Any  # as v_ready, but for the loading warpgroup, which looks through the values of PARTIAL tiles; or None
+    flags_smem: Any  # [stages, FLAGS] float32: the first is not 0 where the slot's values hold NaN or Inf; or None
+
+
+class Work(NamedTuple):
+    """What one block of threads works on at a time: a tile of queries of one head, and all or a split of its visits."""
+
+    b: Array
+    n: Array
+    i: Array  # the tile of queries, or the split of the only one
+    first: Array | int  # of the row's visits
+    full: Array  # of the visits from there on
+    visit: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    params: KernelParams
+    tiles: TileSizes
+    batch: int
+    heads: int
+    kv_heads: int
+    num_q: int
+    num_kv: int
+    group_heads: int
+    num_blocks: int
+    finish: bool
+    carried: bool
+    carry_in_smem: bool
+    rule: Rule | None  # of PARTIAL tiles. None: every row visits every column, and all are FULL
+    rows_total: int  # queries in the carry and in lse
+    splits: int = 0  # of the visits of the only tile of queries, see ringjax.kernels.mosaic.decode. 0: none
+    rows_out: int = WARPGROUP_ROWS  # queries of a split that there are, in eights
+
+    @property
+    def masked(self) -> bool:
+        return self.rule is not None
+
+    @property
+    def own_keys(self) -> int:
+        """Keys of a tile that one warpgroup multiplies with: all, or its part where all have the same queries."""
+        return self.tiles.block_kv // self.tiles.compute if self.splits else self.tiles.block_kv
+
+    def first_query(self, work: Work, warpgroup: Any) -> Any:
+        return 0 if self.splits else (work.i * self.tiles.compute + warpgroup) * WARPGROUP_ROWS
+
+    @property
+    def carry_by_tma(self) -> bool:
+        return self.carried and self.carry_in_smem
+
+    def reads_carry(self, work: Work) -> Array:
+        """A carry that goes on is left as it is where there is nothing to visit."""
+        return (work.visit > 0) | self.finish
+
+
+def column(static: Static, x: Inputs, work: Work, t: Array) -> Array:
+    """The column of the t-th tile of a row, or of a split of it."""
+    if static.splits:
+        return common.column(x.mask, work.b, jnp.int32(0), work.first + t)
+    return common.column(x.mask, work.b, work.i, t)
+
+
+def walk(static: Static, x: Inputs, body: Any) -> None:
+    """``body(work, count) -> count`` for all that this block of threads works on; count is of tiles of keys so far.
+
+    Rows of tiles that come last have most to do under a causal mask, so they come first; of a group of heads all have
+    their turn before the next row. Every other round goes backwards: what is left for each block is even.
+    """
+    block = jax.lax.axis_index("block")
+    num_items = static.batch * static.heads * static.num_q
+    section = static.group_heads * static.num_q
+
+    def work(index: Array) -> Work:
+        rest = jax.lax.rem(index, section)
+        row = jax.lax.div(index, section) * static.group_heads + jax.lax.rem(rest, static.group_heads)
+        i = static.num_q - 1 - jax.lax.div(rest, static.group_heads)
+        b, n = jax.lax.div(row, static.heads), jax.lax.rem(row, static.heads)
+        full = visit = jnp.int32(static.num_kv)
+        if static.masked:
+            counts, row = x.mask.counts, jnp.int32(0) if static.splits else i
+            full, visit = (invariant(counts[common.batch_row(counts, b), which, row]) for which in range(2))
+        first: Any = 0
+        if static.splits:
+            first, end = (jax.lax.div(visit * n, jnp.int32(static.splits)) for n in (i, i + 1))
+            full, visit = jnp.clip(full, first, end) - first, end - first
+        return Work(b=b, n=n, i=i, first=first, full=full, visit=visit)
+
+    if static.num_blocks == num_items:
+        body(work(block), jnp.int32(0))
+        return
+    rounds, rest = divmod(num_items, static.num_blocks)
+
+    def place(turn: Array) -> Array:
+        return jnp.where(jax.lax.rem(turn, 2) == 1, static.num_blocks - 1 - block, block)
+
+    mine = rounds + (place(jnp.int32(rounds)) < rest).astype(jnp.int32)
+    jax.lax.fori_loop(
+        0, mine, lambda turn, count: body(work(turn * static.num_blocks + place(turn)), count), jnp.int32(0)
+    )
+
+
+def invariant(x: Array) -> Array:
+    """For loops: under check_vma what is read from GMEM is typed as varying over a mesh, what is computed is not."""
+    return x * jnp.ones((), x.dtype)
