@@ -193,6 +193,10 @@ def vary_alike(call: Call, tree: T) -> tuple[T, frozenset[str]]:
     return jax.tree.map(lambda x: _compat.vary_over(x, axes), tree), axes
 
 
+def _is_one_hop(schedule: Schedule | None) -> bool:
+    return schedule is None or (len(schedule.hops) == 1 and _is_one_hop(schedule.hops[0].inner))
+
+
 def ring_spec(
     call: Call, schedule: Schedule | None, *, axis_names: tuple[str, ...], gather: Gather, routes: tuple[Route, ...]
 ) -> RingSpec:
@@ -211,6 +215,7 @@ def ring_spec(
             device_kind=call.device_kind,
             interpret=config.interpret,
             deterministic=config.deterministic,
+            dkv_final=gather.deal is None and _is_one_hop(schedule),
         ),
         unroll=call.unroll,
         dkv_dtype=config.dkv_dtype,

@@ -30,6 +30,7 @@ class KernelParams:
     device_kind: str = ""  # as JAX names it; tile sizes depend on it
     interpret: bool = False  # run a Pallas kernel in JAX's interpreter
     deterministic: bool = False  # the same bits on every run, where that costs speed
+    dkv_final: bool = False  # nothing is added to dk and dv of a call, so that they may come rounded
 
 
 class Block(NamedTuple):
@@ -62,7 +63,10 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What backward returns: dq as a carry, or as [B, N, T, H] from the last hop; dk and dv of this block, all wide."""
+    """What backward returns: dq as a carry, or as [B, N, T, H] from the last hop; dk and dv of this block.
+
+    All wide; dk and dv may be in the dtype of k and v if ``params.dkv_final``.
+    """
 
     dq: Carry | Float[Array, "B N T H"]
     dk: Float[Array, "B K S H"]  # summed over the G query heads of a K/V head

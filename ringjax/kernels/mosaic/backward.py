@@ -35,7 +35,7 @@ def backward(
     # Between hops dq stays as the kernels want it: padded, and token-major.
     dq = jnp.zeros(q.shape, jnp.float32) if carry is None else carry
     dq = vary_like(dq, q, k, v, dout, *jax.tree.leaves(mask))
-    dk, dv = (shape_like(t.shape, jnp.float32, t) for t in (k, v))
+    dk, dv = (shape_like(t.shape, t.dtype if params.dkv_final else jnp.float32, t) for t in (k, v))
 
     plan = functools.partial(_plan, x, mask, params, (q_length, k_length))
     of_keys = plan(rows="keys", block_q=128 if size == 64 else 64)
