@@ -123,6 +123,7 @@ ONCE = (
     "test_nnx",
     "test_offsets",
     "test_packing",
+    "test_pairs",
     "test_partial",
     "test_planner",
     "test_planner_costs",

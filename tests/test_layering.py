@@ -26,14 +26,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sharded",),
     ("cached",),
     ("local", "promises", "targets", "torus"),
-    ("arguments", "ring", "planner"),
+    ("ring", "planner"),
+    ("arguments",),
     ("exchange", "sharing"),
     ("kernels",),
     ("schedule",),
     ("deal", "mask", "partial"),
     ("layout",),
     ("config", "files", "simulate", "hopper", "mesh", "packing", "units", "usage"),
-    ("_compat",),
+    ("_compat", "pairs"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The package itself re-exports from here down, and whoever stands above may use it.

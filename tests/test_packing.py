@@ -14,8 +14,6 @@ import pytest
 
 import ringjax
 from ringjax.packing import Arrangement, Packing
-from ringjax.packing.pairs import Bounds, document_pairs
-from ringjax.planner.costs import attended_pairs
 
 # id: (arguments of the mask, prefixes)
 MASKS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -179,13 +177,6 @@ def test_work_is_what_is_counted(num_shards: int, mask: str) -> None:
         mean = hops.sum() / num_shards
         assert packing.imbalance[index] == pytest.approx(hops.sum(axis=1).max() / mean)
         assert packing.lockstep_imbalance[index] == pytest.approx(hops.max(axis=0).sum() / mean)
-
-
-@pytest.mark.parametrize(("left", "right"), [(None, 0), (None, None), (5, 0), (5, 9), (None, 3), (0, 0)])
-def test_pairs_are_those_of_the_planner(left: int | None, right: int | None) -> None:
-    lengths = np.arange(1, 40)
-    pairs = document_pairs(lengths, np.zeros_like(lengths), Bounds(left, right))
-    assert pairs.tolist() == [attended_pairs(int(n), left, right) for n in lengths]
 
 
 def test_long_documents_are_counted_without_overflow() -> None:

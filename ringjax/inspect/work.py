@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..layout import Contiguous, Striped, Zigzag
+from ..pairs import between
 from ..schedule import Schedule
 from .program import Program
 
@@ -71,7 +72,7 @@ def _run_pairs(program: Program) -> Count:
             for other in range(0, length, chunk):
                 queries = layout.positions(ranks, np.int64(start), length, ring)
                 keys = layout.positions(blocks, np.int64(other), length, ring)
-                total += _between(keys - queries, chunk, left, right)
+                total += between(keys - queries, chunk, chunk, left, right)
         return total
 
     return count
@@ -86,27 +87,9 @@ def _striped_pairs(program: Program) -> Count:
     multiplicity = number - np.abs(apart)
     by_difference = np.array(
         [
-            int((multiplicity * _between((apart * ring + difference) * stripe, stripe, left, right)).sum())
+            int((multiplicity * between((apart * ring + difference) * stripe, stripe, stripe, left, right)).sum())
             for difference in range(1 - ring, ring)
         ],
         np.int64,
     )
     return lambda ranks, blocks: by_difference[blocks - ranks + ring - 1]
-
-
-def _between(distance: np.ndarray, length: int, left: int | None, right: int | None) -> np.ndarray:
-    """Pairs between two runs of one length, the keys starting ``distance`` after the queries."""
-    upper = length * length if right is None else _at_most(right - distance, length)
-    lower = 0 if left is None else _at_most(-left - 1 - distance, length)
-    return np.broadcast_to(upper - lower, np.shape(distance)).astype(np.int64)
-
-
-def _at_most(bound: np.ndarray, length: int) -> np.ndarray:
-    """Pairs (x, y) in [0, length)^2 with y - x <= bound: the sum over x of clip(x + bound + 1, 0, length)."""
-    return _ramp(length + bound, length) - _ramp(bound, length)
-
-
-def _ramp(top: np.ndarray, length: int) -> np.ndarray:
-    """The sum of clip(u, 0, length) over all u up to ``top``."""
-    rising = np.clip(top, 0, length)
-    return rising * (rising + 1) // 2 + np.maximum(top - length, 0) * length

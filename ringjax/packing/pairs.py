@@ -8,6 +8,8 @@ import dataclasses
 
 import numpy as np
 
+from ..pairs import attended_pairs, between
+
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
@@ -31,18 +33,13 @@ class Bounds:
 def document_pairs(lengths: np.ndarray, prefix: np.ndarray, bounds: Bounds) -> np.ndarray:
     """Pairs of whole documents: int64 [documents].
 
-    Without a prefix the sum over i of 1 + min(i, left) + min(length - 1 - i, right). With a prefix of P tokens, which
-    there is under a causal mask only, its P queries attend to min(P, left + 1) keys each.
+    A prefix of P tokens, which there is under a causal mask only, has P queries that attend to min(P, left + 1) keys
+    each.
     """
-
-    def side(bound: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        return bound * (bound + 1) // 2 + bound * (lengths - 1 - bound)
-
-    left, right = bounds.reach(lengths)
-    pairs = lengths + side(left, lengths) + side(right, lengths)
+    pairs = attended_pairs(lengths, bounds.left, bounds.right)
     if prefix.any():
-        within = np.minimum(left, np.maximum(prefix - 1, 0))
-        causal = np.where(prefix > 0, prefix + side(within, prefix), 0)
+        left, _ = bounds.reach(lengths)
+        causal = np.where(prefix > 0, attended_pairs(prefix, bounds.left, 0), 0)
         pairs = pairs - causal + prefix * np.minimum(prefix, left + 1)
     return pairs
 
@@ -211,24 +208,11 @@ def _between(
 ) -> np.ndarray:
     """Pairs of a run of queries and one of keys, by first offset and length. No run of queries is in and out of the
     prefix."""
-    upper = queries * keys if bounds.right is None else _at_most(bounds.right + query - key, queries, keys)
-    lower = 0 if bounds.left is None else _at_most(-bounds.left - 1 + query - key, queries, keys)
-    pairs = upper - lower
+    pairs = between(key - query, queries, keys, bounds.left, bounds.right)
     # All queries of a prefix stand at its end.
     first = 0 if bounds.left is None else prefix - 1 - bounds.left
     seen = np.clip(np.minimum(key + keys, prefix) - np.maximum(key, first), 0, None)
     return np.where(query < prefix, queries * seen, pairs)
-
-
-def _at_most(bound: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Pairs (x, y), 0 <= x < queries and 0 <= y < keys, with y - x <= bound: the sum over x of
-    clip(x + bound + 1, 0, keys)."""
-
-    def ramp(top: np.ndarray) -> np.ndarray:  # the sum of clip(u, 0, keys) over all u up to top
-        rising = np.clip(top, 0, keys)
-        return rising * (rising + 1) // 2 + np.maximum(top - keys, 0) * keys
-
-    return ramp(queries + bound) - ramp(bound)
 
 
 def by_hop(work: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+from ..pairs import attended_pairs
 from ..schedule import Keys, Schedule
 
 
@@ -78,19 +79,6 @@ class Shard:
 
 
 # --- products --------------------------------------------------------------------------------------------------------
-
-
-def attended_pairs(length: int, left: int | None, right: int | None) -> int:
-    """(query, key) pairs of a whole sequence: a query at p attends to keys in [p - left, p + right]; None: no bound.
-
-    The sum over p of 1 + min(p, left) + min(length - 1 - p, right).
-    """
-
-    def side(bound: int | None) -> int:
-        bound = length - 1 if bound is None else min(bound, length - 1)
-        return bound * (bound + 1) // 2 + bound * (length - 1 - bound)
-
-    return length + side(left) + side(right)
 
 
 def flops(pairs: float, head_size: int, value_size: int, *, backward: bool) -> float:

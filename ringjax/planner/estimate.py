@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 
 from ..layout import Contiguous, Layout
+from ..pairs import attended_pairs
 from ..schedule import Hop, Schedule, full_schedule
 from ..sharing import share
 from . import costs
@@ -242,7 +243,7 @@ def _rings(
     num_ranks = math.prod(way.sizes)
     num_shards = num_ranks // math.prod(way.sizes_of("all_to_all"))
     length = problem.query_length * num_ranks
-    pairs = costs.attended_pairs(length, problem.left, problem.right) / num_ranks * problem.batch * problem.num_heads
+    pairs = attended_pairs(length, problem.left, problem.right) / num_ranks * problem.batch * problem.num_heads
     if problem.key_length != problem.query_length:  # the same share of another number of keys
         pairs *= problem.key_length / problem.query_length
     balanced = not isinstance(way.layout, Contiguous)
