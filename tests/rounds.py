@@ -127,6 +127,7 @@ ONCE = (
     "test_partial",
     "test_planner",
     "test_planner_costs",
+    "test_planner_documents",
     "test_poison",
     "test_promises::test_a_million_tokens_are_checked_fast",
     "test_promises::test_a_stripe_of_one_token_on_many_ranks_is_not_looked_at_token_by_token",

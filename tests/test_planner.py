@@ -336,7 +336,7 @@ def test_rings_without_a_common_link():
         if (candidate.way.rings, candidate.way.direction, candidate.way.layout) == (3, "both", ZIGZAG)
     )
     assert most.name == "ring 64, 3 rings, both ways" and most.to_json()["rings"] == 3
-    assert 'strategy="ring", direction="both", rings=3' in words.code(most.way, True, (None, 0))
+    assert 'strategy="ring", direction="both", rings=3' in words.code(most.way, problem_of(1024))
 
 
 def test_axes_that_share_a_side_share_its_links():
@@ -464,7 +464,7 @@ def test_the_picture_is_the_same_every_time(tmp_path: Path):
 
 
 def test_the_code_to_paste_runs():
-    code = words.code(Way(HYBRID, (4, 2), "both", ZIGZAG), True, (None, 0))
+    code = words.code(Way(HYBRID, (4, 2), "both", ZIGZAG), problem_of(8))
     q = jax.random.normal(jax.random.key(0), (1, 64, 8, 8))
     k, v = jax.random.normal(jax.random.key(1), (2, 1, 64, 2, 8))
     ring = {"layout": "zigzag", "num_shards": 8}
@@ -490,7 +490,8 @@ def test_what_the_code_to_paste_says(named, sizes, direction: str, mask, axes):
     )
     is_causal, window = mask
     names: dict[str, Any] = {"ringjax": face, "query": 0, "key": 0, "value": 0}
-    exec(words.code(Way(named, sizes, direction, as_layout("contiguous")), is_causal, window), names)
+    asked = problem_of(8, left=window[0], right=0 if is_causal else window[1])
+    exec(words.code(Way(named, sizes, direction, as_layout("contiguous")), asked), names)
     given = names["out"]
     assert given["mesh"].axis_names == (axes if isinstance(axes, tuple) else (axes,)) and given["axis_name"] == axes
     assert given["mesh"].devices.shape == sizes and given.get("is_causal", False) == is_causal

@@ -116,6 +116,58 @@ TRACED: list[tuple[str, tuple[str, ...], tuple[int, ...], dict[str, Any]]] = [
     ("gathered within a ring", ("ring", "all_gather"), (2, 2), {}),
     ("gathered and exchanged", ("all_gather", "all_to_all"), (2, 2), {"backward": False}),
     ("rings within rings under a window", ("ring", "ring"), (2, 4), {"layout": "contiguous", "left": 70, "length": 64}),
+    ("short documents", ("ring",), (8,), {"max_segment_length": 20, "segments": True}),
+    (
+        "short documents, contiguous",
+        ("ring",),
+        (8,),
+        {"layout": "contiguous", "max_segment_length": 40, "segments": True, "backward": False},
+    ),
+    (
+        "short documents with positions",
+        ("ring",),
+        (4,),
+        {"layout": "contiguous", "max_segment_length": 9, "segments": True, "positions": True},
+    ),
+    (
+        "few tokens are shared",
+        ("ring",),
+        (8,),
+        {"layout": "contiguous", "shared_length": 8, "segments": True, "positions": True},
+    ),
+    ("none is shared", ("ring",), (4,), {"layout": "contiguous", "shared_length": 0, "segments": True}),
+    ("all are shared", ("ring",), (4,), {"layout": "contiguous", "shared_length": 32, "segments": True}),
+    (
+        "shared, full attention",
+        ("ring",),
+        (4,),
+        {"layout": "contiguous", "shared_length": 16, "segments": True, "right": None, "direction": "both"},
+    ),
+    (
+        "shared, nothing is gathered",
+        ("all_gather",),
+        (4,),
+        {"layout": "contiguous", "shared_length": 8, "segments": True, "positions": True},
+    ),
+    ("documents that are gathered", ("all_gather",), (4,), {"segments": True, "max_segment_length": 128}),
+    (
+        "documents and heads",
+        ("all_to_all",),
+        (4,),
+        {"segments": True, "positions": True, "shared_length": 8, "layout": "contiguous", "num_kv_heads": 4},
+    ),
+    (
+        "both promises within rings",
+        ("ring", "ring"),
+        (2, 4),
+        {"layout": "contiguous", "shared_length": 16, "max_segment_length": 100, "segments": True, "positions": True},
+    ),
+    (
+        "shared among those with other heads",
+        ("ring", "all_to_all"),
+        (2, 2),
+        {"layout": "contiguous", "shared_length": 8, "segments": True, "positions": True, "num_kv_heads": 4},
+    ),
 ]
 
 
@@ -152,14 +204,17 @@ def test_bytes_are_those_of_the_traced_program(named: tuple[str, ...], sizes: tu
     config = ringjax.RingConfig(strategy=named, direction=direction, implementation="xla")
     window = None if asked.left is None else (asked.left, None if asked.right == 0 else asked.right)
 
-    def attend(q: Any, k: Any, v: Any) -> Any:
+    promises = {name: getattr(asked, name) for name in ("max_segment_length", "shared_length")}
+
+    def attend(q: Any, k: Any, v: Any, ids: Any, at: Any) -> Any:
         return ringjax.ring_attention(
             q, k, v, mesh=mesh, axis_name=names, is_causal=asked.right == 0, local_window_size=window, layout=layout,
+            segment_ids=ids if asked.segments else None, positions=at if asked.positions else None, **promises,
             config=config,
         )  # fmt: skip
 
-    def run(q: Any, k: Any, v: Any, g: Any) -> Any:
-        out, back = jax.vjp(attend, q, k, v)
+    def run(q: Any, k: Any, v: Any, ids: Any, at: Any, g: Any) -> Any:
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, ids, at), q, k, v)
         return out, back(g)
 
     shapes = [
@@ -169,7 +224,8 @@ def test_bytes_are_those_of_the_traced_program(named: tuple[str, ...], sizes: tu
             (asked.num_kv_heads, asked.value_size), (asked.num_heads, asked.value_size),
         )
     ]  # fmt: skip
-    traced = jax.make_jaxpr(run)(*shapes) if asked.backward else jax.make_jaxpr(attend)(*shapes[:3])
+    shapes[3:3] = [jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 2
+    traced = jax.make_jaxpr(run)(*shapes) if asked.backward else jax.make_jaxpr(attend)(*shapes[:5])
     way = Way(named, sizes, direction, as_layout(layout))
     assert estimate(asked, way, CHIP, links(sizes)).wire_bytes == received(traced, dict(zip(names, sizes, strict=True)))
 

@@ -44,6 +44,18 @@ def plan(
             help="A query attends to at most W keys to either side, or L before and R after it, 'none' being no bound.",
         ),
     ] = None,
+    max_segment_length: Annotated[
+        int | None,
+        typer.Option(parser=integer, metavar="M", help="Packed documents: none has tokens M or more places apart."),
+    ] = None,
+    shared_length: Annotated[
+        int | None,
+        typer.Option(
+            parser=integer,
+            metavar="G",
+            help="Packed documents: of a shard only the first G tokens are in documents of several shards.",
+        ),
+    ] = None,
     passes: Annotated[
         PassName, typer.Option("--pass", help="backward: forward and all gradients.")
     ] = PassName.backward,
@@ -73,6 +85,8 @@ def plan(
         "batch": batch,
         "dtype": str(dtype),
         "is_causal": not full,
+        "max_segment_length": max_segment_length,
+        "shared_length": shared_length,
         "memory_budget": memory_budget,
         "backward": passes == PassName.backward,
     }

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..arguments import check_fits_shard, check_max_segment_length, check_shared_length
 from ..config import DIRECTIONS, STRATEGIES
 from ..layout import Layout, as_layout, padded_length
 from . import words
@@ -105,7 +106,7 @@ class Plan:
 
     @property
     def config(self) -> str:
-        return words.code(self.choice.way, self.is_causal, self.window)
+        return words.code(self.choice.way, self.problem)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts."""
@@ -118,6 +119,8 @@ class Plan:
             "dtype": self.dtype,
             "is_causal": self.is_causal,
             "window": list(self.window),
+            "max_segment_length": self.problem.max_segment_length,
+            "shared_length": self.problem.shared_length,
             "backward": self.backward,
             "memory_budget": self.memory_budget,
             "shard_length": self.problem.query_length,
@@ -138,6 +141,8 @@ def plan(
     dtype: str = "bfloat16",
     is_causal: bool = True,
     window: int | tuple[int | None, int | None] | None = None,
+    max_segment_length: int | None = None,
+    shared_length: int | None = None,
     memory_budget: int | str | None = None,
     backward: bool = True,
 ) -> Plan:
@@ -159,6 +164,9 @@ def plan(
       dtype: of query, key and value: "bfloat16", "float16" or "float32".
       is_causal: a query attends to keys at its own position and before.
       window: w or (left, right), as ``local_window_size`` of :func:`ringjax.ring_attention`; None takes the model's.
+      max_segment_length, shared_length: what is promised of packed documents, as in :func:`ringjax.ring_attention`; the
+        latter is one number for all axes. Segment ids then travel too, and with ``shared_length`` positions, both as
+        :func:`ringjax.pack` gives them. Pairs are as many as documents that keep the promises can have.
       memory_budget: what the attention of one layer may take on each device: bytes, or a text such as "20GiB". None:
         all of its memory.
       backward: forward and all gradients; False: forward alone.
@@ -189,6 +197,9 @@ def plan(
         raise ValueError(f"seq_len must be at least {num_devices}, a token for each device. Got {seq_len}.")
     # As ring_attention pads it, for the layout with the largest unit.
     length = padded_length(seq_len, as_layout("zigzag"), num_devices) // num_devices
+    _check_promises(max_segment_length, shared_length, length)
+    promised = max_segment_length is not None or shared_length is not None
+    bounded = left is not None or right is not None
     problem = Problem(
         query_length=length,
         key_length=length,
@@ -201,6 +212,10 @@ def plan(
         left=left,
         right=right,
         backward=backward,
+        max_segment_length=max_segment_length,
+        shared_length=shared_length,
+        segments=promised,
+        positions=shared_length is not None and bounded,
     )
     candidates = evaluate(problem, ways(topology, problem), topology.chip, topology, budget)
     if candidates[0].reason is not None:
@@ -227,7 +242,9 @@ def ways(topology: Topology, problem: Problem) -> Iterator[Way]:
     """
     num_devices = topology.num_devices
     (whole,) = links_of(topology, (num_devices,))
-    if problem.is_windowed:
+    if problem.shared_length is not None:
+        layouts = (as_layout("contiguous"),)  # that of ringjax.pack, which keeps the promise
+    elif problem.spares:
         layouts = (as_layout("contiguous"), as_layout("zigzag"))
     elif problem.right == 0:
         layouts = (as_layout("zigzag"), as_layout("contiguous"))
@@ -238,12 +255,12 @@ def ways(topology: Topology, problem: Problem) -> Iterator[Way]:
         if num_devices % outer == 0:
             splits += [(pair, (outer, num_devices // outer)) for pair in _PAIRS]
     for (given, sizes), layout in itertools.product(splits, layouts):
-        if layout != layouts[0] and problem.is_windowed and len(given) > 1:
+        if layout != layouts[0] and problem.spares and len(given) > 1:
             continue  # windows are local, and so is the layout that suits them: the other is shown once
         if set(given) == {"all_to_all"} and layout != as_layout("contiguous"):
             continue  # every device has the whole sequence, whatever the layout
         # Under a window blocks take the shorter way in any case.
-        turns = "ring" in given and num_devices > 1 and not problem.is_windowed
+        turns = "ring" in given and num_devices > 1 and not problem.spares
         for direction in DIRECTIONS if turns else DIRECTIONS[:1]:
             for rings in range(1, 1 + (whole.rings if turns and len(given) == 1 else 1)):
                 yield Way(given, sizes, direction, layout, rings)
@@ -307,6 +324,15 @@ def _bounds(window: Any, is_causal: bool) -> tuple[int | None, int | None]:
         )
     left, right = sides
     return left, 0 if is_causal else right
+
+
+def _check_promises(max_segment_length: Any, shared_length: Any, shard_length: int) -> None:
+    check_max_segment_length(max_segment_length, True)
+    if isinstance(shared_length, (tuple, list)):
+        raise ValueError(
+            f"shared_length must be one number, the same for every axis of a plan, or None. Got {shared_length!r}."
+        )
+    check_fits_shard(check_shared_length(shared_length, True, 1), shard_length)
 
 
 def parse_bytes(budget: int | str | None, everything: int) -> int:

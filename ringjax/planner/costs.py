@@ -21,6 +21,7 @@ class Shard:
       batch, queries, keys, heads, kv_heads, head_size, value_size: B, T, S, N, K, D, Dv.
       item_bytes: e, of the inputs.
       sum_bytes: of the sums of dK and dV as they travel.
+      token_bytes: of what is known of each token and travels beside its key: segment ids and positions, 4 each.
     """
 
     batch: int
@@ -32,6 +33,7 @@ class Shard:
     value_size: int
     item_bytes: int
     sum_bytes: int = 4
+    token_bytes: int = 0
 
     def exchanged(self, size: int) -> "Shard":
         """After tokens were exchanged for heads over an axis: N / c heads, and the K/V heads that these use.
@@ -69,6 +71,11 @@ class Shard:
         """B S K (D + Dv) e: keys and values, or those of so many keys."""
         return self._kv_items(keys) * self.item_bytes
 
+    def block_bytes(self, keys: int | None = None) -> int:
+        """The same with what is known of each token, B S t."""
+        tokens = self.keys if keys is None else keys
+        return self.kv_bytes(keys) + self.batch * tokens * self.token_bytes
+
     def sums_bytes(self, keys: int | None = None) -> int:
         """The same of the sums of dK and dV."""
         return self._kv_items(keys) * self.sum_bytes
@@ -79,6 +86,32 @@ class Shard:
 
 
 # --- products --------------------------------------------------------------------------------------------------------
+
+
+def document_pairs(length: int, longest: int | None, left: int | None, right: int | None) -> int:
+    """The most pairs of so many tokens in documents of at most ``longest``: those of as many long ones as there may be.
+
+    Pairs grow faster than the length of a document, so that no other lengths have more.
+    """
+    if longest is None or longest >= length:
+        return attended_pairs(length, left, right) if length else 0
+    count, rest = divmod(length, longest)
+    return count * attended_pairs(longest, left, right) + (attended_pairs(rest, left, right) if rest else 0)
+
+
+def shared_pairs(
+    shard_length: int, num_shards: int, shared: int, longest: int | None, left: int | None, right: int | None
+) -> int:
+    """The most pairs of all shards where documents of several shards take at most the first ``shared`` places of each.
+
+    Either they take all of these places, or none; in between there are fewer, as sums of what grows ever faster.
+    """
+
+    def total(taken: int) -> int:
+        alone = document_pairs(shard_length - taken, longest, left, right)
+        return document_pairs(num_shards * taken, longest, left, right) + num_shards * alone
+
+    return max(total(0), total(shared))
 
 
 def flops(pairs: float, head_size: int, value_size: int, *, backward: bool) -> float:
@@ -121,18 +154,23 @@ def exchange_bytes(shard: Shard, size: int, *, backward: bool, residual: bool = 
 
 
 def gather_bytes(shard: Shard, size: int, *, backward: bool) -> int:
-    """all_gather of K and V over an axis of c: (c - 1) S K (D + Dv) e.
+    """all_gather of K and V over an axis of c: (c - 1) S (K (D + Dv) e + t).
 
     Backward gathers them anew, and brings the sums of dK and dV home in a reduce_scatter of as many float32 numbers.
     """
     sums = shard.sums_bytes() if backward else 0
-    return (size - 1) * (shard.kv_bytes() + sums)
+    return (size - 1) * (shard.block_bytes() + sums)
+
+
+def token_gather_bytes(shard: Shard, size: int) -> int:
+    """What is known of each token, where tokens are exchanged for heads over c: (c - 1) B (T + S) t."""
+    return (size - 1) * shard.batch * (shard.queries + shard.keys) * shard.token_bytes
 
 
 def ring_bytes(shard: Shard, schedule: Schedule, *, backward: bool) -> tuple[int, ...]:
     """What travels on the rings of a schedule, the outermost first. See :func:`travelled`."""
     return tuple(
-        shard.kv_bytes(blocks) + (shard.sums_bytes(sums) if backward else 0)
+        shard.block_bytes(blocks) + (shard.sums_bytes(sums) if backward else 0)
         for blocks, sums in travelled(schedule, shard.keys)
     )
 

@@ -16,8 +16,8 @@ import functools
 import math
 from collections.abc import Sequence
 
+from ..arguments import within_segments
 from ..layout import Contiguous, Layout
-from ..pairs import attended_pairs
 from ..schedule import Hop, Schedule, full_schedule
 from ..sharing import share
 from . import costs
@@ -39,6 +39,11 @@ class Problem:
       left, right: a query at p attends to keys in [p - left, p + right]; None: no bound.
       backward: forward and all gradients; False: forward alone.
       sum_bytes: of the sums of dK and dV as they travel.
+      max_segment_length, shared_length: what is promised of segments, as in :func:`ringjax.ring_attention`.
+      segments, positions: whether segment ids and positions are given, which travel with the keys. Where positions are
+        given the mask says nothing of places, so that only promises leave hops out.
+      pairs: attended pairs of a whole sequence and one head, those of the busiest device times the number of devices;
+        None: as many as the mask and the promises allow.
     """
 
     query_length: int
@@ -53,6 +58,11 @@ class Problem:
     right: int | None
     backward: bool = True
     sum_bytes: int = 4
+    max_segment_length: int | None = None
+    shared_length: int | None = None
+    segments: bool = False
+    positions: bool = False
+    pairs: float | None = None
 
     @property
     def shard(self) -> Shard:
@@ -66,12 +76,20 @@ class Problem:
             value_size=self.value_size,
             item_bytes=self.item_bytes,
             sum_bytes=self.sum_bytes,
+            token_bytes=4 * (self.segments + self.positions),
         )
 
     @property
-    def is_windowed(self) -> bool:
-        """A bound beside that of a causal mask."""
-        return self.left is not None or self.right not in (None, 0)
+    def reach(self) -> tuple[int | None, int | None]:
+        """(left, right) in places of the sequence: a query needs no keys beyond."""
+        left, right = (None, None) if self.positions else (self.left, self.right)
+        return within_segments(left, right, self.max_segment_length)
+
+    @property
+    def spares(self) -> bool:
+        """A bound beside that of a causal mask, or a promise: some keys may stay at home."""
+        left, right = self.reach
+        return left is not None or right not in (None, 0) or self.shared_length is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +172,7 @@ def estimate(problem: Problem, way: Way, chip: Chip, links: Sequence[Links]) -> 
         if word == "all_to_all":
             for backward in backward_too:
                 _exchange(spent, chip, link, shard, backward=backward)
+            _gather_tokens(spent, link, shard)
             shard = shard.exchanged(link.size)
     for word, link in zip(way.words, links, strict=True):
         if word == "all_gather":
@@ -197,8 +216,9 @@ class _Sharing:
 def _share(problem: Problem, way: Way) -> _Sharing:
     """The hops, as ring_attention plans them."""
     # A causal mask alone leaves no block out.
-    bounds = (problem.left, problem.right) if problem.is_windowed else (None, None)
-    found = share(way.layout, way.sizes, way.words, problem.query_length, problem.key_length, *bounds)
+    bounds = problem.reach if problem.spares else (None, None)
+    shared = None if problem.shared_length is None else (problem.shared_length,) * len(way.sizes)
+    found = share(way.layout, way.sizes, way.words, problem.query_length, problem.key_length, *bounds, shared)
     both = way.direction == "both" and found.several_ways
     return _Sharing(dataclasses.replace(way, words=found.words), found.schedule or full_schedule(()), both)
 
@@ -209,6 +229,12 @@ def _exchange(spent: _Spent, chip: Chip, link: Links, shard: Shard, *, backward:
     _await(spent, "all_to_all", link, received, link.exchange)
     spent.overhead += 4 * (chip.exchange_seconds + (link.size - 1) * chip.peer_seconds)
     spent.overhead += _COPIES * received * link.size / (link.size - 1) / chip.bandwidth
+
+
+def _gather_tokens(spent: _Spent, link: Links, shard: Shard) -> None:
+    """Segment ids and positions of the queries and of the keys, once for both passes."""
+    if shard.token_bytes:
+        _await(spent, "all_gather", link, costs.token_gather_bytes(shard, link.size), link.gather)
 
 
 def _gather(spent: _Spent, chip: Chip, link: Links, shard: Shard, *, backward: bool) -> None:
@@ -242,12 +268,7 @@ def _rings(
     streams = rings * (2 if sharing.both else 1)
     num_ranks = math.prod(way.sizes)
     num_shards = num_ranks // math.prod(way.sizes_of("all_to_all"))
-    length = problem.query_length * num_ranks
-    pairs = attended_pairs(length, problem.left, problem.right) / num_ranks * problem.batch * problem.num_heads
-    if problem.key_length != problem.query_length:  # the same share of another number of keys
-        pairs *= problem.key_length / problem.query_length
-    balanced = not isinstance(way.layout, Contiguous)
-    pairs *= costs.imbalance(length, num_shards, problem.left, problem.right, balanced=balanced)
+    pairs = _busiest(problem, way, num_ranks, num_shards) * problem.batch * problem.num_heads
     is_causal = problem.right == 0
     work = costs.flops(pairs, problem.head_size, problem.value_size, backward=backward)
     size = max(problem.head_size, problem.value_size)
@@ -272,6 +293,24 @@ def _rings(
     spent.compute += compute
     spent.overhead += besides
     spent.exposed += max(0.0, took - compute - besides)
+
+
+def _busiest(problem: Problem, way: Way, num_ranks: int, num_shards: int) -> float:
+    """Attended pairs of the busiest device, for one head and batch row."""
+    if problem.pairs is not None:
+        return problem.pairs / num_ranks
+    left, right, longest = problem.left, problem.right, problem.max_segment_length
+    shard_length, shared = problem.query_length, problem.shared_length
+    length = shard_length * num_ranks
+    if shared is None:
+        pairs = costs.document_pairs(length, longest, left, right) / num_ranks
+    else:
+        pairs = costs.shared_pairs(shard_length, num_ranks, shared, longest, left, right) / num_ranks
+    if problem.key_length != shard_length:  # the same share of another number of keys
+        pairs *= problem.key_length / shard_length
+    # Shared documents are dealt so that all devices work equally, see ringjax.pack.
+    balanced = not isinstance(way.layout, Contiguous) or shared is not None
+    return pairs * costs.imbalance(length, num_shards, *within_segments(left, right, longest), balanced=balanced)
 
 
 def _worked_keys(schedule: Schedule, held: int) -> int:

@@ -29,6 +29,11 @@ def _mask(plan: Plan) -> str:
     if left is not None or right not in (None, 0):
         sides = ", ".join("all" if side is None else str(side) for side in (left, right))
         said.append(f"window ({sides})")
+    problem = plan.problem
+    if problem.max_segment_length is not None:
+        said.append(f"documents of at most {problem.max_segment_length} places")
+    if problem.shared_length is not None:
+        said.append(f"{problem.shared_length} tokens of a shard in documents of several")
     return ", ".join(said) or "no mask"
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..layout import Contiguous, Layout, Striped, Zigzag
 from ..units import duration, size
-from .estimate import Way
+from .estimate import Problem, Way
 
 if TYPE_CHECKING:
     from .choice import Candidate
@@ -84,7 +84,7 @@ def _against(other: Candidate, best: Candidate) -> str:
     return f"{other.name}: {said}{'; but it ' + other.reason if other.reason else ''}."
 
 
-def code(way: Way, is_causal: bool, window: tuple[int | None, int | None]) -> str:
+def code(way: Way, problem: Problem) -> str:
     """A mesh and a call of ring_attention."""
     names = [_AXES[word] for word in way.words]
     if way.words == ("ring", "ring"):
@@ -94,17 +94,22 @@ def code(way: Way, is_causal: bool, window: tuple[int | None, int | None]) -> st
     sizes = f"({', '.join(map(str, way.sizes))})" if several else str(way.sizes[0])
     strategy = f"({', '.join(map(_quoted, way.words))})" if several else _quoted(way.words[0])
     ring = f", ring_axis={_quoted('ring')}" if several and way.words.count("ring") == 1 else ""
-    mask = ["is_causal=True"] if is_causal else []
-    left, right = window
+    left, right = problem.left, problem.right
+    mask = ["is_causal=True"] if right == 0 else []
     if left is not None or right not in (None, 0):
         mask.append(f"local_window_size={(left, right)!r}")
     options = [f"axis_name={axes}", *mask, f"layout={_quoted(layout_name(way.layout))}"]
+    given = [name for name in ("positions", "segments") if getattr(problem, name)]
+    promised = [f"{name}={name}".replace("segments", "segment_ids") for name in given]
+    for name in ("max_segment_length", "shared_length"):
+        promised += [] if getattr(problem, name) is None else [f"{name}={getattr(problem, name)}"]
     direction = f", direction={_quoted(way.direction)}" if way.direction != "forward" else ""
     direction += f", rings={way.rings}" if way.rings > 1 else ""
     return "\n".join([
         f"mesh = ringjax.ring_mesh({sizes}, {axes}{ring})",
         "out = ringjax.ring_attention(",
         f"    query, key, value, mesh=mesh, {', '.join(options)},",
+        *([f"    {', '.join(promised)},"] if promised else []),
         f"    config=ringjax.RingConfig(strategy={strategy}{direction}),",
         ")",
     ])  # fmt: skip
