@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +16,21 @@ from typer.testing import CliRunner
 
 import ringjax
 from ringjax.cli import app
+from ringjax.inspect.documents import deal
+from ringjax.inspect.program import Program
+from ringjax.inspect.work import pairs
+from ringjax.packing.balance import by_block, imbalance, works_as_they_come
+from ringjax.packing.pairs import Bounds
 from ringjax.pairs import attended_pairs
-from ringjax.planner import costs
+from ringjax.planner import costs, words
+from ringjax.planner.documents import Spread
+from ringjax.planner.lengths import document_lengths
 
 GIVEN: dict[str, Any] = {"model": "8,2,64,4", "seq_len": 65_536, "devices": "h100:8"}
 
 
-def best(plan: ringjax.Plan, *words: str) -> Any:
-    return next(c for c in plan.candidates if c.way.words == words)
+def best(plan: ringjax.Plan, *named: str) -> Any:
+    return next(c for c in plan.candidates if c.way.words == named)
 
 
 # --- promises --------------------------------------------------------------------------------------------------------
@@ -81,16 +89,13 @@ def test_code_to_paste_runs_with_what_pack_returns() -> None:
     names: dict[str, Any] = {"ringjax": ringjax, "query": query, "key": key, "value": value}
     names |= {"segment_ids": sequence.segment_ids[None], "positions": sequence.positions}
     exec(best_code(plan), names)
-    for which in set(sequence.document) - {-1}:
-        places = np.flatnonzero(sequence.document == which)
-        places = places[np.argsort(sequence.offset[places])]
-        alone = jax.nn.dot_product_attention(*(x[:, places] for x in (query, key, value)), is_causal=True)
-        assert jnp.abs(names["out"][:, places] - alone).max() < 1e-5
+    seen = (sequence.document[:, None] == sequence.document) & (sequence.offset[:, None] >= sequence.offset)
+    dense = jax.nn.dot_product_attention(query, key, value, mask=jnp.asarray(seen)[None, None])
+    present = sequence.document >= 0
+    assert jnp.abs(names["out"] - dense)[:, present].max() < 1e-5
 
 
 def best_code(plan: ringjax.Plan) -> str:
-    from ringjax.planner import words
-
     return words.code(best(plan, "ring").way, plan.problem)
 
 
@@ -121,3 +126,194 @@ def test_the_command_takes_promises() -> None:
     assert "positions=positions, segment_ids=segment_ids, max_segment_length=900, shared_length=256" in shown
     result = CliRunner().invoke(app, [*ASKED, "--shared-length", "9999"])
     assert result.exit_code == 2 and "error: --shared-length must be at most 8192" in result.output
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+def counted(ids: np.ndarray, at: np.ndarray, num_shards: int, left: int | None, right: int | None) -> np.ndarray:
+    """Pairs of each rank with each rank's keys, token by token; ids and places in ring order."""
+    apart = at[None] - at[:, None]
+    seen = ids[:, None] == ids[None]
+    seen &= apart >= -left if left is not None else True
+    seen &= apart <= right if right is not None else True
+    each = len(ids) // num_shards
+    return seen.reshape(num_shards, each, num_shards, each).sum(axis=(1, 3))
+
+
+@pytest.mark.parametrize(("left", "right"), [(None, 0), (None, None), (5, 0), (7, 2)])
+@pytest.mark.parametrize("layout", [ringjax.Zigzag(), ringjax.Contiguous()], ids=str)
+def test_work_as_documents_come(layout: Any, left: int | None, right: int | None) -> None:
+    lengths, shards, each = np.array([5, 1, 70, 3, 3, 40, 12, 1, 1, 30, 9, 17]), 4, 16
+    length, chunk = shards * each, layout.chunk_length(each)
+    owner = layout.owner(np.arange(length // chunk), shards)
+    found = np.concatenate(list(works_as_they_come(lengths, owner, chunk, Bounds(left, right))))
+    ids = np.repeat(np.arange(len(lengths)), lengths)
+    order = np.asarray(ringjax.ring_positions(length, layout=layout, num_shards=shards))
+    assert len(found) == len(ids) // length == 3
+    for number, work in enumerate(found):
+        own = ids[number * length : (number + 1) * length][order]
+        assert (work == counted(own, order, shards, left, right)).all()
+
+
+def test_imbalance_over_several_axes_by_hand() -> None:
+    """Ranks of 2 x 2, outermost first; rank r has r + 1 pairs with itself and 10 with the keys of rank 3."""
+    work = np.diag([1, 2, 3, 4])[None] + np.array([0, 0, 0, 10])
+    rings = by_block(work, (2, 2), ("ring", "ring"))[0]
+    # Rank 0 meets rank 3 one outer place and one inner place on, rank 1 one outer, rank 2 one inner place on.
+    assert rings.tolist() == [[1, 0, 0, 10], [2, 0, 10, 0], [3, 10, 0, 0], [14, 0, 0, 0]]
+    assert by_block(work, (4,), ("ring",))[0].tolist() == [[1, 0, 0, 10], [2, 0, 10, 0], [3, 10, 0, 0], [14, 0, 0, 0]]
+    assert by_block(work, (2, 2), ("ring", "all_gather"))[0].tolist() == [[1, 10], [2, 10], [13, 0], [14, 0]]
+    assert by_block(work, (2, 2), ("ring", "all_to_all"))[0].tolist() == [[3, 20], [27, 0]]
+    (total,), (lockstep,) = imbalance([rings[None]])
+    assert (total, lockstep) == (14 / 12.5, (14 + 10 + 10 + 10) / 12.5)
+
+
+def test_documents_are_reported_before_and_after() -> None:
+    """Eight shards of 64 tokens: one document of half a sequence and many of 16; everything counted token by token."""
+    lengths = ([256] + [16] * 16) * 4
+    found = ringjax.plan("2,2,8,1", seq_len=512, devices="h100:8", documents=lengths, dtype="float32").documents
+    before, after = found.before, found.after
+    order = np.asarray(ringjax.ring_positions(512, layout="zigzag", num_shards=8))
+    work = counted(np.repeat(np.arange(17), lengths[:17])[order], order, 8, None, 0)
+    mean = work.sum() / 8
+    hops = np.array([[work[r, (r + o) % 8] for o in range(8)] for r in range(8)])
+    assert before.imbalance == Spread(mean=pytest.approx(work.sum(1).max() / mean), most=before.imbalance.mean)
+    assert before.lockstep_imbalance.most == pytest.approx(hops.max(0).sum() / mean)
+    assert (before.hops_made, before.hops_elided, before.padding, before.sequences) == (8, 0, 0, 4)
+    packing = ringjax.pack(lengths, num_shards=8, shard_length=64)
+    assert after.imbalance.most == packing.imbalance.max() and after.padding == packing.padding
+    assert after.lockstep_imbalance.most == packing.lockstep_imbalance.max() < 1.1
+    assert after.sequences == len(packing) and after.shared_length == packing.shared_length == 64
+    assert before.left_over == 0 and after.left_over == np.array(lengths)[packing.left_over].sum()
+    key = 2 * 2 * 8
+    # K, V and ids of seven blocks in both passes, the sums of eight; packed with positions.
+    assert before.wire_bytes == 64 * (2 * 7 * (key * 4 + 4) + 8 * key * 4)
+    assert after.wire_bytes == 64 * (2 * 7 * (key * 4 + 8) + 8 * key * 4)
+    assert (found.number, found.tokens, found.longest, found.cut) == (68, 2048, 256, 0)
+
+
+def test_short_documents_need_no_wire() -> None:
+    plan = ringjax.plan(**GIVEN, documents="equal:512")
+    assert plan.documents.after.hops_made == 1 and plan.documents.after.hops_elided == 7
+    assert plan.documents.after.wire_bytes == 0 and plan.documents.before.hops_elided == 0
+    assert best(plan, "ring").cost.exposed_seconds == 0 and "shared_length=0" in plan.config
+    # 512 * 513 / 2 pairs of each document; rates are those of the chip.
+    whole = best(ringjax.plan(**GIVEN), "ring").cost.compute_seconds
+    share = 128 * attended_pairs(512, None, 0) / attended_pairs(65_536, None, 0)
+    assert best(plan, "ring").cost.compute_seconds == pytest.approx(share * whole, rel=0.03)
+
+
+def test_documents_longer_than_a_sequence_are_cut() -> None:
+    found = ringjax.plan(**GIVEN, documents=[200_000, 70_000]).documents
+    assert found.cut == 2 and found.before.sequences == 4
+    tokens = round((1 - found.after.padding) * found.after.sequences * 65_536)
+    assert tokens + found.after.left_over == 270_000
+
+
+def test_lengths_of_a_file_and_of_distributions(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("5\n 7\n\n1\n")
+    (tmp_path / "list").write_text(" [5, 7, 1]\n")
+    for given in (str(tmp_path / "lines"), tmp_path / "list", [5, 7, 1], np.array([5, 7, 1], np.uint16)):
+        assert document_lengths(given, 13).tolist() == [5, 7, 1]
+    assert document_lengths("equal:30", 100).tolist() == [30] * 54  # 1,600 tokens
+    uniform = document_lengths("uniform:3:5", 1000)
+    assert set(uniform) == {3, 4, 5} and 0 <= uniform.sum() - 16_000 < 5
+    lognormal = document_lengths("lognormal:100:1.5:4000", 100_000)
+    assert lognormal.max() == 4000 and np.median(lognormal) == pytest.approx(100, rel=0.05)
+    assert np.log(lognormal[lognormal < 4000]).std() == pytest.approx(1.5, rel=0.1)
+    assert (lognormal == document_lengths("lognormal:100:1.5:4000", 100_000)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([5, 0], "documents must have positive lengths. Got 0 of document 1"),
+        ([2.0], r"documents must be integers, the length of each. Got float64 \(1,\)"),
+        ([5, 6], "documents must have at least 100 tokens in all, those of a sequence. Got 11"),
+        ("nowhere.txt", "documents must be FILE, lognormal:MEDIAN:SIGMA:LONGEST or .*Got 'nowhere.txt'"),
+        ("normal:5:6", "documents must be FILE, .*Got 'normal:5:6'"),
+        ("lognormal:5:6", "documents must be lognormal:MEDIAN:SIGMA:LONGEST, positive .*Got 'lognormal:5:6'"),
+        ("lognormal:5:x:9", "documents must be lognormal.*Got 'lognormal:5:x:9'"),
+        ("uniform:9:5", "documents must be uniform:SHORTEST:LONGEST, .*first not above the second. Got 'uniform:9:5'"),
+        ("equal:0", "documents must be equal:LENGTH, positive integers. Got 'equal:0'"),
+    ],
+)
+def test_documents_that_are_none(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        document_lengths(given, 100)
+
+
+def test_documents_that_would_be_too_many() -> None:
+    with pytest.raises(ValueError, match="documents must be at most 33554432 that fill 16 sequences.*'equal:1'"):
+        document_lengths("equal:1", 2**22)
+
+
+def test_a_file_that_holds_something_else(tmp_path: Path) -> None:
+    for text in ("5\nsix\n", "[5, "):
+        (tmp_path / "lengths").write_text(text)
+        with pytest.raises(ValueError, match="documents: .*lengths' must have one integer a line"):
+            document_lengths(tmp_path / "lengths", 1)
+    (tmp_path / "lengths").write_text("")
+    with pytest.raises(ValueError, match="documents must have at least 1 tokens in all.*Got 0"):
+        document_lengths(tmp_path / "lengths", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_segment_length": 9}, "max_segment_length must be None with documents.*Got 9"),
+        (
+            {"shared_length": 100},
+            "shared_length must be at least 7500 for a document of 60000 tokens, which .* 8192. Got 100",
+        ),
+    ],
+)
+def test_documents_and_promises(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ringjax.plan(**GIVEN, documents=[60_000, 6000], **options)
+
+
+def test_the_commands_take_documents(tmp_path: Path) -> None:
+    (tmp_path / "lengths").write_text("\n".join(["3000"] * 60))
+    result = CliRunner().invoke(app, [*ASKED, "--documents", str(tmp_path / "lengths")])
+    assert result.exit_code == 0, result.output
+    assert "60 documents of 180000 tokens, at most 3000" in result.stdout and "as they come" in result.stdout
+    said = json.loads(CliRunner().invoke(app, [*ASKED, "--documents", "equal:512", "--json"]).stdout)["documents"]
+    assert said["before"]["hops_made"] == 8 and said["after"]["imbalance"]["most"] < 1.05
+    result = CliRunner().invoke(app, [*ASKED, "--documents", "equal"])
+    assert result.exit_code == 2 and "error: --documents must be FILE, " in result.output
+
+
+def program(**changed: Any) -> Program:
+    return Program("v5e:2x4", 8, 16_384, 4, 2, 64, 64, **{"is_causal": True, "segments": True, **changed})
+
+
+def test_documents_of_a_program_that_is_inspected() -> None:
+    """Its own hops and promises as they come; work as the inspector counts it where one document fills a sequence."""
+    whole = deal(program(), [16_384] * 2).before
+    work = pairs(program())
+    assert whole.imbalance.most == pytest.approx(work.sum(1).max() / work.sum(1).mean())
+    assert whole.lockstep_imbalance.most == pytest.approx(work.max(0).sum() / work.sum(1).mean())
+    for options in ({}, {"max_segment_length": 900}, {"layout": "contiguous", "max_segment_length": 900}):
+        asked = program(**options)
+        found = deal(asked, [900, 100] * 100)
+        assert found.before.hops_made == asked.schedule().num_blocks, options
+    packed = program(layout="contiguous", shared_length=found.after.shared_length)
+    assert found.after.hops_made == packed.schedule().num_blocks
+    several = deal(program(axes=(2, 4), strategy=("ring", "all_to_all")), [900, 100] * 100)
+    assert several.before.hops_made == 2 and several.strategy == "ring 2 x all_to_all 4"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segments": False}, "segments must be True with documents.*False"),
+        ({"layout": "striped"}, "layout must be 'contiguous' or 'zigzag' with documents. Got 'striped'"),
+        ({"max_segment_length": 899}, "max_segment_length must be at least 900, the longest of the documents. Got 899"),
+        ({"axes": (2, 4), "shared_length": (1, 2)}, r"shared_length must be the same for all axes.*Got \(1, 2\)"),
+    ],
+)
+def test_programs_without_documents(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deal(program(**options), [900, 100] * 100)

@@ -11,6 +11,7 @@ from .options import (
     BlockKv,
     BlockQ,
     Choice,
+    Documents,
     Dtype,
     DtypeName,
     HeadDim,
@@ -104,6 +105,7 @@ def inspect(
             "each axis.",
         ),
     ] = None,
+    documents: Documents = None,
     passes: Annotated[
         PassName, typer.Option("--pass", help="backward: forward and all gradients in one program.")
     ] = PassName.forward,
@@ -189,6 +191,7 @@ def inspect(
             segments=segments,
             max_segment_length=max_segment_length,
             shared_length=command.parse_shared(shared_length),
+            documents=documents,
             backward=passes == PassName.backward,
             implementation=implementation,
             block_q=block_q,

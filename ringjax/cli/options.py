@@ -50,6 +50,16 @@ def number(text: str) -> float:
 TUNING = "Tuning, as in RingConfig"  # a panel of the help
 
 SeqLen = Annotated[int, typer.Option("--seq-len", parser=integer, metavar="T", help="Tokens of the whole sequence.")]
+Documents = Annotated[
+    str | None,
+    typer.Option(
+        "--documents",
+        metavar="FILE|NAME:NUMBERS",
+        help="Lengths of documents: a file of integers, one a line or a JSON list; or documents for 16 sequences drawn "
+        "from lognormal:MEDIAN:SIGMA:LONGEST, uniform:SHORTEST:LONGEST or equal:LENGTH. Reports their balance, hops "
+        "and bytes as they come, and packed.",
+    ),
+]
 Heads = Annotated[int, typer.Option("--heads", parser=integer, metavar="N", help="Query heads.")]
 HeadDim = Annotated[int, typer.Option("--head-dim", parser=integer, metavar="H", help="Size of a query and key head.")]
 Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Dtype of query, key and value.")]

@@ -8,7 +8,7 @@ import typer
 
 from ..usage import UsageError
 from .errors import refusals
-from .options import Dtype, DtypeName, PassName, SeqLen, integer
+from .options import Documents, Dtype, DtypeName, PassName, SeqLen, integer
 
 EPILOG = """
 Nothing is compiled or run: the figures are predicted from a table of chips, see docs/plan.md. Of the memory only what
@@ -56,6 +56,7 @@ def plan(
             help="Packed documents: of a shard only the first G tokens are in documents of several shards.",
         ),
     ] = None,
+    documents: Documents = None,
     passes: Annotated[
         PassName, typer.Option("--pass", help="backward: forward and all gradients.")
     ] = PassName.backward,
@@ -87,6 +88,7 @@ def plan(
         "is_causal": not full,
         "max_segment_length": max_segment_length,
         "shared_length": shared_length,
+        "documents": documents,
         "memory_budget": memory_budget,
         "backward": passes == PassName.backward,
     }

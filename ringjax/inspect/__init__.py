@@ -7,6 +7,7 @@ The compiler runs in a child process. Nothing runs on a device, so nothing here 
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from . import wire
 from .compile import Compiled as Compiled
@@ -14,6 +15,7 @@ from .compile import InspectError as InspectError
 from .compile import compile_ring
 from .cycles import Cycles as Cycles
 from .cycles import estimate_cycles
+from .documents import deal
 from .memory import floor_bytes, floor_terms
 from .order import kernels, read_order
 from .program import Program as Program
@@ -43,6 +45,7 @@ def inspect_ring(
     segments: bool = False,
     max_segment_length: int | None = None,
     shared_length: int | tuple[int, ...] | None = None,
+    documents: Any = None,
     backward: bool = False,
     implementation: str | None = None,
     block_q: int | None = None,
@@ -78,6 +81,9 @@ def inspect_ring(
       layout, stripe, is_causal, window: as in :func:`ringjax.ring_attention`; ``stripe`` is that of "striped".
       segments: give segment ids, which then travel as well.
       max_segment_length, shared_length: what is promised of them, as in :func:`ringjax.ring_attention`.
+      documents: lengths, a file of them or a distribution, as in :func:`ringjax.plan`. The report then says what
+        becomes of these documents as they come, in this program, and dealt by :func:`ringjax.pack`, which may share
+        ``shared_length`` tokens of a shard. Of segments alone, in contiguous or zigzag layout.
       backward: the forward pass and all gradients in one program, instead of the forward pass alone.
       strategy, direction, rings: of the axes, see :class:`ringjax.RingConfig`. Neighbours are physical ones on the
         innermost axis of strategy "ring".
@@ -107,13 +113,14 @@ def inspect_ring(
     )  # fmt: skip
     if cycles and program.slice.platform != "tpu":
         raise ValueError(f"cycles must be False for {program.slice.name}: static estimates are of TPUs. Got True.")
+    dealt = None if documents is None else deal(program, documents)
     others = [program.with_ring(size) for size in sweep if size != program.ring]  # refuses before anything is compiled
     compiled = compile_ring(program, timeout=timeout)
     order = read_order(compiled.text, wire.Devices((program.side_by_side, *program.axes), compiled.rings))
     peaks = {program.ring: compiled.peak_bytes}
     peaks |= {other.ring: compile_ring(other, timeout=timeout).peak_bytes for other in others}
     found = estimate_cycles(program, kernels(order), timeout=timeout) if cycles else None
-    return Report(program, compiled, order, pairs(program), found, _scaling(program, peaks))
+    return Report(program, compiled, order, pairs(program), found, _scaling(program, peaks), dealt)
 
 
 def _devices(topology: str, axes: tuple[int, ...] | None) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..planner.documents import Documents
 from . import wire
 from .compile import Compiled
 from .cycles import Cycles
@@ -72,6 +73,7 @@ class Report:
       pairs: attended (query, key) pairs of one head and batch row, rank by hop.
       cycles: static estimates, None unless they were asked for.
       scaling: memory against the size of the ring.
+      documents: what becomes of the documents given; None without them.
     """
 
     program: Program
@@ -80,6 +82,7 @@ class Report:
     pairs: np.ndarray
     cycles: Cycles | None
     scaling: tuple[Scaling, ...]
+    documents: Documents | None = None
 
     @functools.cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -283,6 +286,7 @@ class Report:
                 "pairs_per_rank": self.pairs_per_rank.tolist() if small else None,
                 "pairs_rank_by_hop": self.pairs.tolist() if small else None,
             },
+            "documents": None if self.documents is None else self.documents.to_json(),
             "cycles": {
                 "mxu_floor": self.mxu_floor_cycles,
                 "estimates": None if self.cycles is None else self.cycles.estimates,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..hopper import COMBINE, COMBINE_BYTES, is_hopper
+from ..planner import documents
 from ..units import size, table
 from .cycles import base_name
 from .gpus import Hosts
@@ -26,6 +27,8 @@ def lines(report: Report) -> Iterator[str]:
         "work": _work(report),
         "cycles": _cycles(report),
     }
+    if report.documents is not None:
+        sections["packing"] = documents.lines(report.documents)
     for number, (label, body) in enumerate(sections.items()):
         if number:
             yield ""

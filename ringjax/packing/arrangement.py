@@ -1,10 +1,12 @@
 """One packed sequence, token by token."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from .balance import MOST
 from .pairs import Bounds, Pieces, by_hop, cut, document_pairs, shared_work
 
 
@@ -81,6 +83,12 @@ class Dealt:
         pairs = document_pairs(self.lengths[local], self.prefix[local], self.bounds)
         np.add.at(work, (sequence[local], shard, shard), pairs)
         return work
+
+    def works(self) -> Iterator[np.ndarray]:
+        """The same, some sequences at a time."""
+        step = max(1, MOST // self.num_shards**2)
+        for begin in range(0, self.num_sequences, step):
+            yield self.part(begin, min(begin + step, self.num_sequences)).work()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

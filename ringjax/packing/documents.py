@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrangement import Arrangement, Dealt, arrange
+from .balance import imbalance
 from .pairs import Bounds, by_hop, document_pairs
 from .sequences import fill
 from .shards import LEFT_OVER, SHARED, Rows, deal, unlucky
 
 _EVEN = 0.98  # of what tolerance allows; the rest is for pieces of shared documents, which differ by a token
 _ATTEMPTS = 6  # to do without sequences that share much more than others
-_MOST = 2**22  # numbers of an array of pairs, sequences by ranks by ranks
 
 
 class Shared(NamedTuple):
@@ -216,7 +216,7 @@ def _sequences(
 
 def _packing(dealt: Dealt, left: np.ndarray, shared_length: int) -> Packing:
     number, shared = dealt.num_sequences, dealt.shard == SHARED
-    imbalance, lockstep = _imbalance(dealt)
+    total, lockstep = imbalance(map(by_hop, dealt.works()))
     tokens = int(dealt.lengths.sum())
     places = number * dealt.num_shards * dealt.shard_length
     return Packing(
@@ -225,24 +225,12 @@ def _packing(dealt: Dealt, left: np.ndarray, shared_length: int) -> Packing:
         shared_length=shared_length,
         num_sequences=number,
         left_over=left,
-        imbalance=imbalance,
+        imbalance=total,
         lockstep_imbalance=lockstep,
         padding=(places - tokens) / max(places, 1),
         shared=Shared(documents=int(shared.sum()), tokens=int(dealt.lengths[shared].sum()) / max(tokens, 1)),
         dealt=dealt,
     )
-
-
-def _imbalance(dealt: Dealt) -> tuple[np.ndarray, np.ndarray]:
-    """In total and in lockstep, of every sequence: float64 [sequences], some sequences at a time."""
-    total, lockstep = [np.empty(0)], [np.empty(0)]
-    step = max(1, _MOST // dealt.num_shards**2)
-    for begin in range(0, dealt.num_sequences, step):
-        work = by_hop(dealt.part(begin, min(begin + step, dealt.num_sequences)).work())
-        mean = work.sum(axis=(1, 2)) / dealt.num_shards
-        total.append(work.sum(axis=2).max(axis=1) / mean)
-        lockstep.append(work.max(axis=1).sum(axis=1) / mean)
-    return np.concatenate(total), np.concatenate(lockstep)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

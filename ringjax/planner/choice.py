@@ -14,7 +14,9 @@ from ..layout import Layout, as_layout, padded_length
 from . import words
 from .chips import Chip, Tpu, find_chip
 from .costs import memory_terms
+from .documents import Documents, deal_documents
 from .estimate import Estimate, Problem, Way, estimate, impossible
+from .lengths import document_lengths
 from .models import Model, find_model
 from .network import Links, links_of
 from .topology import Topology, likely_topology, parse_topology
@@ -73,6 +75,7 @@ class Plan:
       memory_budget: bytes that the attention of one layer may take.
       problem: the attention of one layer.
       candidates: what fits, fastest first; then what does not, with the reason.
+      documents: what becomes of the documents given; None without them.
       choice: the first of them.
       why: in words.
       config: Python to paste.
@@ -89,6 +92,7 @@ class Plan:
     memory_budget: int
     problem: Problem
     candidates: tuple[Candidate, ...]
+    documents: Documents | None = None
 
     @property
     def choice(self) -> Candidate:
@@ -124,6 +128,7 @@ class Plan:
             "backward": self.backward,
             "memory_budget": self.memory_budget,
             "shard_length": self.problem.query_length,
+            "documents": None if self.documents is None else self.documents.to_json(),
             "step_seconds": self.step_seconds,
             "choice": self.choice.to_json(),
             "why": self.why,
@@ -143,6 +148,7 @@ def plan(
     window: int | tuple[int | None, int | None] | None = None,
     max_segment_length: int | None = None,
     shared_length: int | None = None,
+    documents: Any = None,
     memory_budget: int | str | None = None,
     backward: bool = True,
 ) -> Plan:
@@ -167,6 +173,10 @@ def plan(
       max_segment_length, shared_length: what is promised of packed documents, as in :func:`ringjax.ring_attention`; the
         latter is one number for all axes. Segment ids then travel too, and with ``shared_length`` positions, both as
         :func:`ringjax.pack` gives them. Pairs are as many as documents that keep the promises can have.
+      documents: lengths of documents that fill the sequences, dealt by :func:`ringjax.pack`: integers; a file with one
+        a line, or a list in JSON; or a distribution, "lognormal:MEDIAN:SIGMA:LONGEST", "uniform:SHORTEST:LONGEST" or
+        "equal:LENGTH", of which documents for 16 sequences are drawn. Bytes and pairs are then theirs, and
+        ``plan.documents`` holds them against the same documents as they come, on a ring in zigzag.
       memory_budget: what the attention of one layer may take on each device: bytes, or a text such as "20GiB". None:
         all of its memory.
       backward: forward and all gradients; False: forward alone.
@@ -217,6 +227,22 @@ def plan(
         segments=promised,
         positions=shared_length is not None and bounded,
     )
+    dealt = None
+    if documents is not None:
+        if max_segment_length is not None:
+            raise ValueError(
+                "max_segment_length must be None with documents, of which long ones are shared by all devices. "
+                f"Got {max_segment_length}."
+            )
+        way = Way(("ring",), (num_devices,), "forward", as_layout("zigzag"))
+        dealt = deal_documents(document_lengths(documents, length * num_devices), problem, way)
+        problem = dataclasses.replace(
+            problem,
+            shared_length=dealt.after.shared_length,
+            segments=True,
+            positions=bounded,
+            pairs=dealt.after.busiest_pairs,
+        )
     candidates = evaluate(problem, ways(topology, problem), topology.chip, topology, budget)
     if candidates[0].reason is not None:
         raise ValueError(_what_would_fit(problem, num_devices, budget, seq_len))
@@ -232,6 +258,7 @@ def plan(
         memory_budget=budget,
         problem=problem,
         candidates=candidates,
+        documents=dealt,
     )
 
 

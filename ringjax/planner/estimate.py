@@ -144,7 +144,6 @@ class _Spent:
     exposed: float = 0.0
 
     def __post_init__(self) -> None:
-        self.wire: dict[str, int] = dict.fromkeys(("ring", *EXCHANGES), 0)
         self.loads: dict[int, float] = {}  # bytes over the busiest link of an axis, by the identity of its links
 
     def carry(self, link: Links, received: int, bandwidth: float) -> None:
@@ -186,7 +185,7 @@ def estimate(problem: Problem, way: Way, chip: Chip, links: Sequence[Links]) -> 
         compute_seconds=spent.compute,
         overhead_seconds=spent.overhead,
         exposed_seconds=spent.exposed,
-        wire_bytes=spent.wire,
+        wire_bytes=received(problem, way),
         link_bytes=max(spent.loads.values(), default=0.0),
         memory=costs.memory_terms(
             _in_memory(problem.shard, chip),
@@ -196,6 +195,31 @@ def estimate(problem: Problem, way: Way, chip: Chip, links: Sequence[Links]) -> 
             thrifty=chip.thrifty,
         ),
     )
+
+
+def received(problem: Problem, way: Way) -> dict[str, int]:
+    """Bytes that a device receives in both passes, by kind."""
+    sharing, shard = _share(problem, way), problem.shard
+    backward_too = (False, True) if problem.backward else (False,)
+    found: dict[str, int] = dict.fromkeys(("ring", *EXCHANGES), 0)
+    for size in sharing.way.sizes_of("all_to_all"):
+        found["all_to_all"] += sum(costs.exchange_bytes(shard, size, backward=backward) for backward in backward_too)
+        found["all_gather"] += costs.token_gather_bytes(shard, size)
+        shard = shard.exchanged(size)
+    for size in sharing.way.sizes_of("all_gather"):
+        found["all_gather"] += sum(costs.gather_bytes(shard, size, backward=backward) for backward in backward_too)
+        shard = shard.gathered(size)
+    if "ring" in sharing.way.words:
+        found["ring"] = sum(
+            sum(costs.ring_bytes(shard, sharing.schedule, backward=backward)) for backward in backward_too
+        )
+    return found
+
+
+def hops(problem: Problem, way: Way) -> tuple[tuple[str, ...], int, int]:
+    """The strategies as they are carried out, blocks that a device works on, and blocks that there are."""
+    sharing = _share(problem, way)
+    return sharing.way.words, sharing.schedule.num_blocks, math.prod(sharing.way.sizes_of("ring"))
 
 
 def _in_memory(shard: Shard, chip: Chip) -> Shard:
@@ -226,7 +250,7 @@ def _share(problem: Problem, way: Way) -> _Sharing:
 def _exchange(spent: _Spent, chip: Chip, link: Links, shard: Shard, *, backward: bool) -> None:
     """q, k and v there and out back, or dout there and dq, dk and dv back: four arrays."""
     received = costs.exchange_bytes(shard, link.size, backward=backward)
-    _await(spent, "all_to_all", link, received, link.exchange)
+    _await(spent, link, received, link.exchange)
     spent.overhead += 4 * (chip.exchange_seconds + (link.size - 1) * chip.peer_seconds)
     spent.overhead += _COPIES * received * link.size / (link.size - 1) / chip.bandwidth
 
@@ -234,19 +258,18 @@ def _exchange(spent: _Spent, chip: Chip, link: Links, shard: Shard, *, backward:
 def _gather_tokens(spent: _Spent, link: Links, shard: Shard) -> None:
     """Segment ids and positions of the queries and of the keys, once for both passes."""
     if shard.token_bytes:
-        _await(spent, "all_gather", link, costs.token_gather_bytes(shard, link.size), link.gather)
+        _await(spent, link, costs.token_gather_bytes(shard, link.size), link.gather)
 
 
 def _gather(spent: _Spent, chip: Chip, link: Links, shard: Shard, *, backward: bool) -> None:
     """K and V; in backward also the sums of their gradients."""
     received = costs.gather_bytes(shard, link.size, backward=backward)
-    _await(spent, "all_gather", link, received, link.gather)
+    _await(spent, link, received, link.gather)
     spent.overhead += (4 if backward else 2) * chip.exchange_seconds
     spent.overhead += _COPIES * received * link.size / (link.size - 1) / chip.bandwidth
 
 
-def _await(spent: _Spent, kind: str, link: Links, received: int, bandwidth: float) -> None:
-    spent.wire[kind] += received
+def _await(spent: _Spent, link: Links, received: int, bandwidth: float) -> None:
     spent.exposed += received / bandwidth
     spent.carry(link, received, bandwidth)
 
@@ -283,7 +306,6 @@ def _rings(
         passes = chip.backward_carry_passes if backward else chip.carry_passes
         besides += (blocks - 1) * carries * passes * carry / chip.bandwidth
     received = costs.ring_bytes(shard, schedule, backward=backward) if links else ()
-    spent.wire["ring"] += sum(received)
     for num_bytes, link, n in zip(received, links, ways, strict=True):
         spent.carry(link, num_bytes, link.hop * n)
     per_key = [1 / (link.hop * n) for link, n in zip(links, ways, strict=True)]

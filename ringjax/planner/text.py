@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from ..units import duration, size, table
-from . import words
+from . import documents, words
 from .choice import Candidate, Plan
 
 _COLUMNS = ("strategy", "layout", "time", "products", "besides", "exposed", "received", "a link", "memory")
@@ -52,6 +52,9 @@ def best_of_each(candidates: Iterable[Candidate]) -> list[Candidate]:
 def lines(plan: Plan) -> Iterator[str]:
     """The table, the choice and why, and the code to paste."""
     yield from heading(plan)
+    if plan.documents is not None:
+        yield ""
+        yield from documents.lines(plan.documents)
     rows = best_of_each(plan.candidates)
     yield "\nthe best of each strategy; times and bytes of one device and one layer"
     yield from table([_COLUMNS, *(_cells(candidate) for candidate in rows if candidate.reason is None)])
