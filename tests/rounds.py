@@ -104,6 +104,7 @@ ONCE = (
     "test_demo",
     "test_docs",
     "test_evaluation",
+    "test_examples",
     "test_generate",
     "test_gpu",
     "test_hopper",
