@@ -51,10 +51,12 @@ class Packed(Iterator[dict[str, np.ndarray]]):
         """The next documents; those that are longer than a sequence in parts that are not."""
         self.held, ended = list(self.waiting), False
         tokens = sum(map(len, self.held))
-        while tokens < self.wanted and not ended:
+        while tokens < self.wanted:
             document = next(self.documents, None)
-            ended = document is None
-            for start in range(0, 0 if document is None else len(document), self.length):
+            if document is None:
+                ended = True
+                break
+            for start in range(0, len(document), self.length):
                 self.held.append(np.asarray(document[start : start + self.length]))
                 tokens += len(self.held[-1])
         if not self.held:

@@ -65,6 +65,7 @@ BREADTH = (
     "test_tpu_ring",
     "test_tpu_steps::test_a_list_holds_every_tile_of_its_chunk",
     "test_training_multihost",
+    "test_training_packed::test_a_run_that_was_stopped_has_the_bits_of_one_that_was_not",
     "test_training_resume::test_interrupted_run_has_the_bits_of_an_uninterrupted_one",
     "test_transforms::test_checkpoint_names_spare_the_second_ring",
     "test_transforms::test_padding_that_fills_whole_chunks",

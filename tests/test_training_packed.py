@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from ringjax.training.checkpoints import CheckpointError
 from ringjax.training.config import Data
 from ringjax.training.data import Corpus
 from ringjax.training.loading import ConfigError, load
+from ringjax.training.metrics import MetricsFile
 from ringjax.training.packed import Packed
 
 SHARDS, LENGTH = 4, 64
@@ -151,6 +156,40 @@ def test_a_run_of_packed_documents_goes_on_and_keeps_its_devices(tmp_path: Path,
     outcome, said = train(load(path, [*PACKED, "data.eval_fraction=0.1", "optimizer.steps=4"]))
     assert outcome.step == 4 and "resuming after step 3" in said
     assert [record["step"] for record in tiny_run.metrics(outcome.output)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_was_stopped_has_the_bits_of_one_that_was_not(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between checkpoints, in the second epoch of packed sequences, whose order is another one."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(20):
+        (text / f"{number}.py").write_text(f"{number} " * (10 + 9 * number))
+    small = [
+        f"data.paths=[{json.dumps(str(text))}]", "model.num_layers=1", "data.batch_size=8", "optimizer.steps=5",
+        "checkpoint.every_steps=4",
+    ]  # fmt: skip
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole, said = train(load(tiny_run.write_config(tmp_path / "whole"), [*PACKED, *small]))
+    (sequences,) = map(int, re.findall(r"packed in (\d+) sequences", said))
+    assert 8 < sequences < 3 * 8
+    write = MetricsFile.write
+
+    def stopped(self: MetricsFile, record: Any) -> None:
+        write(self, record)
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    path = tiny_run.write_config(tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "write", stopped)
+        outcome, _ = train(load(path, [*PACKED, *small]))
+    assert (outcome.step, outcome.stopped_by) == (3, signal.SIGTERM)
+    broken, said = train(load(path, [*PACKED, *small]))
+    assert broken.step == 5 and "resuming after step 3" in said
+    assert tiny_run.learned(broken.output) == tiny_run.learned(whole.output)
 
 
 def test_another_layout_is_refused(tmp_path: Path) -> None:
