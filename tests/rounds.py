@@ -125,6 +125,7 @@ ONCE = (
     "test_nnx",
     "test_offsets",
     "test_packing",
+    "test_packing_axes",
     "test_pairs",
     "test_partial",
     "test_planner",

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .balance import MOST
-from .pairs import Bounds, Pieces, by_hop, cut, document_pairs, shared_work
+from .balance import MOST, by_block
+from .pairs import Bounds, Pieces, cut, document_pairs, shared_work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,6 +23,7 @@ class Dealt:
       num_shards, shard_length: C, L.
       has_prefixes: whether positions of queries and keys differ.
       bounds: what a query sees.
+      axes: sizes of the axes of the sequence, outermost first.
     """
 
     documents: np.ndarray
@@ -34,6 +35,7 @@ class Dealt:
     shard_length: int
     has_prefixes: bool
     bounds: Bounds
+    axes: tuple[int, ...]
 
     @property
     def num_sequences(self) -> int:
@@ -159,8 +161,12 @@ class Arrangement:
         return inputs, targets
 
     def work(self) -> np.ndarray:
-        """Attended pairs, rank by hop: int64 [C, C]. At hop o rank r works on the keys of rank (r + o) mod C."""
-        return by_hop(self.dealt.work()[0])
+        """Attended pairs, rank by hop: int64 [C, C]. At hop o rank r works on the keys of rank (r + o) mod C.
+
+        Over several axes hops are those of rings within rings: at offsets o1, o2, ... along the axes, the last of which
+        changes fastest, the keys of the rank so many places on along each.
+        """
+        return by_block(self.dealt.work(), self.dealt.axes, ("ring",) * len(self.dealt.axes))[0]
 
 
 def arrange(dealt: Dealt) -> Arrangement:

@@ -1,6 +1,7 @@
 """The call, its checks, and what it returns."""
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrangement import Arrangement, Dealt, arrange
-from .balance import imbalance
-from .pairs import Bounds, by_hop, document_pairs
+from .balance import by_block, imbalance
+from .pairs import Bounds, document_pairs
 from .sequences import fill
 from .shards import LEFT_OVER, SHARED, Rows, deal, unlucky
 
@@ -30,8 +31,9 @@ class Packing:
 
     Attributes:
       num_shards, shard_length: C, L.
-      shared_length: G, the places at the front of each shard that tokens of shared documents take at most. Of the keys
-        of a shard only these are needed elsewhere.
+      axes: sizes of the axes of the sequence, outermost first; C is their product.
+      shared_length: G, the same for every axis: the places at the front of each shard that tokens of shared documents
+        take at most. Of the keys of a shard only these are needed elsewhere.
       num_sequences: how many there are; ``len(packing)`` too.
       left_over: int64, indices of documents that are in none of them, ascending. Put them first in the next call.
       imbalance: float64 [sequences], attended pairs of the rank with most of them, over the mean.
@@ -43,6 +45,7 @@ class Packing:
     """
 
     num_shards: int
+    axes: tuple[int, ...]
     shard_length: int
     shared_length: int
     num_sequences: int
@@ -64,7 +67,7 @@ class Packing:
 def pack(
     lengths: Any,
     *,
-    num_shards: int,
+    num_shards: int | tuple[int, ...],
     shard_length: int,
     seed: int = 0,
     is_causal: bool = True,
@@ -89,7 +92,8 @@ def pack(
 
     Args:
       lengths: integers [documents], tokens of each.
-      num_shards: C, devices on the ring.
+      num_shards: C, devices on the ring; of several axes of strategy "ring" the size of each, outermost first, C being
+        their product. Documents are shared by all C devices, over all axes, or by none.
       shard_length: L, tokens of each in one sequence.
       seed: deals otherwise.
       is_causal, window: the mask, as ``is_causal`` and ``local_window_size`` of :func:`ringjax.ring_attention`.
@@ -108,7 +112,8 @@ def pack(
     Raises:
       ValueError: for arguments that do not fit, naming the argument, what is required and what was given.
     """
-    num_shards = _integer("num_shards", num_shards, least=1)
+    axes = _axes(num_shards)
+    num_shards = math.prod(axes)
     shard_length = _integer("shard_length", shard_length, least=1)
     seed = _integer("seed", seed, least=0)
     multiple = _integer("multiple", multiple, least=1)
@@ -151,6 +156,7 @@ def pack(
         shard_length=shard_length,
         has_prefixes=prefix is not None,
         bounds=bounds,
+        axes=axes,
     )
     if shared_length is None:
         each = -(-int(dealt.shared_tokens().max(initial=0)) // num_shards)
@@ -216,11 +222,12 @@ def _sequences(
 
 def _packing(dealt: Dealt, left: np.ndarray, shared_length: int) -> Packing:
     number, shared = dealt.num_sequences, dealt.shard == SHARED
-    total, lockstep = imbalance(map(by_hop, dealt.works()))
+    total, lockstep = imbalance(by_block(work, dealt.axes, ("ring",) * len(dealt.axes)) for work in dealt.works())
     tokens = int(dealt.lengths.sum())
     places = number * dealt.num_shards * dealt.shard_length
     return Packing(
         num_shards=dealt.num_shards,
+        axes=dealt.axes,
         shard_length=dealt.shard_length,
         shared_length=shared_length,
         num_sequences=number,
@@ -240,6 +247,16 @@ def _integer(name: str, given: Any, *, least: int) -> int:
     if isinstance(given, bool) or not isinstance(given, numbers.Integral) or int(given) < least:
         raise ValueError(f"{name} must be an integer of at least {least}. Got {given!r}.")
     return int(given)
+
+
+def _axes(given: Any) -> tuple[int, ...]:
+    if not isinstance(given, (tuple, list)):
+        return (_integer("num_shards", given, least=1),)
+    if not given or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 1 for n in given):
+        raise ValueError(
+            f"num_shards must be an integer of at least 1, or one for each axis, outermost first. Got {given!r}."
+        )
+    return tuple(int(n) for n in given)
 
 
 def _integers(name: str, given: Any) -> np.ndarray:

@@ -213,9 +213,3 @@ def _between(
     first = 0 if bounds.left is None else prefix - 1 - bounds.left
     seen = np.clip(np.minimum(key + keys, prefix) - np.maximum(key, first), 0, None)
     return np.where(query < prefix, queries * seen, pairs)
-
-
-def by_hop(work: np.ndarray) -> np.ndarray:
-    """[..., C (queries), C (keys)] to [..., C (ranks), C (hops)]: at hop o rank r works on the keys of rank r + o."""
-    rank = np.arange(work.shape[-1])
-    return work[..., rank[:, None], (rank[:, None] + rank) % len(rank)]
