@@ -310,6 +310,21 @@ def test_balance_under_other_masks(mask: str) -> None:
     assert packing.imbalance.max() <= 1.05 and packing.lockstep_imbalance.max() <= 1.10
 
 
+@pytest.mark.parametrize("num_shards", [8, 64])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_hops_are_equal_under_windows(num_shards: int, two_sided: bool) -> None:
+    """The rows of the page, which are of causal windows; to both sides they are the same but for the last digits."""
+    lengths = distribution("log-normal", num_shards * 8192, 8192, 8.5 if num_shards == 8 else 2.5)
+    for window in (512, 2048, 4096):
+        packing = ringjax.pack(
+            lengths, num_shards=num_shards, shard_length=8192, window=window, is_causal=not two_sided
+        )
+        total, lockstep = packing.imbalance.max(), packing.lockstep_imbalance.max()
+        if not two_sided and (num_shards, window) != (64, 512):
+            assert f"| {num_shards} | {window} | {total:.3f} | {lockstep:.3f} |" in PAGE
+        assert lockstep <= 1.10 or (num_shards == 8 and window >= 2048 and lockstep <= 1.18)
+
+
 @pytest.mark.parametrize(
     ("name", "num_shards", "shard_length", "sequences", "above"),
     [

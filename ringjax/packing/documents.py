@@ -81,8 +81,9 @@ def pack(
     r"""Packs whole documents into sequences of C shards of L tokens, so that every device of a ring works equally.
 
     A document is local, all its tokens in one shard, or shared by all. A shared document is cut in 2 C pieces, of which
-    rank r holds pieces r and 2C - 1 - r, so that every rank does the same work at every hop; its tokens come first in
-    each shard, and only these are needed elsewhere. Local documents are dealt so that shards are equal in pairs,
+    rank r holds pieces r and 2C - 1 - r, so that every rank does the same work at every hop; pieces 2r and 2r + 1 where
+    it is as long as two windows. Its tokens come first in each shard, and only these are needed elsewhere. Local
+    documents are dealt so that shards are equal in pairs,
 
     .. math::  \max_r W_r \le tolerance \cdot \frac{1}{C} \sum_r W_r
 

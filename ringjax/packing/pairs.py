@@ -10,6 +10,9 @@ import numpy as np
 
 from ..pairs import attended_pairs, between
 
+# A document of so many windows, or more, is cut straight. Measured at C = 8 and 64: see docs/packing.md.
+_STRAIGHT = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
@@ -55,10 +58,12 @@ class Pieces:
     Attributes:
       sizes: int64 [documents, 2, 2 C], tokens of each piece in order of offsets; prefixes first.
       turn: int64 [documents], which rank has the first piece.
+      straight: bool [documents], whether rank r holds pieces 2 r and 2 r + 1 instead, or those of rank r - turn.
     """
 
     sizes: np.ndarray
     turn: np.ndarray
+    straight: np.ndarray
 
     @property
     def num_shards(self) -> int:
@@ -73,30 +78,36 @@ class Pieces:
 
     @property
     def early(self) -> np.ndarray:
-        """Which piece of those up to C is each rank's: [documents, C]."""
-        return (np.arange(self.num_shards) - self.turn[:, None]) % self.num_shards
+        """Which piece each rank holds first: [documents, C]."""
+        place = (np.arange(self.num_shards) - self.turn[:, None]) % self.num_shards
+        return np.where(self.straight[:, None], 2 * place, place)
 
     @property
     def late(self) -> np.ndarray:
-        """Which of those from C on: [documents, C]."""
-        return 2 * self.num_shards - 1 - self.early
+        """Which it holds behind it: [documents, C]."""
+        return np.where(self.straight[:, None], self.early + 1, 2 * self.num_shards - 1 - self.early)
 
     @property
     def owner(self) -> np.ndarray:
         """The rank of each piece: [documents, 2 C]."""
         piece = np.arange(2 * self.num_shards)
-        return (np.minimum(piece, piece[::-1]) + self.turn[:, None]) % self.num_shards
+        place = np.where(self.straight[:, None], piece // 2, np.minimum(piece, piece[::-1]))
+        return (place + self.turn[:, None]) % self.num_shards
 
     def of_ranks(self, which: np.ndarray) -> np.ndarray:
         """Sizes of the early or the late pieces of ranks: [documents, 2, C]."""
         return np.take_along_axis(self.sizes, which[:, None], axis=2)
 
     def part(self, which: np.ndarray) -> "Pieces":
-        return Pieces(self.sizes[which], self.turn[which])
+        return Pieces(self.sizes[which], self.turn[which], self.straight[which])
 
 
 def cut(lengths: np.ndarray, prefix: np.ndarray, sequence: np.ndarray, num_shards: int, bounds: Bounds) -> Pieces:
     """Cuts shared documents, those of one sequence one after another: ``sequence`` ascends.
+
+    A document that is much longer than a window has equal work in all its pieces, and only neighbours have to do with
+    each other: it is cut straight, two neighbours for each rank, so that all have the same at one hop. Zigzag would
+    have it at two hops, of which the ranks at the ends need one only.
 
     Where a window cuts keys off, a document's first tokens have less work than others, which would always be on the
     first ranks: such documents begin on different ranks, evenly over those of a sequence (multiples of the golden
@@ -109,16 +120,19 @@ def cut(lengths: np.ndarray, prefix: np.ndarray, sequence: np.ndarray, num_shard
     nth = nth - nth[first] + ~whole[first] - 1
     turn = np.where(whole, 0, (nth * ((5**0.5 - 1) / 2) % 1 * num_shards).astype(np.int64))
 
+    far = np.maximum(*bounds.reach(lengths))
+    straight = ~whole & (prefix == 0) & (_STRAIGHT * far <= lengths)
     spans = np.stack([prefix, lengths - prefix], axis=1)  # [documents, 2]
     longer = (spans % number).reshape(-1)
     before = np.cumsum(longer) - longer
     begin = ((before - before[2 * first].repeat(2)) % number).reshape(-1, 2, 1)
-    # Places of longer pieces go round: the early piece of rank t for t < C, then the late one of rank t - C.
-    pieces = Pieces(np.empty((len(lengths), 2, number), np.int64), turn)
+    # Places of longer pieces go round: the first piece of rank t for t < C, then the second one of rank t - C.
+    pieces = Pieces(np.empty((len(lengths), 2, number), np.int64), turn, straight)
     piece = np.arange(number)
-    place = np.where(piece < num_shards, pieces.owner, num_shards + pieces.owner)
+    is_late = np.where(straight[:, None], piece % 2 == 1, piece >= num_shards)
+    place = pieces.owner + num_shards * is_late
     extra = (place[:, None] - begin) % number < longer.reshape(-1, 2, 1)
-    return Pieces((spans // number)[:, :, None] + extra, turn)
+    return Pieces((spans // number)[:, :, None] + extra, turn, straight)
 
 
 def shared_work(
