@@ -230,8 +230,9 @@ def test_lengths_of_a_file_and_of_distributions(tmp_path: Path) -> None:
     [
         ([5, 0], "documents must have positive lengths. Got 0 of document 1"),
         ([2.0], r"documents must be integers, the length of each. Got float64 \(1,\)"),
+        ([[5], [5, 6]], r"documents must be integers, the length of each. Got \[\[5\], \[5, 6\]\]"),
         ([5, 6], "documents must have at least 100 tokens in all, those of a sequence. Got 11"),
-        ("nowhere.txt", "documents must be FILE, lognormal:MEDIAN:SIGMA:LONGEST or .*Got 'nowhere.txt'"),
+        ("nowhere.txt", "documents must be FILE, lognormal:MEDIAN:SIGMA:LONGEST, .*Got 'nowhere.txt'"),
         ("normal:5:6", "documents must be FILE, .*Got 'normal:5:6'"),
         ("lognormal:5:6", "documents must be lognormal:MEDIAN:SIGMA:LONGEST, positive .*Got 'lognormal:5:6'"),
         ("lognormal:5:x:9", "documents must be lognormal.*Got 'lognormal:5:x:9'"),

@@ -8,7 +8,8 @@ import numpy as np
 
 # What may be asked for, as NAME:NUMBER:...
 DISTRIBUTIONS = {"lognormal": "MEDIAN:SIGMA:LONGEST", "uniform": "SHORTEST:LONGEST", "equal": "LENGTH"}
-GRAMMAR = "FILE, " + " or ".join(f"{name}:{numbers}" for name, numbers in DISTRIBUTIONS.items())
+_FORMS = [f"{name}:{numbers}" for name, numbers in DISTRIBUTIONS.items()]
+GRAMMAR = f"FILE, {', '.join(_FORMS[:-1])} or {_FORMS[-1]}"
 SEQUENCES = 16  # for so many of them documents are drawn
 _MOST = 2**25  # documents that are drawn
 
@@ -29,7 +30,10 @@ def document_lengths(given: Any, seq_len: int) -> np.ndarray:
         return _drawn(given, SEQUENCES * seq_len)
     if isinstance(given, (str, Path)):
         given = _read(Path(given))
-    lengths = np.asarray(given)
+    try:
+        lengths = np.asarray(given)
+    except ValueError:  # rows of several lengths
+        raise ValueError(f"documents must be integers, the length of each. Got {given!r}.") from None
     if lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer):
         raise ValueError(f"documents must be integers, the length of each. Got {lengths.dtype.name} {lengths.shape}.")
     lengths = lengths.astype(np.int64)
@@ -56,7 +60,7 @@ def _read(path: Path) -> Any:
         raise ValueError(
             f"documents: {str(path)!r} must have one integer a line, or a list of integers in JSON. Got {error}."
         ) from None
-    return np.asarray(found if found else np.empty(0, np.int64))
+    return found if found else np.empty(0, np.int64)
 
 
 def _drawn(given: str, tokens: int) -> np.ndarray:
