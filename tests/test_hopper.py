@@ -59,7 +59,7 @@ def mesh_of(config) -> jax.sharding.Mesh:
 
 @pytest.fixture
 def config(tmp_path):
-    return load(tiny_run.write_config(tmp_path), ["optimizer.steps=3", "model.num_layers=1"])
+    return load(tiny_run.write_config(tmp_path), ["optimizer.steps=3"])
 
 
 @pytest.fixture

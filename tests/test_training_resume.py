@@ -50,12 +50,12 @@ write = metrics.MetricsFile.write
 def stopped(self, record):
     write(self, record)
     if record["step"] == {step}:
-        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.SIGTERM)
 metrics.MetricsFile.write = stopped
 """
 
 
-IN_PARTS = ("--set", "data.batch_size=4", "--set", "optimizer.accumulate=2")
+IN_PARTS = ("--set", "data.batch_size=4", "--set", "optimizer.accumulate=2", "--set", "optimizer.steps=8")
 
 
 @pytest.mark.slow
@@ -78,21 +78,17 @@ def test_interrupted_run_has_the_bits_of_an_uninterrupted_one(tmp_path):
     assert (kept / "3").is_dir() and not (kept / "6").exists()
     assert [path for path in kept.iterdir() if path.name.startswith("6.")], "the checkpoint it was writing"
 
-    status, said = tiny_run.run("train", config, *IN_PARTS, driver=STOP.format(step=7, signal="SIGTERM"))
+    status, said = tiny_run.run("train", config, *IN_PARTS, driver=STOP.format(step=7))
     assert status == 128 + signal.SIGTERM, said
     assert "resuming after step 3" in said
-    assert "stopped by SIGTERM after step 7 of 10, which is saved. The same command goes on" in said
+    assert "stopped by SIGTERM after step 7 of 8, which is saved. The same command goes on" in said
     assert sorted(path.name for path in kept.iterdir()) == ["6", "7"]  # two are kept, the torn one is gone
-
-    status, said = tiny_run.run("train", config, *IN_PARTS, driver=STOP.format(step=8, signal="SIGINT"))
-    assert status == 128 + signal.SIGINT, said
-    assert "resuming after step 7" in said and "Traceback" not in said
 
     status, said = tiny_run.run("train", config, *IN_PARTS)
     assert status == 0, said
-    assert "resuming after step 8" in said
+    assert "resuming after step 7" in said
     assert tiny_run.learned(broken / "out") == tiny_run.learned(whole / "out")
-    assert [record["step"] for record in tiny_run.metrics(output)] == list(range(1, 11))
+    assert [record["step"] for record in tiny_run.metrics(output)] == list(range(1, 9))
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
