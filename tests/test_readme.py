@@ -32,10 +32,12 @@ def example() -> str:
     return BLOCKS[0]
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    # As a newcomer would: without the flags that conftest.py sets for this process.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_PLATFORMS"] = "cpu"
+def run(code: str, *, as_users: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    if as_users:
+        environment.pop("XLA_FLAGS", None)  # conftest.py's
+    else:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, check=False
     )
@@ -64,10 +66,12 @@ def test_examples_run_one_after_another():
     assert result.returncode == 0, result.stderr
 
 
-def test_example_would_fail_on_a_wrong_result():
+def test_the_first_example_as_a_newcomer_runs_it():
+    """And that it would fail on a wrong result."""
     wrong = example().replace("is_causal=True, layout", "layout", 1)
     assert wrong != example()
-    assert "AssertionError" in run(wrong).stderr
+    result = run(f"{example()}\nprint('right')\n{wrong}", as_users=True)
+    assert result.stdout == "right\n" and "AssertionError" in result.stderr, result.stderr
 
 
 def test_example_of_a_pretrained_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
