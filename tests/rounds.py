@@ -163,6 +163,7 @@ ONCE = (
     "test_targets::test_wrong_arguments_inside_are_named",
     "test_tiles",
     "test_torus",
+    "test_tpu_kernel::test_tiles_of_a_chip",
     "test_tpu_steps",
     "test_training_config",
     "test_training_damage",

@@ -53,8 +53,17 @@ LARGE = {
 
 
 def in_two_hops(case: cases.Case, inputs: cases.Inputs, tiles: TileSizes) -> cases.Result:
-    """Both kernels, called as a ring of two would: a hop of some keys, then one of the rest."""
-    heads = {name: jnp.swapaxes(inputs.arrays[name], 1, 2) for name in ("query", "key", "value", "dout", "dlse")}
+    """Both kernels, called as a ring of two would: a hop of some keys, then one of the rest. In one program."""
+    names = ("query", "key", "value", "dout", "dlse")
+    run = jax.jit(lambda arrays, segments: two_hops(case, arrays, segments, tiles))
+    got = run({name: inputs.arrays[name] for name in names}, inputs.masks.get("segment_ids"))
+    values = {name: np.swapaxes(np.asarray(x), 1, 2).astype(np.float64) for name, x in got.items()}
+    return cases.Result(values, {name: x.dtype for name, x in got.items()})
+
+
+def two_hops(case: cases.Case, arrays: dict[str, jax.Array], segments: Any, tiles: TileSizes) -> dict[str, jax.Array]:
+    """out, lse and gradients, heads before tokens. Segments are of queries and of keys."""
+    heads = {name: jnp.swapaxes(x, 1, 2) for name, x in arrays.items()}
     params = KernelParams(case.head_size**-0.5, case.soft_cap, interpret=True)
     cut = 300 if case.key_length % 512 else 512
     blocks = [
@@ -62,7 +71,7 @@ def in_two_hops(case: cases.Case, inputs: cases.Inputs, tiles: TileSizes) -> cas
             q=heads["query"],
             k=heads["key"][:, :, start:stop],
             v=heads["value"][:, :, start:stop],
-            mask=mask_of(case, inputs, start, stop),
+            mask=mask_of(case, segments, start, stop),
         )
         for start, stop in ((0, cut), (cut, case.key_length))
     ]
@@ -76,15 +85,13 @@ def in_two_hops(case: cases.Case, inputs: cases.Inputs, tiles: TileSizes) -> cas
         dq, dk, dv = tpu_backward.backward(block, Upstream(heads["dout"], lse, delta, saved), params, tiles, dq)
         sums.append((dk, dv))
     dk, dv = (jnp.concatenate(parts, axis=2) for parts in zip(*sums, strict=True))
-    got = {"out": out, "lse": lse, "dquery": dq, "dkey": dk, "dvalue": dv}
-    values = {name: np.swapaxes(np.asarray(x), 1, 2).astype(np.float64) for name, x in got.items()}
-    return cases.Result(values, {name: x.dtype for name, x in got.items()})
+    return {"out": out, "lse": lse, "dquery": dq, "dkey": dk, "dvalue": dv}
 
 
-def mask_of(case: cases.Case, inputs: cases.Inputs, start: int, stop: int) -> Mask:
+def mask_of(case: cases.Case, segments: Any, start: int, stop: int) -> Mask:
     """Between all queries and the keys from ``start`` to ``stop``."""
     left = case.window[0] if isinstance(case.window, tuple) else None
-    queries, keys = (jnp.asarray(x) for x in inputs.masks.get("segment_ids", ([], [])))
+    queries, keys = (None, None) if segments is None else segments
     lengths = lambda given: None if given is None else jnp.asarray(given, jnp.int32)  # noqa: E731
     kv_lengths = lengths(case.key_lengths)
 
@@ -92,7 +99,7 @@ def mask_of(case: cases.Case, inputs: cases.Inputs, start: int, stop: int) -> Ma
         runs = Runs(base=first, step=last - first, run=last - first, length=last - first)
         return Tokens(
             positions=runs if case.is_causal else None,
-            segments=segments[:, first:last] if segments.size else None,
+            segments=None if segments is None else segments[:, first:last],
             length=length,
         )
 
