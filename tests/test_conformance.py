@@ -34,13 +34,12 @@ def in_words(cell: profiles.Cell) -> str:
 
 
 def of_cells(*features: str) -> Any:
-    """The cells of these features: the README's command has what users compile; a later JAX has every kernel's largest
-    ring, and every other feature of the kernels that it interprets."""
+    """The cells of these features: the README's command has what users compile; a later JAX has the largest rings of XLA's
+    kernel, and every feature on one of the kernels that it interprets, in turn."""
 
     def marks(number: int, x: profiles.Cell) -> list[Any]:
         breadth = [] if x.as_users else [pytest.mark.breadth]
-        largest = x.num_shards == cases.PROFILES[x.implementation].largest
-        later = largest or (x.implementation != "xla" and number % 2)
+        later = x.num_shards == max(cases.NUM_SHARDS) if x.implementation == "xla" else number % 2
         return breadth if later else [*breadth, pytest.mark.once]
 
     cells = [pytest.param(x, id=in_words(x), marks=marks(n, x)) for n, x in enumerate(CELLS) if x.feature in features]

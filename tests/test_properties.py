@@ -64,7 +64,7 @@ ANY: dict[str, Any] = {
 }
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(**ANY)
 def test_any_problem(kernel: Any, case: Any, layout: Any, blocks: Any, seed: int) -> None:
     check(kernel, case, layout, blocks, seed)

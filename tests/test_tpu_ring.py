@@ -16,6 +16,7 @@ from ringjax.inspect.order import Done, Start
 
 pytestmark = [needs_libtpu, pytest.mark.slow]
 SLICES = {"v4": "v4:2x2x2", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "v7x": "v7x:2x2x1"}  # 8 devices
+HALF = {"block_q": 256, "block_kv": 256}  # of what the chips have by default: a fourth to compile
 SMALL = {"block_q": 128, "block_kv": 128}  # tiles that the compiler is done with sooner; the ring is the same
 MASKS = {
     "zigzag, D = 128": {"head_dim": 128, "is_causal": True},
@@ -31,13 +32,13 @@ CASES = [*((generation, "zigzag, D = 128") for generation in SLICES), *((g, "win
 def test_a_ring_of_8(generation, mask):
     """Forward and backward in one program, grouped heads, bfloat16. One compilation each: all is asserted on it.
 
-    Without a window one more, both ways round.
+    Without a window one more, both ways round, on the generations of CASES with a window.
     """
     options: dict[str, Any] = dict(seq_len=4096, heads=4, kv_heads=2, backward=True, **MASKS[mask])
     report = inspect_ring(SLICES[generation], **options)
     every_permute_hides_behind_a_kernel(report, 7 if mask.startswith("zigzag") else 2)
     only_the_keys_in_sight_travel_and_no_more_often_than_planned(report)
-    if mask.startswith("zigzag"):
+    if (generation, "window, D = 64") in CASES and mask.startswith("zigzag"):
         each_way_round_carries_half(report, inspect_ring(SLICES[generation], direction="both", **options))
 
 
@@ -80,8 +81,9 @@ def kernel_work(report: Report) -> dict[str, int]:
 def test_two_slices_exchange_a_block_during_a_whole_inner_round():
     """Two slices of v5e, joined by the network of their hosts, rings of 4 within; forward and backward."""
     report = inspect_ring(
-        "2*v5e:2x2", axes=(2, 4), seq_len=8192, heads=4, kv_heads=2, head_dim=128, is_causal=True, backward=True
-    )
+        "2*v5e:2x2", axes=(2, 4), seq_len=8192, heads=4, kv_heads=2, head_dim=128, is_causal=True, backward=True,
+        **HALF,
+    )  # fmt: skip
     assert report.num_synchronous == 0 and sum(report.kernels.values()) == 2 * 8
     block = 1024 * 2 * 128
     outer = [sent for sent in report.permutes if sent.axis == 0]
@@ -109,7 +111,7 @@ def test_gathered_keys_and_exchanged_heads_byte_for_byte():
     """Keys over 2, heads over 4 with two K/V heads, of which each device gets one. One kernel in each pass."""
     report = inspect_ring(
         "v5e:2x4", axes=(2, 4), strategy=("all_gather", "all_to_all"), seq_len=8192, heads=4, kv_heads=2, head_dim=128,
-        is_causal=True, backward=True,
+        is_causal=True, backward=True, **HALF,
     )  # fmt: skip
     shard, parts = 1024 * 128 * 2, 3 / 4  # of one head; a quarter stays where it is
     sent: dict[tuple[str, int | None, str, str], int] = {}
@@ -133,8 +135,9 @@ def test_gathered_keys_and_exchanged_heads_byte_for_byte():
 def test_a_window_of_512_moves_512_keys_of_65536():
     """Forward and backward, dK and dV in float32."""
     report = inspect_ring(
-        "v5e:2x4", seq_len=8 * 65536, heads=1, head_dim=128, window=(512, 0), layout="contiguous", backward=True
-    )
+        "v5e:2x4", seq_len=8 * 65536, heads=1, head_dim=128, window=(512, 0), layout="contiguous", backward=True,
+        **HALF,
+    )  # fmt: skip
     found = {(one.carries, one.shift): (one.bytes, one.times) for one in report.payloads}
     keys = 512 * 128
     assert found == {("K", 1): (2 * keys, 2), ("V", 1): (2 * keys, 2), ("dK, dV", -1): (4 * keys, 2)}
@@ -205,10 +208,10 @@ def test_a_ring_over_64_chips_of_v5e_stays_asynchronous():
 
 @pytest.mark.parametrize(("backward", "rings"), [(False, (8, 64)), (True, (8, 1024))])
 def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_doubles(backward, rings):
-    """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p."""
+    """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p. The tiles, of VMEM, compile faster than the default ones."""
     report = inspect_ring(
         "v5p:8x8x16", ring=8, sweep=rings, seq_len=2**20, heads=16, head_dim=128, is_causal=True,
-        backward=backward,
+        backward=backward, block_q=512, block_kv=512,
     )  # fmt: skip
     peaks = {row.ring: row.peak_bytes for row in report.scaling if row.peak_bytes is not None}
     floors = {row.ring: row.floor_bytes for row in report.scaling}
