@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**33)  # JAX locks a cache only if its size is bounded
-    # Storing a program takes a tenth of a second, and more with every one that is there already: JAX adds up their sizes.
+    # Storing a program takes a tenth of a second, and more with every one that is there: JAX adds up their sizes.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 
 import hypothesis  # noqa: E402
