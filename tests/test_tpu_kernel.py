@@ -61,7 +61,7 @@ def in_two_hops(case: cases.Case, inputs: cases.Inputs, tiles: TileSizes) -> cas
     return cases.Result(values, {name: x.dtype for name, x in got.items()})
 
 
-def two_hops(case: cases.Case, arrays: dict[str, jax.Array], segments: Any, tiles: TileSizes) -> dict[str, jax.Array]:
+def two_hops(case: cases.Case, arrays: dict[str, jax.Array], segments: Any, tiles: TileSizes) -> dict[str, Any]:
     """out, lse and gradients, heads before tokens. Segments are of queries and of keys."""
     heads = {name: jnp.swapaxes(x, 1, 2) for name, x in arrays.items()}
     params = KernelParams(case.head_size**-0.5, case.soft_cap, interpret=True)

@@ -296,7 +296,8 @@ class Compute:
         start, p = plgpu.WGMMAAccumulatorRef.init(running.acc), full(self.tile_shape, 0.0, MATRIX)
         # p becomes short only now: its registers may be those of the p that was being multiplied.
         if guesses:
-            acc, p, total, wrong = pl.run_state(products)((start, p, running.sum, jnp.int32(0)))
+            guessed: Any = pl.run_state(products)((start, p, running.sum, jnp.int32(0)))
+            acc, p, total, wrong = guessed
             self.signals.v_free.give(before)
             acc, top, total, p = jax.lax.cond(
                 wrong > 0,
@@ -307,7 +308,8 @@ class Compute:
             self.signals.k_free.give(slot)
             return Running(acc, top, total, p.astype(scratch.q_smem.dtype))
         rows = running.max
-        acc, p, top, total, rescale = pl.run_state(products)((start, p, rows, running.sum, rows))
+        results: Any = pl.run_state(products)((start, p, rows, running.sum, rows))
+        acc, p, top, total, rescale = results
         self.signals.v_free.give(before)
         running = Running(acc * row_matrix(rescale, acc), top, total, p.astype(scratch.q_smem.dtype))
         if masked:
