@@ -51,17 +51,15 @@ class Packed(Iterator[dict[str, np.ndarray]]):
         """The next documents; those that are longer than a sequence in parts that are not."""
         self.held, ended = list(self.waiting), False
         tokens = sum(map(len, self.held))
-        while tokens < self.wanted:
+        while tokens < self.wanted and not ended:
             document = next(self.documents, None)
-            if document is None:
-                ended = True
-                break
-            for start in range(0, len(document), self.length):
-                self.held.append(np.asarray(document[start : start + self.length]))
-                tokens += len(self.held[-1])
+            ended = document is None
+            if not ended:
+                self.held += [document[start : start + self.length] for start in range(0, len(document), self.length)]
+                tokens += len(document)
         if not self.held:
             raise StopIteration
-        lengths = np.array([len(document) for document in self.held])
+        lengths = np.array(list(map(len, self.held)))
         self.text, self.starts = np.concatenate(self.held), np.cumsum(lengths) - lengths
         self.packing = ringjax.pack(lengths, seed=self.part, final=ended, **self.options)
 
