@@ -270,7 +270,7 @@ class Compute:
 
         def softmax(acc_ref: Any, s_ref: Any) -> tuple[Array, ...]:
             self.multiply_keys(s_ref, slot)
-            if not self.static.masked:  # otherwise they are there: they have been looked through
+            if not self.static.masked:  # under a mask the step before has waited for them
                 plgpu.barrier_wait(scratch.v_ready.at[before])
             plgpu.wgmma(acc_ref, running.p, self.own(scratch.v_smem, before))
             self.pass_turn("issued")
