@@ -396,7 +396,7 @@ def test_the_command_passes_everything_on(monkeypatch):
     flags += " --window 7,none --segments --pass backward --timeout 5 --implementation xla --block-q 16 --block-kv 32"
     flags += " --unroll 2 --dkv-dtype bfloat16 --device-order make_mesh --cycles --sweep 2,8"
     flags += " --axes 2,2 --strategy ring,all_to_all --direction both --rings 3"
-    flags += " --max-segment-length 99 --shared-length 8,16"
+    flags += " --max-segment-length 99 --shared-length 8,16 --documents equal:64"
     assert invoke(*flags.split()).stderr == "error: enough\n"
     assert given == {
         "topology": "v5e:2x4", "seq_len": 16384, "heads": 4, "head_dim": 128, "kv_heads": 2, "value_head_dim": 64,
@@ -404,7 +404,7 @@ def test_the_command_passes_everything_on(monkeypatch):
         "window": (7, None), "segments": True, "backward": True, "timeout": 5.0, "implementation": "xla",
         "block_q": 16, "block_kv": 32, "unroll": 2, "dkv_dtype": "bfloat16", "device_order": "make_mesh",
         "cycles": True, "sweep": (2, 8), "axes": (2, 2), "strategy": ("ring", "all_to_all"), "direction": "both",
-        "rings": 3, "max_segment_length": 99, "shared_length": (8, 16),
+        "rings": 3, "max_segment_length": 99, "shared_length": (8, 16), "documents": "equal:64",
     }  # fmt: skip
     assert set(given) == set(inspect.signature(rooms.inspect_ring).parameters)
     invoke()

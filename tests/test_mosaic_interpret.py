@@ -55,13 +55,9 @@ class Case:
 
 
 CASES = {
-    "one block": Case(blocks=1),
     # 192 queries a tile: of a last one with fewer, warpgroups without queries read what others write, and drop it.
     "a hop between": Case(q_length=384, blocks=3, block_length=256, growth=25.0),
-    "causal": Case(causal=True),
-    "zigzag": Case(causal=True, layout="zigzag"),
     "striped window": Case(causal=True, layout="striped", window=90, scale=-0.2),
-    "window": Case(causal=True, window=70, block_length=256, blocks=1),
     "positions as arrays": Case(causal=True, window=70, as_arrays=True),
     "lengths": Case(q_present=150, k_present=170),
     "zigzag and lengths": Case(causal=True, layout="zigzag", q_present=150, k_present=140, soft_cap=2.0),
@@ -79,7 +75,6 @@ CASES = {
     "an absent NaN": Case(bad_value=180, bad_key=180, k_present=170),
     "a NaN among the logits": Case(causal=True, layout="striped", bad_key=99),
     # Few queries: heads are rows, keys are split.
-    "one query": Case(q_length=1, blocks=1, block_length=1024),
     "one query, ragged": Case(q_length=1, blocks=1, block_length=600, k_present=500, sinks=True, size=128, v_size=128),
     "few queries": Case(q_length=5, q_start=595, blocks=1, block_length=600, causal=True, soft_cap=2.0, window=300),
     "few queries, as arrays": Case(q_length=5, q_start=400, blocks=1, block_length=600, causal=True, as_arrays=True),
