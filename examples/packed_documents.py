@@ -52,7 +52,7 @@ class Packed(Iterator[dict[str, np.ndarray]]):
         self.held, ended = list(self.waiting), False
         tokens = sum(map(len, self.held))
         while tokens < self.wanted and not ended:
-            document = next(self.documents, None)
+            document: Any = next(self.documents, None)
             ended = document is None
             if not ended:
                 self.held += [document[start : start + self.length] for start in range(0, len(document), self.length)]
