@@ -215,6 +215,7 @@ ONCE = (
     "test_transforms::test_without_jit",
     "test_tune",
     "test_visits",
+    "test_xla_tiles",
 )
 
 

@@ -1,7 +1,9 @@
 """The readable block kernel in jax.numpy. Runs everywhere; blocked, so no T x S array ever exists.
 
 A loop over tiles of queries (backward: of keys), in it a loop over the tiles that it visits: FULL ones first, without a
-predicate, then PARTIAL ones with it. FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691. float32 is multiplied
+predicate, then PARTIAL ones with it. A tile is of one K/V head on a CPU, whose cache it is to stay in, and of as many
+heads and batch rows as memory allows elsewhere, where every step costs a launch. FlashAttention-2's recurrences, Dao
+2023, arXiv:2307.08691. float32 is multiplied
 in full on every platform: by default XLA would take TF32 on a GPU, where logits that share an offset lose their digits.
 """
 
@@ -22,18 +24,31 @@ from .visits import Visits, nth_in_range, plan_visits
 # 256 x 256 float32 logits (256 KiB) stay in a core's cache, and fewer PARTIAL tiles than with larger ones; see
 # docs/optimisation-log.md.
 _DEFAULT_TILE = 256
+# Elsewhere: logits of a head in a tile, queries at most, and logits in a tile, 256 MiB.
+_AREA, _QUERIES, _LOGITS = 2**20, 1024, 2**26
 
 
 class _Tiles(NamedTuple):
-    """Sizes of one call after padding. The outer loop is over (batch row, K/V head, tile)."""
+    """Sizes of one call after padding. The outer loop is over (batch rows, K/V heads, tile)."""
 
     batch: int
     kv_heads: int
     group: int
+    rows: int  # of the batch in a tile: one, or as many as have the same mask
+    heads: int  # K/V heads in a tile
     block_q: int
     block_kv: int
     num_q: int
     num_kv: int
+
+    def steps(self, num_tiles: int) -> int:
+        return self.batch // self.rows * (self.kv_heads // self.heads) * num_tiles
+
+    def at(self, index: Array, num_tiles: int) -> tuple[Array, Array, Array]:
+        """The first batch row and K/V head, and the tile, of a step."""
+        part, tile = index // num_tiles, index % num_tiles
+        parts = self.kv_heads // self.heads
+        return part // parts * self.rows, part % parts * self.heads, tile
 
 
 class _TileMask(NamedTuple):
@@ -71,7 +86,7 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
     state = Partial(*(_grouped(_pad(x, tiles.block_q), tiles) for x in carry))
 
     def row(index: Array, state: Partial) -> Partial:
-        b, head, i = _unravel(index, tiles.kv_heads, tiles.num_q)
+        b, head, i = tiles.at(index, tiles.num_q)
         q_tile = _query_tile(q_tiles, b, head, i, tiles)
 
         def column(j: Array, running: Partial, masked: bool) -> Partial:
@@ -87,7 +102,7 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
         running = _visit(visits, b, i, tiles.num_kv, column, running)
         return Partial(*(_put_query_tile(x, new, b, head, i, tiles) for x, new in zip(state, running, strict=True)))
 
-    state = jax.lax.fori_loop(0, tiles.batch * tiles.kv_heads * tiles.num_q, row, state)
+    state = jax.lax.fori_loop(0, tiles.steps(tiles.num_q), row, state)
     result = Partial(*(_ungrouped(x, length) for x in state))
     if not finish:
         return result
@@ -122,16 +137,16 @@ def backward(
     dk, dv = (vary_like(jnp.zeros(x.shape, dtype), *references) for x in (k, v))
 
     def row(index: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        b, head, j = _unravel(index, tiles.kv_heads, tiles.num_kv)
+        b, head, j = tiles.at(index, tiles.num_kv)
         k_tile, v_tile = (_key_tile(x, b, head, j, tiles) for x in (k, v))
 
         def column(i: Array, sums: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
             dq, dk_tile, dv_tile = sums
             q_tile, dout_tile, delta_tile = (_query_tile(x, b, head, i, tiles) for x in (q, dout, delta))
-            by_tile = jax.tree.map(lambda x: _query_tile(x, b, head, i, tiles)[:, None], by)
+            by_tile = jax.tree.map(lambda x: _query_tile(x, b, head, i, tiles)[..., None], by)
             s = scores(_dot(q_tile, k_tile, (1, 1), dtype), params)
             p = weights(s, by_tile, params)
-            ds = p * (_dot(dout_tile, v_tile, (1, 1), dtype) - delta_tile[:, None]) * slope(s, params)
+            ds = p * (_dot(dout_tile, v_tile, (1, 1), dtype) - delta_tile[..., None]) * slope(s, params)
             allowed = None
             if masked:
                 allowed = tile_mask.allowed(b, i, j, tiles)
@@ -149,9 +164,9 @@ def backward(
         zeros = tuple(vary_like(x, *references) for x in zeros)
         dq, dk_tile, dv_tile = _visit(visits, b, j, tiles.num_q, column, (dq, *zeros))
         start = (b, head, j * tiles.block_kv, 0)
-        return dq, _put(dk, dk_tile[None, None], start), _put(dv, dv_tile[None, None], start)
+        return dq, _put(dk, dk_tile, start), _put(dv, dv_tile, start)
 
-    dq, dk, dv = jax.lax.fori_loop(0, tiles.batch * tiles.kv_heads * tiles.num_kv, row, (dq, dk, dv))
+    dq, dk, dv = jax.lax.fori_loop(0, tiles.steps(tiles.num_kv), row, (dq, dk, dv))
     return Gradients(dq=_ungrouped(dq, q_length), dk=dk[:, :, :k_length], dv=dv[:, :, :k_length])
 
 
@@ -160,11 +175,11 @@ def _fold(
 ) -> Partial:
     """One step of the online softmax for a tile of R queries, given the scores."""
     top = jnp.maximum(running.max, s.max(axis=-1))
-    p = weights(s, Normaliser(top[:, None]), params)
+    p = weights(s, Normaliser(top[..., None]), params)
     if allowed is not None:
         p = jnp.where(allowed, p, 0.0)  # where nothing was attended yet, exp(NO_LOGIT - NO_LOGIT) is 1
     rescale = weights(running.max, Normaliser(top), params)
-    acc = running.acc * rescale[:, None] + _weigh(p, values, allowed, 1)
+    acc = running.acc * rescale[..., None] + _weigh(p, values, allowed, 1)
     return Partial(acc, top, running.sum * rescale + p.sum(axis=-1))
 
 
@@ -181,7 +196,7 @@ def _weigh(p: Array, values: Array, allowed: Bool[Array, "R S"] | None, axis: in
 
     def mark() -> Array:
         bad = (~jnp.isfinite(values)).astype(p.dtype)
-        return jnp.where(product(allowed.astype(p.dtype), bad) > 0, jnp.nan, clean)
+        return jnp.where(product(jnp.broadcast_to(allowed, p.shape).astype(p.dtype), bad) > 0, jnp.nan, clean)
 
     return jax.lax.cond(jnp.all(jnp.isfinite(values)), lambda: clean, mark)
 
@@ -191,9 +206,13 @@ def _finite(x: Array) -> Array:
 
 
 def _dot(a: Array, b: Array, axes: tuple[int, int], dtype: jnp.dtype) -> Array:
-    """Contract one axis of each matrix, accumulating in ``dtype``; float32 operands are multiplied in full."""
+    """Contract one axis of each matrix [rows, heads, ., .], accumulating in ``dtype``; float32 multiplied in full."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    if a.shape[:2] == (1, 1):
+        dimensions = (((axes[0],), (axes[1],)), ((), ()))
+        product = jax.lax.dot_general(a[0, 0], b[0, 0], dimensions, precision=precision, preferred_element_type=dtype)
+        return product[None, None]
+    dimensions = (((2 + axes[0],), (2 + axes[1],)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
 
 
@@ -223,16 +242,33 @@ def _visit(
 
 def _tiling(block: Block, params: KernelParams) -> _Tiles:
     (batch, heads, q_length, _), (_, kv_heads, k_length, _) = block.q.shape, block.k.shape
-    block_q, block_kv = _tile(q_length, params.block_q), _tile(k_length, params.block_kv)
+    on_cpu = params.device_kind in ("", "cpu")
+    most_q = _DEFAULT_TILE if on_cpu else _QUERIES
+    block_q = _tile(q_length, params.block_q, most_q)
+    block_kv = _tile(k_length, params.block_kv, _DEFAULT_TILE if on_cpu else _AREA // min(block_q, _QUERIES))
+    group, rows, together = heads // kv_heads, 1, 1
+    if not on_cpu:
+        logits = group * block_q * block_kv
+        together = _divisor(kv_heads, _LOGITS // logits)
+        of_mask = jax.tree.leaves((block.mask.vectors(), block.mask.numbers(q_length, k_length)))
+        if together == kv_heads and all(x.shape[0] == 1 for x in of_mask):
+            rows = _divisor(batch, _LOGITS // (logits * kv_heads))
     return _Tiles(
         batch=batch,
         kv_heads=kv_heads,
-        group=heads // kv_heads,
+        group=group,
+        rows=rows,
+        heads=together,
         block_q=block_q,
         block_kv=block_kv,
         num_q=-(-q_length // block_q),
         num_kv=-(-k_length // block_kv),
     )
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest divisor that is at most so many, and one at least."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(most, 1))
 
 
 def _tile_mask(block: Block, tiles: _Tiles) -> _TileMask:
@@ -253,11 +289,11 @@ def _cut(vectors: Vectors, b: Array, tile: Array, size: int) -> tuple[Vectors, A
     return jax.tree.map(cut, vectors), start + jnp.arange(size, dtype=jnp.int32)
 
 
-def _tile(length: int, requested: int | None) -> int:
-    """The tile size: as requested, else equal tiles of at most the default, so that padding is small or none."""
+def _tile(length: int, requested: int | None, most: int) -> int:
+    """The tile size: as requested, else equal tiles of at most so many tokens, so that padding is small or none."""
     if requested is not None:
         return min(requested, length)
-    count = -(-length // _DEFAULT_TILE)
+    count = -(-length // most)
     return -(-length // count)
 
 
@@ -277,26 +313,23 @@ def _ungrouped(x: Array, length: int) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :, :length]
 
 
-def _unravel(index: Array, heads: int, num_tiles: int) -> tuple[Array, Array, Array]:
-    row, tile = index // num_tiles, index % num_tiles
-    return row // heads, row % heads, tile
-
-
 def _query_tile(x: Array, b: Array, head: Array, i: Array, tiles: _Tiles) -> Array:
-    """Rows of all G query heads of one K/V head: [G * block_q, ...]."""
+    """Of all G query heads of each K/V head: [rows, heads, G * block_q, ...]."""
     start = (b, head, 0, i * tiles.block_q, *(0,) * (x.ndim - 4))
-    size = (1, 1, tiles.group, tiles.block_q, *x.shape[4:])
-    return jax.lax.dynamic_slice(x, _as_index(start), size).reshape(tiles.group * tiles.block_q, *x.shape[4:])
+    size = (tiles.rows, tiles.heads, tiles.group, tiles.block_q, *x.shape[4:])
+    cut = jax.lax.dynamic_slice(x, _as_index(start), size)
+    return cut.reshape(tiles.rows, tiles.heads, tiles.group * tiles.block_q, *x.shape[4:])
 
 
 def _put_query_tile(x: Array, tile: Array, b: Array, head: Array, i: Array, tiles: _Tiles) -> Array:
     start = (b, head, 0, i * tiles.block_q, *(0,) * (x.ndim - 4))
-    return _put(x, tile.reshape(1, 1, tiles.group, tiles.block_q, *x.shape[4:]), start)
+    return _put(x, tile.reshape(tiles.rows, tiles.heads, tiles.group, tiles.block_q, *x.shape[4:]), start)
 
 
 def _key_tile(x: Array, b: Array, head: Array, j: Array, tiles: _Tiles) -> Array:
+    """[rows, heads, block_kv, ...]."""
     start = (b, head, j * tiles.block_kv, 0)
-    return jax.lax.dynamic_slice(x, _as_index(start), (1, 1, tiles.block_kv, x.shape[3]))[0, 0]
+    return jax.lax.dynamic_slice(x, _as_index(start), (tiles.rows, tiles.heads, tiles.block_kv, x.shape[3]))
 
 
 def _put(x: Array, tile: Array, start: tuple[Array | int, ...]) -> Array:

@@ -1,0 +1,67 @@
+"""The readable kernel where it takes many heads and rows at a time: everywhere but on CPUs, which take one head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import hops
+import jax.numpy as jnp
+import pytest
+
+from ringjax.kernels import xla
+from ringjax.kernels.base import Block, KernelParams
+from ringjax.mask import Mask, Tokens
+
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+def params_of(case: cases.Case, **options: Any) -> KernelParams:
+    return KernelParams(case.head_size**-0.5, case.soft_cap, device_kind=GPU, **options)
+
+
+@pytest.mark.parametrize(("name", "most"), [(name, 2**26) for name in hops.LARGE] + [("full, whole tiles", 2**17)])
+def test_many_heads_at_a_time(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where memory leaves room for one."""
+    monkeypatch.setattr(xla, "_LOGITS", most)
+    case = hops.LARGE[name]
+    params = params_of(case, block_q=128, block_kv=256)
+    result = hops.in_two_hops(
+        case,
+        inputs := cases.make_inputs(case),
+        lambda block, carry, *, finish: xla.forward(block, params, carry, finish=finish),
+        lambda block, upstream, carry: xla.backward(block, upstream, params, carry, finish=False),
+    )
+    cases.assert_matches(case, inputs, result)
+
+
+def block(batch: int, heads: int, kv_heads: int, lengths: tuple[int, int], of_keys: Any = None) -> Block:
+    empty = lambda heads, length: jnp.empty((batch, heads, length, 64), jnp.bfloat16)  # noqa: E731
+    keys = Tokens(None, None, of_keys)
+    mask = Mask(queries=Tokens(None, None, None), keys=keys, left=None, right=None)
+    return Block(empty(heads, lengths[0]), empty(kv_heads, lengths[1]), empty(kv_heads, lengths[1]), mask)
+
+
+@pytest.mark.parametrize(
+    ("given", "tiles"),
+    [
+        # (batch, heads, K/V heads, (queries, keys)): rows and K/V heads in a tile, its queries and keys
+        ((1, 32, 8, (4096, 4096)), (1, 8, 1024, 1024)),
+        ((8, 32, 8, (4096, 4096)), (2, 8, 1024, 1024)),
+        ((8, 32, 8, (1, 131072)), (8, 8, 1, 131072)),
+        ((1, 256, 128, (4096, 4096)), (1, 32, 1024, 1024)),
+        ((3, 12, 12, (700, 1400)), (3, 12, 700, 1400)),
+    ],
+)
+def test_a_tile_is_as_large_as_memory_allows(given: Any, tiles: tuple[int, ...]) -> None:
+    found = xla._tiling(block(*given), KernelParams(1.0, device_kind=GPU))
+    assert (found.rows, found.heads, found.block_q, found.block_kv) == tiles
+    assert found.rows * found.heads * found.group * found.block_q * found.block_kv <= xla._LOGITS
+    one = xla._tiling(block(*given), KernelParams(1.0, device_kind="cpu"))
+    assert (one.rows, one.heads) == (1, 1) and max(one.block_q, one.block_kv) <= 256
+
+
+def test_rows_of_several_masks_are_worked_on_one_by_one() -> None:
+    given = block(8, 32, 8, (4096, 4096), jnp.arange(8, dtype=jnp.int32))
+    found = xla._tiling(given, KernelParams(1.0, device_kind=GPU))
+    assert (found.rows, found.heads) == (1, 8)
