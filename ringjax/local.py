@@ -215,7 +215,7 @@ def ring_spec(
             device_kind=call.device_kind,
             interpret=config.interpret,
             deterministic=config.deterministic,
-            dkv_final=gather.deal is None and _is_one_hop(schedule),
+            dkv_final=not any(gather.gathered) and _is_one_hop(schedule),
         ),
         unroll=call.unroll,
         dkv_dtype=config.dkv_dtype,

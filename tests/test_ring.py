@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ringjax
+from ringjax.kernels import xla
 
 B, T, N, K, H = 1, 96, 4, 2, 8
 
@@ -60,3 +61,21 @@ def test_no_more_permutes_are_under_way_than_every_generation_allows(kv_heads: i
         counts[-1] += name.startswith("ppermute")
     # K and V, 3 hops in either pass; dK and dV, 3 hops and home; each both ways round.
     assert sum(counts) == 2 * (2 * 2 * 3 + 2 * 4) and max(counts) == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strategy", "final"),
+    [((1,), "ring", True), ((2,), "all_to_all", True), ((2,), "ring", False), ((2,), "all_gather", False)],
+)
+def test_gradients_may_be_rounded_only_where_nothing_is_added_to_them(
+    sizes: tuple[int, ...], strategy: str, final: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, backward = [], xla.backward
+
+    def spy(block: Any, upstream: Any, params: Any, carry: Any, *, finish: bool) -> Any:
+        seen.append(params.dkv_final)
+        return backward(block, upstream, params, carry, finish=finish)
+
+    monkeypatch.setattr(xla, "backward", spy)
+    traced(sizes, strategy=strategy)
+    assert seen and set(seen) == {final}

@@ -58,10 +58,10 @@ class Compute:
 
         float16 has not the range for it, three warpgroups not the registers.
         """
-        static, tiles = self.static, self.static.tiles
+        static = self.static
         if self.scratch.q_smem.dtype != jnp.bfloat16 or static.splits:
             return False
-        return static.params.interpret or (tiles.overlap and tiles.compute == 2)
+        return static.params.interpret or static.tiles.guesses
 
     @property
     def tile_shape(self) -> tuple[int, int]:

@@ -46,15 +46,11 @@ class Signals(NamedTuple):
 
 def signals(tiles: TileSizes, scratch: Any) -> Signals:
     """With the numbers that Mosaic leaves. ``scratch`` has mbarriers instead, or None."""
-    of_slot = WARPGROUP_THREADS * (tiles.compute + 1)
-    k_free = 1 + tiles.compute + 1
-    v_free = k_free + tiles.stages
-    turn = v_free + tiles.stages
-    look = turn + (0 if tiles.turns == "none" else tiles.compute)
+    numbers, of_slot = tiles.named_barriers, WARPGROUP_THREADS * (tiles.compute + 1)
     return Signals(
-        k_free=Signal(first=k_free, threads=of_slot, mbarriers=scratch.k_free),
-        v_free=Signal(first=v_free, threads=of_slot, mbarriers=scratch.v_free),
-        turn=Signal(first=turn, threads=2 * WARPGROUP_THREADS, mbarriers=scratch.turn),
-        look=look,
-        retry=look + 1,
+        k_free=Signal(first=numbers.k_free, threads=of_slot, mbarriers=scratch.k_free),
+        v_free=Signal(first=numbers.v_free, threads=of_slot, mbarriers=scratch.v_free),
+        turn=Signal(first=numbers.turn, threads=2 * WARPGROUP_THREADS, mbarriers=scratch.turn),
+        look=numbers.look,
+        retry=numbers.retry,
     )

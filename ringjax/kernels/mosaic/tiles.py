@@ -5,6 +5,7 @@ GPU terms: see :mod:`ringjax.kernels.mosaic.common`. The backward kernels have t
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -30,6 +31,17 @@ SMEM_BYTES = 227 * 1024  # what a block of threads may have
 _REGISTERS = {2: 3 * 168, 3: 4 * 128}
 
 
+class BarrierNumbers(NamedTuple):
+    """Of the named barriers of a forward kernel, each the first of its kind; ``end`` is how many there are."""
+
+    k_free: int  # one for each stage
+    v_free: int
+    turn: int  # one for each multiplying warpgroup, as retry
+    look: int  # of the loading warpgroup
+    retry: int
+    end: int
+
+
 @dataclasses.dataclass(frozen=True)
 class TileSizes:
     """How a call is cut: ``compute`` warpgroups of 64 queries each, tiles of ``block_kv`` keys in ``stages`` slots."""
@@ -52,10 +64,18 @@ class TileSizes:
         return self.compute * WARPGROUP_ROWS
 
     @property
-    def named_barriers(self) -> int:
-        """Those of Mosaic, two for each stage, turns, and one each to look and to try again: see Signals."""
-        turns = 0 if self.turns == "none" else self.compute
-        return 1 + (self.compute + 1) + 2 * self.stages + turns + 1 + (self.compute if self.compute == 2 else 0)
+    def guesses(self) -> bool:
+        """Whether the registers have room to guess at a maximum, see Compute.guess."""
+        return self.overlap and self.compute == 2
+
+    @property
+    def named_barriers(self) -> BarrierNumbers:
+        k_free = 1 + self.compute + 1  # the first ones are Mosaic's
+        v_free = k_free + self.stages
+        turn = v_free + self.stages
+        look = turn + (0 if self.turns == "none" else self.compute)
+        end = look + 1 + (self.compute if self.guesses else 0)
+        return BarrierNumbers(k_free=k_free, v_free=v_free, turn=turn, look=look, retry=look + 1, end=end)
 
     def has_out_smem(self, size: int, v_size: int) -> bool:
         """Whether the finished output has SMEM of its own; otherwise it goes through that of the queries."""
@@ -94,10 +114,9 @@ class TileSizes:
         taken = self._most_smem(size)
         if taken > SMEM_BYTES:
             return f"block_kv x stages must fit {SMEM_BYTES} bytes of SMEM. They take {taken}."
-        if self.named_barriers > NAMED_BARRIERS:
-            return (
-                f"stages and turns must take at most {NAMED_BARRIERS} named barriers. They take {self.named_barriers}."
-            )
+        if self.named_barriers.end > NAMED_BARRIERS:
+            taken = self.named_barriers.end
+            return f"stages and turns must take at most {NAMED_BARRIERS} named barriers. They take {taken}."
         return None
 
     def _most_smem(self, size: int) -> int:
