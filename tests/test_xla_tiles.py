@@ -1,4 +1,4 @@
-"""The readable kernel where it takes many heads and rows at a time: everywhere but on CPUs, which take one head."""
+"""The readable kernel where it takes many heads and rows at a time: on GPUs; CPUs and TPUs take one head."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ def test_a_tile_is_as_large_as_memory_allows(given: Any, tiles: tuple[int, ...])
     found = xla._tiling(block(*given), KernelParams(1.0, device_kind=GPU))
     assert (found.rows, found.heads, found.block_q, found.block_kv) == tiles
     assert found.rows * found.heads * found.group * found.block_q * found.block_kv <= xla._LOGITS
-    one = xla._tiling(block(*given), KernelParams(1.0, device_kind="cpu"))
-    assert (one.rows, one.heads) == (1, 1) and max(one.block_q, one.block_kv) <= 256
+    for kind in ("cpu", "TPU v5 lite"):
+        one = xla._tiling(block(*given), KernelParams(1.0, device_kind=kind))
+        assert (one.rows, one.heads) == (1, 1) and max(one.block_q, one.block_kv) <= 256
 
 
 def test_rows_of_several_masks_are_worked_on_one_by_one() -> None:

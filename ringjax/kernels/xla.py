@@ -1,10 +1,10 @@
 """The readable block kernel in jax.numpy. Runs everywhere; blocked, so no T x S array ever exists.
 
 A loop over tiles of queries (backward: of keys), in it a loop over the tiles that it visits: FULL ones first, without a
-predicate, then PARTIAL ones with it. A tile is of one K/V head on a CPU, whose cache it is to stay in, and of as many
-heads and batch rows as memory allows elsewhere, where every step costs a launch. FlashAttention-2's recurrences, Dao
-2023, arXiv:2307.08691. float32 is multiplied
-in full on every platform: by default XLA would take TF32 on a GPU, where logits that share an offset lose their digits.
+predicate, then PARTIAL ones with it. A tile is of one K/V head on CPUs and TPUs, whose fast memory it is to stay in,
+and of as many heads and batch rows as memory allows on GPUs, where every step costs a launch. FlashAttention-2's
+recurrences, Dao 2023, arXiv:2307.08691. float32 is multiplied in full on every platform: by default XLA would take TF32
+on a GPU, where logits that share an offset lose their digits.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .visits import Visits, nth_in_range, plan_visits
 # 256 x 256 float32 logits (256 KiB) stay in a core's cache, and fewer PARTIAL tiles than with larger ones; see
 # docs/optimisation-log.md.
 _DEFAULT_TILE = 256
-# Elsewhere: logits of a head in a tile, queries at most, and logits in a tile, 256 MiB.
+# On GPUs: logits of a head in a tile, queries at most, and logits in a tile, 256 MiB.
 _AREA, _QUERIES, _LOGITS = 2**20, 1024, 2**26
 
 
@@ -242,12 +242,12 @@ def _visit(
 
 def _tiling(block: Block, params: KernelParams) -> _Tiles:
     (batch, heads, q_length, _), (_, kv_heads, k_length, _) = block.q.shape, block.k.shape
-    on_cpu = params.device_kind in ("", "cpu")
-    most_q = _DEFAULT_TILE if on_cpu else _QUERIES
+    one_head = params.device_kind in ("", "cpu") or params.device_kind.startswith("TPU")
+    most_q = _DEFAULT_TILE if one_head else _QUERIES
     block_q = _tile(q_length, params.block_q, most_q)
-    block_kv = _tile(k_length, params.block_kv, _DEFAULT_TILE if on_cpu else _AREA // min(block_q, _QUERIES))
+    block_kv = _tile(k_length, params.block_kv, _DEFAULT_TILE if one_head else _AREA // min(block_q, _QUERIES))
     group, rows, together = heads // kv_heads, 1, 1
-    if not on_cpu:
+    if not one_head:
         logits = group * block_q * block_kv
         together = _divisor(kv_heads, _LOGITS // logits)
         of_mask = jax.tree.leaves((block.mask.vectors(), block.mask.numbers(q_length, k_length)))
