@@ -10,7 +10,7 @@ import rounds
 
 ROOT = Path(__file__).parents[1]
 KEPT = {".py", ".md", ".toml", ".ipynb", ".yaml", ".txt", ""}  # suffixes of text files in the repository
-SKIPPED = {".git", ".venv", "build", "dist", "runs", "__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache"}
+SKIPPED = {"_build", ".git", ".venv", "build", "dist", "runs", "__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache"}
 
 
 def text_files() -> list[Path]:
