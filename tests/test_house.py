@@ -10,7 +10,18 @@ import rounds
 
 ROOT = Path(__file__).parents[1]
 KEPT = {".py", ".md", ".toml", ".ipynb", ".yaml", ".txt", ""}  # suffixes of text files in the repository
-SKIPPED = {"_build", ".git", ".venv", "build", "dist", "runs", "__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache"}
+SKIPPED = {
+    ".git",
+    ".venv",
+    "_build",
+    "build",
+    "dist",
+    "runs",
+    "__pycache__",
+    ".hypothesis",
+    ".pytest_cache",
+    ".ruff_cache",
+}
 
 
 def text_files() -> list[Path]:
