@@ -161,7 +161,7 @@ for row, layout in enumerate(LAYOUTS):
             axes.text(token + 0.46, row, str(device), ha="center", va="center", color="white", fontsize=8)
 axes.set(xlim=(0, LENGTH), ylim=(len(LAYOUTS) - 0.5, -0.5), xlabel="position in the text")
 axes.set_title(f"the device that holds each of {LENGTH} tokens")
-axes.set_xticks(np.arange(0, LENGTH, 4) + 0.46, range(0, LENGTH, 4))
+axes.set_xticks(np.arange(0, LENGTH, 4) + 0.46, [str(token) for token in range(0, LENGTH, 4)])
 axes.set_yticks(range(len(LAYOUTS)), LAYOUTS)
 axes.tick_params(length=0)
 axes.spines[["left", "bottom"]].set_visible(False)
@@ -429,6 +429,9 @@ plt.show()
 #   do not fall with $C$;
 # - **dense attention** that forms the logits, in float32, with the queries sharded over the devices: every device has
 #   $n/C$ rows of $n$ logits. Fused kernels avoid that on one device too, which is the point at $C = 1$.
+#
+# On two devices the ring needs more than all-gather: it carries float32 sums from hop to hop, where all-gather has one
+# kernel that sees all keys. From a few devices on that is outweighed, and the more the more devices there are.
 
 # %%
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 131_072, 32, 8, 128
@@ -484,7 +487,7 @@ for row, (strategy, count) in enumerate(rows):
 right.set_yticks(range(len(rows)), [f"{strategy}, {count} devices" for strategy, count in rows])
 right.set(xlabel="GiB per device", title="what it is made of")
 handles = [Rectangle((0, 0), 1, 1, facecolor=colour) for colour in kinds.values()]
-right.legend(handles, list(kinds), frameon=False, fontsize=9)
+figure.legend(handles, list(kinds), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 plt.show()
 
 # %% [markdown]
