@@ -77,7 +77,7 @@ history = np.array(history)
 softmax = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
 np.testing.assert_allclose(history[-1, -1], softmax @ values, rtol=1e-6)
 
-# %%
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained", width_ratios=[1, 1.7])
 left.bar(range(8), logits, color=[BLOCKS[j // 2] for j in range(8)])
 left.axhline(0, color="black", linewidth=0.8)
@@ -109,11 +109,13 @@ plt.show()
 
 # %%
 schedule = plan(C, as_layout("contiguous"), 8, 8, left=None, right=None)
-hops = np.array([schedule.holds(rank) for rank in range(C)])
+hops = np.array([schedule.holds(rank) for rank in range(C)])  # [device, hop]
+assert hops[0].tolist() == [0, 1, 2, 3] and hops[3].tolist() == [3, 0, 1, 2]
 
 
+# %% tags=["hide-input"]
 def draw_ring(axes, columns):
-    """A row for each device and a column for each name; thin lines keep the rows apart."""
+    """A row for each device and a column for each name."""
     axes.set(xlim=(-0.1, len(columns) - 0.25), ylim=(C - 0.35, -0.65), yticks=range(C))
     axes.set_xticks(np.arange(len(columns)) + 0.31, columns)
     axes.set_yticklabels([f"device {rank}" for rank in range(C)])
@@ -152,6 +154,7 @@ LENGTH = 32
 SHARD = LENGTH // C
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(10, 2.3), layout="constrained")
 for row, layout in enumerate(LAYOUTS):
     shards = np.asarray(ringjax.ring_positions(LENGTH, layout=layout, num_shards=C)).reshape(C, SHARD)
@@ -177,9 +180,8 @@ plt.show()
 # - **zigzag**: each device has an early and a late chunk, so every square off the diagonal is half full.
 # - **striped**: the tokens are dealt like cards, so every square is a triangle.
 
-# %%
 
-
+# %% tags=["hide-input"]
 def attends(layout, left=None):
     """[queries, keys] in ring order: causal, and at most `left` tokens back."""
     p = np.asarray(ringjax.ring_positions(LENGTH, layout=layout, num_shards=C))
@@ -215,7 +217,7 @@ plt.show()
 # a fair share would be a quarter of all pairs on each device.
 
 
-# %%
+# %% tags=["hide-input"]
 def work(mask, blocks):
     """[hop, device]: how many pairs."""
     squares = mask.reshape(C, SHARD, C, SHARD).sum((1, 3))
@@ -240,7 +242,7 @@ plt.show()
 # that it needs lie on its own device and on the ones just before, so most hops are never made: not computed, and not
 # sent. Of a block that does travel, only the keys that some query needs are sent.
 
-# %%
+# %% tags=["hide-input"]
 figure, panels = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
 for axes, left in zip(panels, (6, 14), strict=True):
     needed = plan(C, as_layout("contiguous"), SHARD, SHARD, left=left, right=0)
@@ -277,6 +279,7 @@ for rank in range(C):
     added[C, rank] = added[C - 1, home[rank]]
     assert added[C, rank] == set(range(C))  # to which all devices have added
 
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(11, 4.6), layout="constrained")
 for (hop, rank), who in added.items():
     block = rank if hop == C else hops[rank][hop]
@@ -302,7 +305,7 @@ plt.show()
 # it, so wire and kernel work at the same time. Whether that is so can be read off the traced program: here is the
 # order of its permutes and kernels, for one device, in the pass forward and the pass backward.
 
-# %%
+# %% tags=["hide-input"]
 mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:C]), ("sp",))
 
 
@@ -349,6 +352,7 @@ def steps(jaxpr):
     return [(size, kernel) for size, kernel in found if size or kernel]
 
 
+# %%
 def attend(q, k, v):
     config = ringjax.RingConfig(unroll=C)  # no loop, so that every hop stands in the program
     return ringjax.ring_attention(q, k, v, mesh=mesh, is_causal=True, layout="zigzag", config=config)
@@ -378,7 +382,7 @@ assert [kernel for _, kernel in backward] == [True, True, True, True, False]
 # ninth of the pairs to work on, but the wire a third of the bytes. That is the longer one then, and every hop waits.
 
 
-# %%
+# %% tags=["hide-input"]
 def draw_time(axes, found, kernel, wire, title):
     """Kernels above, the wire below. A step ends when both are done."""
     time, waited = 0.0, 0.0
@@ -452,6 +456,7 @@ gathered = np.array([sum(terms(int(count), "all_gather").values()) for count in 
 logits_bytes = 4.0 * HEADS * TOKENS * TOKENS / devices
 assert (ring[2:-1] == 2 * ring[3:]).all()  # with two devices there are fewer blocks under way
 
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=[1, 1.15])
 for name, needed, colour in (
     ("dense: logits alone", logits_bytes, "#999999"), ("all-gather", gathered, "#aa4466"), ("ring", ring, "#4477aa")
@@ -520,7 +525,7 @@ want = with_gradients(dense_attend)(q, k, v)
 for ours, dense in zip(got, want, strict=True):
     np.testing.assert_allclose(ours, dense, atol=2e-5)
 
-# %%
+# %% tags=["hide-input"]
 figure, panels = plt.subplots(1, 4, figsize=(11, 2.8), layout="constrained", sharey=True)
 for axes, name, ours, dense in zip(panels, ("output", "dq", "dk", "dv"), got, want, strict=True):
     for numbers, label in ((dense, "|dense|"), (ours - dense, "|ring - dense|")):
