@@ -47,7 +47,10 @@ class AttentionOptions(TypedDict, total=False):
 
 
 class AttentionFn(Protocol):
-    """What :func:`attention_fn` returns."""
+    """What :func:`ringjax.attention_fn` returns: ``fn(query, key, value, bias=None, mask=None, **options) -> out``.
+
+    With ``return_residual=True`` it returns (out, log-sum-exp), as :func:`ringjax.ring_attention` does.
+    """
 
     @overload
     def __call__(
@@ -96,7 +99,7 @@ def attention_fn(
     sinks: Float[Array, " N"] | None = None,
     config: RingConfig | None = None,
 ) -> AttentionFn:
-    """Ring attention as an ``attention_fn``: for ``flax.nnx.MultiHeadAttention``, Linen's, and as a drop-in.
+    """Ring attention as an ``attention_fn``: for ``flax.nnx.MultiHeadAttention``, Linen's, and as a drop-in. ::
 
         layer = nnx.MultiHeadAttention(8, 512, attention_fn=ringjax.attention_fn(is_causal=True), decode=False, ...)
         layer = nn.MultiHeadDotProductAttention(8, attention_fn=ringjax.attention_fn(is_causal=True))
@@ -117,6 +120,9 @@ def attention_fn(
       A callable ``(query, key, value, bias=None, mask=None, ...) -> out``. It raises NotImplementedError for a mask
       or bias array, active dropout, sown attention weights, a precision, an einsum of the caller's, RoPE positions and
       an implementation of jax.nn.
+
+    Raises:
+      ValueError: of the callable, for arguments that do not fit, as :func:`ringjax.ring_attention`.
     """
     ring: dict[str, Any] = dict(
         axis_name=axis_name,

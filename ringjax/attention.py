@@ -29,7 +29,10 @@ IntPair = Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]]
 
 
 class RingOptions(TypedDict, total=False):
-    """Options of a call, as :func:`ring_attention` documents them; the type of the result depends on none of them."""
+    """Options of a call, as :func:`ringjax.ring_attention` documents them; the result's type depends on none of them.
+
+    For functions that pass them on: ``def attend(q, k, v, **options: Unpack[RingOptions])``.
+    """
 
     axis_name: str | tuple[str, ...]
     mesh: Mesh | AbstractMesh | None

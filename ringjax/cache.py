@@ -142,7 +142,12 @@ class KVCache:
         batch_axis_name: AxisNames | None = None,
         head_axis_name: AxisNames | None = None,
     ) -> Any:
-        """The cache with a PartitionSpec in place of each array: for shard_map's and jit's specs."""
+        """The cache with a PartitionSpec in place of each array: for shard_map's and jit's specs.
+
+        Args:
+          axis_name, batch_axis_name, head_axis_name: mesh axes of the sequence, of the batch and of the heads. A single
+            K/V head stays whole.
+        """
         heads = head_axis_name if self.key.shape[2] > 1 else None  # a single K/V head stays whole
         spec = P(batch_axis_name, axis_name, heads, None)
         return dataclasses.replace(self, key=spec, value=spec, lengths=P(batch_axis_name))
@@ -168,8 +173,12 @@ class KVCache:
             gathered first, T tokens on every rank.
           axis_name, mesh, batch_axis_name, head_axis_name: as in :func:`ringjax.ring_attention`.
 
+        Returns:
+          The new cache, whose lengths are those before plus the tokens taken.
+
         Raises:
-          ValueError: naming the argument; also where rows have no room, if that can be seen.
+          ValueError: naming the argument, what is required and what was given; also where rows have no room, if that
+            can be seen.
         """
         key, value = self._checked("append", key, value, dealt)
         counts = _checked_counts("counts", counts, key)
@@ -320,7 +329,10 @@ def _on_shards(
 
 
 class CacheOptions(TypedDict, total=False):
-    """Options of a call, as :func:`cached_attention` documents them; the type of the result depends on none of them."""
+    """Options of a call, as :func:`ringjax.cached_attention` documents them; the result's type depends on none.
+
+    For functions that pass them on: ``def attend(query, cache, **options: Unpack[CacheOptions])``.
+    """
 
     counts: Int[Array, " B"] | None
     dealt: bool

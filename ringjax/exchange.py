@@ -224,16 +224,16 @@ _copies.defvjp(_copies_fwd, _copies_bwd)
 def merge_over_axis(
     out: Float[Array, "*b H"], lse: Float[Array, "*b"], axis_name: str
 ) -> tuple[Float[Array, "*b H"], Float[Array, "*b"]]:
-    """Combine attention over disjoint sets of keys, one on each rank of a mesh axis, inside ``shard_map``.
+    r"""Combine attention over disjoint sets of keys, one on each rank of a mesh axis, inside ``shard_map``.
 
-        lse = log sum_r exp(lse_r),    out = sum_r exp(lse_r - lse) out_r
+    .. math::  lse = \log \sum_r \exp(lse_r), \quad out = \sum_r \exp(lse_r - lse) \, out_r
 
     Differentiable in both. Rows that attend to nothing on any rank (all lse -inf) give 0 and -inf, with zero gradients.
     One maximum of b float32 numbers and one sum of b (H + 1) go over the axis. The result is the same on every rank,
     and so typed under ``check_vma``.
 
     Args:
-      out, lse: of this rank, as ``ring_attention(..., return_residual=True)`` returns.
+      out, lse: [..., H] and [...] of this rank, as ``ring_attention(..., return_residual=True)`` returns.
       axis_name: the mesh axis, or the axis of a vmap.
 
     Returns:

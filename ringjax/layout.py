@@ -27,7 +27,13 @@ from ._compat import take
 class Runs:
     """Positions of the tokens of a shard as three integers: token i lies at base + (i // run) * step + i % run.
 
-    They grow with i. ``base`` and ``step`` may be traced; ``run`` and ``length``, the tokens of the shard, are known.
+    They grow with i.
+
+    Attributes:
+      base: position of the first token; may be traced.
+      step: from the start of a run to that of the next, at least ``run``; may be traced.
+      run: consecutive tokens in a run.
+      length: tokens of the shard.
     """
 
     base: Any  # an integer, or [B, 1] where batch rows differ
@@ -36,7 +42,7 @@ class Runs:
     length: int
 
     def at(self, index: Any) -> Any:
-        """Position of the token at ``index``, from 0 on."""
+        """Position of the token at ``index`` of the shard, from 0 on; an integer or an array."""
         if self.run >= self.length:
             return self.base + index
         if self.run == 1:
@@ -47,7 +53,11 @@ class Runs:
         return self.base + index + runs * (self.step - self.run)
 
     def part(self, start: int, stop: int) -> "Runs":
-        """Of the tokens [start, stop): within one run, or from the start of a run on."""
+        """Positions of the tokens [start, stop) of the shard: within one run, or from the start of a run on.
+
+        Raises:
+          ValueError: a part of several runs starts within one.
+        """
         if start // self.run == (stop - 1) // self.run:
             length = stop - start
             return Runs(base=self.at(start), step=length, run=length, length=length)
@@ -76,10 +86,13 @@ class Runs:
 
 
 class Layout:
-    """How a sequence is dealt to the ranks of a ring. Subclasses are frozen dataclasses, so they hash and compare."""
+    """How a sequence is dealt to the ranks of a ring. Subclasses are frozen dataclasses, so they hash and compare.
+
+    A sequence of C L tokens is cut into equal chunks, and each rank holds as many chunks, in the order of the sequence.
+    """
 
     def unit(self, num_shards: int) -> int:
-        """The number that the sequence length must be a multiple of."""
+        """The number that the sequence length must be a multiple of, on ``num_shards`` ranks."""
         raise NotImplementedError
 
     def shard_unit(self) -> int:
@@ -87,31 +100,42 @@ class Layout:
         return self.unit(1)
 
     def chunk_length(self, shard_length: int) -> int:
-        """The number of consecutive tokens in one chunk."""
+        """The number of consecutive tokens in one chunk, given ``shard_length``, L."""
         raise NotImplementedError
 
     def owner(self, chunk: Any, num_shards: int) -> Any:
-        """The rank that holds a chunk (chunks are counted along the sequence)."""
+        """Which of ``num_shards`` ranks holds a ``chunk``, counted along the sequence; an integer or an array."""
         raise NotImplementedError
 
     def runs(self, rank: Any, shard_length: int, num_shards: int) -> Runs:
-        """Positions of the shard of ``rank``, an integer, numpy or JAX array."""
+        """Positions of the shard of ``rank``, an integer, numpy or JAX array, as three integers.
+
+        Args:
+          rank: from 0 to ``num_shards`` - 1.
+          shard_length, num_shards: L and C.
+        """
         raise NotImplementedError
 
     def positions(self, rank: Any, index: Any, shard_length: int, num_shards: int) -> Any:
-        """Global position of the token at ``index`` of the shard of ``rank``; integers, numpy or JAX arrays."""
+        """Global position of the token at ``index`` of the shard of ``rank``; integers, numpy or JAX arrays.
+
+        ``shard_length`` and ``num_shards`` are L and C.
+        """
         return self.runs(rank, shard_length, num_shards).at(index)
 
     def merge(self, x: Any) -> Any:
-        """[B, shards, L, ...], the shards of ascending ranks, to [B, shards * L, ...] in ascending order."""
+        """``x`` [B, shards, L, ...], the shards of ascending ranks, to [B, shards * L, ...] in ascending order."""
         raise NotImplementedError
 
     def split(self, x: Any, num_shards: int) -> Any:
-        """The inverse of merge: [B, shards * L, ...] to [B, shards, L, ...]."""
+        """The inverse of merge: ``x`` [B, shards * L, ...] to [B, ``num_shards``, L, ...]."""
         raise NotImplementedError
 
     def merged_runs(self, first: Any, offsets: tuple[int, ...], shard_length: int, num_shards: int) -> Runs | None:
-        """Positions of the shards of ranks ``first + offsets``, merged. None: they are not three integers."""
+        """Positions of the shards of ranks ``first + offsets``, merged. None: they are not three integers.
+
+        ``shard_length`` and ``num_shards`` are L and C. None is always right: positions are an array then.
+        """
         return self.runs(first, shard_length, num_shards) if offsets == (0,) else None
 
 
@@ -201,7 +225,14 @@ class Zigzag(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Striped(Layout):
-    """Token j lies on rank (j // stripe) mod C."""
+    """Token j lies on rank (j // stripe) mod C.
+
+    Attributes:
+      stripe: consecutive tokens that lie together.
+
+    Raises:
+      ValueError: stripe is no positive integer.
+    """
 
     stripe: int = 1
 
@@ -296,6 +327,9 @@ def ring_positions(length: int, *, layout: str | Layout = "contiguous", num_shar
       layout: "contiguous", "zigzag", "striped" or a Layout object.
       num_shards: C, the number of devices on the ring.
 
+    Returns:
+      int32 [length].
+
     Raises:
       ValueError: for an unknown layout, a negative length or num_shards < 1.
     """
@@ -373,7 +407,17 @@ def from_ring_order(
     axis: int = 1,
     length: int | None = None,
 ) -> Any:
-    """The inverse of :func:`to_ring_order`; ``length`` trims the padding off again.
+    """The inverse of :func:`ringjax.to_ring_order`; ``length`` trims the padding off again.
+
+    Args:
+      tree: pytree of arrays in ring order. numpy arrays stay numpy arrays.
+      layout: "contiguous", "zigzag", "striped" or a Layout object.
+      num_shards: C, the number of devices on the ring.
+      axis: the sequence axis, the same for every leaf.
+      length: of the sequence before it was padded; None: it was not.
+
+    Returns:
+      The tree in natural order.
 
     Raises:
       ValueError: if the length of a leaf is no multiple of the layout's unit, or is shorter than ``length``.

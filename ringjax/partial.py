@@ -120,9 +120,9 @@ def _leading_bits(value: float, bits: int) -> float:
 def merge_partials(
     partials: Sequence[tuple[Float[Array, "*b H"], Float[Array, "*b"]]],
 ) -> tuple[Float[Array, "*b H"], Float[Array, "*b"]]:
-    """Combine attention over disjoint sets of keys.
+    r"""Combine attention over disjoint sets of keys.
 
-    lse = log sum_i exp(lse_i),    out = sum_i exp(lse_i - lse) out_i.
+    .. math::  lse = \log \sum_i \exp(lse_i), \quad out = \sum_i \exp(lse_i - lse) \, out_i
 
     Differentiable in outputs and log-sum-exps. Rows that attend to nothing anywhere (all lse -inf) give 0 and -inf,
     with zero gradients.

@@ -24,7 +24,12 @@ _TIGHT = {"vmem": "VMEM of a core", "shared memory": "shared memory of a multipr
 
 
 class InspectError(Exception):
-    """The ring could not be compiled; one line that says why. ``code`` is the exit status of the command."""
+    """The ring could not be compiled.
+
+    Args:
+      message: one line that says why.
+      code: the exit status of the command.
+    """
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -33,7 +38,18 @@ class InspectError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler said. Bytes are of one device."""
+    """What the compiler said. Bytes are of one device.
+
+    Attributes:
+      text: the program, scheduled HLO.
+      peak_bytes: of memory, arguments included; of TPUs that of HBM.
+      argument_bytes, output_bytes: of the program's arguments and results.
+      lower_seconds, compile_seconds: what it took.
+      versions: of the packages, by name.
+      flags: XLA_FLAGS of the compiler.
+      vmem_bytes: of arrays that a TPU keeps in VMEM, at most.
+      rings: devices along each of several rings.
+    """
 
     text: str
     peak_bytes: int

@@ -19,9 +19,11 @@ _ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)(?:\s+n
 
 @dataclasses.dataclass(frozen=True)
 class Cycles:
-    """Attributes:
-    estimates: cycles of one call, by the kernel's name in the program; empty where there is a reason.
-    reason: why there are none.
+    """Static estimates of the compiler for TPUs.
+
+    Attributes:
+      estimates: cycles of one call, by the kernel's name in the program; empty where there is a reason.
+      reason: why there are none.
     """
 
     estimates: dict[str, int]

@@ -18,7 +18,12 @@ from .program import Program
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One line of the floor; a number in the name counts the arrays that it stands for."""
+    """One line of the floor.
+
+    Attributes:
+      name: of the array; a number in it counts the arrays that the line stands for.
+      bytes: of one device.
+    """
 
     name: str
     bytes: int
@@ -26,6 +31,9 @@ class Term:
 
 def floor_terms(program: Program) -> tuple[Term, ...]:
     """The terms of one device, each in bytes, at the moment that needs most.
+
+    Args:
+      program: the ring, the ``program`` of a :class:`ringjax.inspect.Report`.
 
     Letters: L shard length, N query heads, K K/V heads, H, Hv head sizes, s bytes per item of the inputs.
 
@@ -57,7 +65,7 @@ def floor_terms(program: Program) -> tuple[Term, ...]:
 
 
 def floor_bytes(program: Program) -> int:
-    """The sum of the terms."""
+    """The sum of :func:`floor_terms` of a ``program``."""
     return sum(term.bytes for term in floor_terms(program))
 
 

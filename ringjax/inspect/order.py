@@ -35,8 +35,10 @@ class Start:
     """A collective is issued; a synchronous one is also awaited here, and has no Done.
 
     Attributes:
+      name: in the program.
       dtype, shape: of the array that a device has before it.
       bytes: what a device sends to others, and receives from them.
+      asynchronous: it has a start and a done.
       source: the number of the program's argument that travels, None if it was computed.
       kind: "permute", "all_gather", "reduce_scatter", "all_to_all" or "all_reduce".
       axis: of the sequence, 0 the outermost; None: not known, or not one.
@@ -87,13 +89,19 @@ Order = tuple[Event, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Collective(Start):
-    """One line of the program that sends; it runs ``times`` times."""
+    """One line of the program that sends.
+
+    Attributes:
+      times: how often it runs.
+      kernels_between: block kernels that are issued between its start and its done, in one run.
+    """
 
     times: int = 1
     kernels_between: int = 0
 
     @property
     def hidden(self) -> bool:
+        """It is asynchronous, and a block kernel is issued between its start and its done."""
         return self.asynchronous and self.kernels_between > 0
 
 

@@ -25,7 +25,14 @@ DEVICE_ORDERS = ("ring_mesh", "make_mesh")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One call of ring_attention for a topology, see :func:`ringjax.inspect.inspect_ring`."""
+    """One call of ring_attention for a topology.
+
+    Attributes:
+      topology, ring, seq_len, heads, kv_heads, head_dim, value_head_dim, batch, dtype, layout, stripe, is_causal,
+        window, segments, max_segment_length, shared_length, backward, implementation, block_q, block_kv, unroll,
+        dkv_dtype, device_order, axes, strategy, direction, rings: as in :func:`ringjax.inspect.inspect_ring`, with
+        every default filled in.
+    """
 
     topology: str
     ring: int

@@ -21,7 +21,13 @@ _LARGEST_MATRIX = 64  # ranks: beyond it the JSON holds sums only
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Memory of one device on a ring of another size; peak is None where nothing was compiled."""
+    """Memory of one device on a ring of another size.
+
+    Attributes:
+      ring: devices on it.
+      floor_bytes: the least that it needs, see :func:`ringjax.inspect.floor_bytes`.
+      peak_bytes: what the compiler says; None where nothing was compiled.
+    """
 
     ring: int
     floor_bytes: int
@@ -30,10 +36,13 @@ class Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class Payload:
-    """All collectives of a kind that carry the same thing the same way. Counts are of executions.
+    """All collectives of a kind that carry the same thing the same way.
 
-    ``bytes`` are what a device sends to others in one execution; ``axis``, ``shift`` and ``ring`` as in
-    :class:`ringjax.inspect.order.Start`.
+    Attributes:
+      carries: what, as "K" or "dK, dV".
+      kind, axis, shift, ring, dtype, shape: as in :class:`ringjax.inspect.order.Start`.
+      bytes: what a device sends to others in one execution.
+      times, asynchronous, hidden: executions in all, asynchronous ones, and those behind a kernel.
     """
 
     carries: str
@@ -55,6 +64,10 @@ class Link:
 
     TPUs: a link between neighbours on the axis, "up" the ranks and "down". Of gathers and exchanges it is the least
     that such a circle allows. GPUs: the port of a device to the switch, out ("up") and in ("down").
+
+    Attributes:
+      axis: of the sequence, 0 the outermost.
+      up, down: bytes each way.
     """
 
     axis: int
@@ -86,10 +99,12 @@ class Report:
 
     @functools.cached_property
     def collectives(self) -> tuple[Collective, ...]:
+        """Every line of the program that sends, in the order in which they are issued."""
         return tuple(collectives(self.order))
 
     @functools.cached_property
     def permutes(self) -> tuple[Collective, ...]:
+        """Those that carry blocks, and sums of dK and dV, round a ring."""
         return tuple(sent for sent in self.collectives if sent.kind == "permute")
 
     @functools.cached_property
@@ -114,11 +129,12 @@ class Report:
 
     @property
     def num_hidden(self) -> int:
-        """How many of them run behind a kernel, see :mod:`ringjax.inspect.order`."""
+        """How many permutes run behind a kernel, see :attr:`ringjax.inspect.order.Collective.hidden`."""
         return sum(permute.times for permute in self.permutes if permute.hidden)
 
     @property
     def num_synchronous(self) -> int:
+        """How many permutes are awaited at once, so that nothing runs meanwhile."""
         return sum(permute.times for permute in self.permutes if not permute.asynchronous)
 
     @property
@@ -128,6 +144,7 @@ class Report:
 
     @functools.cached_property
     def payloads(self) -> tuple[Payload, ...]:
+        """The collectives by what they carry."""
         groups: dict[tuple[Any, ...], list[Collective]] = {}
         for sent in self.collectives:
             what = carries(sent, self.program)
@@ -196,10 +213,12 @@ class Report:
 
     @functools.cached_property
     def floor_terms(self) -> tuple[Term, ...]:
+        """The least memory that a device needs, by array: :func:`ringjax.inspect.floor_terms`."""
         return floor_terms(self.program)
 
     @property
     def floor_bytes(self) -> int:
+        """Their sum."""
         return floor_bytes(self.program)
 
     @property
@@ -210,6 +229,7 @@ class Report:
 
     @property
     def pairs_per_rank(self) -> np.ndarray:
+        """Attended pairs of each rank, all hops together."""
         return self.pairs.sum(axis=1)
 
     @property

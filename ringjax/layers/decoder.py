@@ -85,7 +85,13 @@ class Decoder(nnx.Module):
 
     @classmethod
     def init_sharded(cls, config: DecoderConfig, *, mesh: jax.sharding.Mesh, seed: int = 0) -> "Decoder":
-        """A fresh Decoder whose every parameter is made where it belongs, never whole on one device."""
+        """A fresh Decoder whose every parameter is made where it belongs, never whole on one device.
+
+        Args:
+          config: sizes and options.
+          mesh: where the parameters go.
+          seed: of the parameters.
+        """
         graphdef, abstract = nnx.split(nnx.eval_shape(lambda: cls(config, mesh=mesh, rngs=nnx.Rngs(seed))))
         make = jax.jit(
             lambda: nnx.state(cls(config, mesh=mesh, rngs=nnx.Rngs(seed))),
@@ -199,7 +205,13 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T"]:
         """Cross entropy of each token, float32 [B, T] in the order of the tokens: the terms of `loss`.
 
-        Arguments and errors are those of `loss`. A target outside the vocabulary, as of tokens without one, gives NaN.
+        Args:
+          tokens, targets: int [B, T] in ring order; targets[b, i] is what follows tokens[b, i] in natural order. A
+            target outside the vocabulary, as of tokens without one, gives NaN.
+          segment_ids, max_segment_length, shared_length, positions: as in the call.
+
+        Raises:
+          ValueError: as the call.
         """
         self._check(tokens, targets=None, segment_ids=segment_ids)
         promised = self._placement().promised(segment_ids, max_segment_length, shared_length)
@@ -515,12 +527,22 @@ def _rope_of(layer: DecoderLayer) -> tuple[Any, ...]:
 
 
 def param_specs(config: DecoderConfig, mesh: Mesh) -> nnx.State:
-    """PartitionSpecs of a Decoder's parameters on this mesh, shaped like ``nnx.state(decoder)``. Allocates nothing."""
+    """PartitionSpecs of a Decoder's parameters on this mesh, shaped like ``nnx.state(decoder)``. Allocates nothing.
+
+    Args:
+      config: of the decoder.
+      mesh: concrete or abstract.
+    """
     return partition_specs(_abstract_state(config, mesh), mesh)
 
 
 def param_shardings(config: DecoderConfig, mesh: Mesh) -> nnx.State:
-    """NamedShardings of a Decoder's parameters on this mesh (concrete or abstract), shaped like its state."""
+    """NamedShardings of a Decoder's parameters on this mesh, shaped like ``nnx.state(decoder)``. Allocates nothing.
+
+    Args:
+      config: of the decoder.
+      mesh: concrete or abstract.
+    """
     return partition_shardings(_abstract_state(config, mesh), mesh)
 
 

@@ -43,9 +43,9 @@ class Weights(nn.Module):
 
 
 class RingAttention(nn.Module):
-    """Multi-head self-attention over a sequence that is sharded across devices.
+    r"""Multi-head self-attention over a sequence that is sharded across devices.
 
-        out = ring_attention(rope(x W_q), rope(x W_k), x W_v) W_o
+    .. math::  out = ring\_attention(rope(x W_q), rope(x W_k), x W_v) \, W_o
 
     The same layer as :class:`ringjax.nnx.RingAttention`, with the same names of options and parameters (query, key,
     value, out; kernel, bias), which are also those of Linen's ``MultiHeadDotProductAttention``. On a mesh, given or of
@@ -99,7 +99,21 @@ class RingAttention(nn.Module):
         max_segment_length: int | None = None,
         shared_length: int | tuple[int, ...] | None = None,
     ) -> Float[Array, "B T O"]:
-        """Attend. Arguments and result are those of :meth:`ringjax.nnx.RingAttention.__call__`."""
+        """Attend, as :meth:`ringjax.nnx.RingAttention.__call__`.
+
+        Args:
+          inputs: [B, T, E] in ring order of the layout for num_shards; inside shard_map the local shard.
+          positions: int [T] or [B, T]; replaces the layout's positions, for RoPE and for the mask.
+          segment_ids: int [B, T]; tokens attend only to tokens of the same id (packed documents).
+          seq_lengths: int [B]; tokens from there on are padding.
+          max_segment_length, shared_length: promises about segments, as in :func:`ringjax.ring_attention`.
+
+        Returns:
+          [B, T, out_features], in the order of the inputs and sharded as they are.
+
+        Raises:
+          ValueError: for shapes that do not fit, and where nothing says for how many shards the tokens are dealt.
+        """
         spec = AttentionSpec.of(
             in_features=inputs.shape[-1],
             num_heads=self.num_heads,

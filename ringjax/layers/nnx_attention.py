@@ -59,6 +59,13 @@ def partition_specs(tree: PyTree[nnx.Variable], mesh: Mesh) -> PyTree[PartitionS
 
     As ``nnx.get_partition_spec``, but leaves out mesh axes that do not divide a dimension. What carries no metadata is
     whole on every device. The mesh may be abstract; nothing is allocated.
+
+    Args:
+      tree: an ``nnx.State``, or a pytree with ``nnx.Variable`` leaves.
+      mesh: concrete or abstract.
+
+    Returns:
+      The tree with a PartitionSpec in place of each value.
     """
 
     def spec(x: Any) -> Any:
@@ -75,7 +82,15 @@ def partition_shardings(tree: nnx.State, mesh: Mesh) -> nnx.State: ...
 @overload
 def partition_shardings(tree: PyTree[nnx.Variable], mesh: Mesh) -> PyTree[NamedSharding]: ...
 def partition_shardings(tree: PyTree[nnx.Variable], mesh: Mesh) -> PyTree[NamedSharding]:
-    """The same as NamedShardings, for jit's in_shardings and out_shardings or jax.device_put."""
+    """As :func:`partition_specs`, but NamedShardings: for jit's in_shardings and out_shardings or jax.device_put.
+
+    Args:
+      tree: an ``nnx.State``, or a pytree with ``nnx.Variable`` leaves.
+      mesh: concrete or abstract.
+
+    Returns:
+      The tree with a NamedSharding in place of each value.
+    """
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
 
 
@@ -90,9 +105,9 @@ def settle(module: nnx.Module, mesh: Mesh | None) -> None:
 
 
 class RingAttention(nnx.Module):
-    """Multi-head self-attention over a sequence that is sharded across devices.
+    r"""Multi-head self-attention over a sequence that is sharded across devices.
 
-        out = ring_attention(rope(x W_q), rope(x W_k), x W_v) W_o
+    .. math::  out = ring\_attention(rope(x W_q), rope(x W_k), x W_v) \, W_o
 
     Parameters have the names and shapes of ``flax.nnx.MultiHeadAttention`` (query, key, value, out; kernel, bias), so
     its weights fit. Their metadata name mesh axes: features over the batch and sequence axes (FSDP), heads over
@@ -206,7 +221,7 @@ class RingAttention(nnx.Module):
         settle(self, mesh)
 
     def arrays(self) -> dict[str, dict[str, jax.Array]]:
-        """The parameters as plain arrays, by part and name."""
+        """The parameters as plain arrays, by part ("query", "key", "value", "out") and name ("kernel", "bias")."""
         return {name: part.arrays() for name, part in vars(self).items() if isinstance(part, Weights)}
 
     def __call__(

@@ -14,7 +14,11 @@ from . import checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """f / s: positions are interpolated (arXiv:2306.15595)."""
+    """f / s: positions are interpolated (arXiv:2306.15595).
+
+    Attributes:
+      factor: s, at least 1.
+    """
 
     factor: float
 
@@ -37,6 +41,9 @@ class DynamicScaling:
     """A base that grows with the sequence: theta (s T / L0 - (s - 1))^(R / (R - 2)) from T = L0 on ("dynamic NTK").
 
     T is the length of the call: a sequence that is padded to a longer one is rotated as the longer one.
+
+    Attributes:
+      factor, original_length: s and L0.
     """
 
     factor: float
@@ -69,6 +76,10 @@ class DynamicScaling:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
     """Llama 3.1's: f / s for waves longer than L0 / low, f for waves shorter than L0 / high, a mix between the two.
+
+    Attributes:
+      factor, original_length: s and L0.
+      low_freq_factor, high_freq_factor: low and high; high is the larger.
 
     Reference: The Llama 3 Herd of Models, arXiv:2407.21783.
     """
@@ -162,7 +173,11 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrequencyDivisors:
-    """f_i / d_i with R / 2 divisors given one by one, as GGUF files store Llama 3's scaling."""
+    """f_i / d_i with divisors given one by one, as GGUF files store Llama 3's scaling.
+
+    Attributes:
+      divisors: d, R / 2 positive numbers.
+    """
 
     divisors: tuple[float, ...]
 

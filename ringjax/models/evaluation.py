@@ -19,7 +19,13 @@ _FIRST = 64  # the first range of positions ends here; each later one is twice a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
-    """Tokens that have at least ``start`` and fewer than ``stop`` tokens before them in their sequence."""
+    """Tokens that have at least ``start`` and fewer than ``stop`` tokens before them in their sequence.
+
+    Attributes:
+      start, stop: tokens before.
+      tokens: how many there are.
+      loss: their mean cross entropy, in nats per token.
+    """
 
     start: int
     stop: int
@@ -28,13 +34,14 @@ class Range:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss)."""
         return math.exp(self.loss)
 
 
 def perplexity(decoder: Decoder, ids: Sequence[int], *, sequence_length: int) -> tuple[Range, list[Range]]:
-    """Cuts a text into sequences and measures how well each token is predicted from those before it.
+    r"""Cuts a text into sequences and measures how well each token is predicted from those before it.
 
-        loss = mean of -log p(token | the tokens before it in its sequence),    perplexity = exp(loss)
+    .. math::  loss = -\frac{1}{n} \sum_t \log p(token_t \mid token_{<t}), \quad perplexity = \exp(loss)
 
     Args:
       decoder: on any mesh.

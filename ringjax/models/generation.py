@@ -47,7 +47,16 @@ class Sampling:
 
 @dataclasses.dataclass
 class Stats:
-    """What a generation took, filled in as it goes on."""
+    """What a generation took, filled in as it goes on.
+
+    Attributes:
+      prompt_tokens: of all rows.
+      prefill_seconds: until the first new token, compilation included where the program is new.
+      new_tokens: of all rows.
+      decode_seconds: of the steps after it, without the first of them, which compiles.
+      timed_tokens: those that decode_seconds are of.
+      cache_bytes: per device.
+    """
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0  # compilation included where the program is new

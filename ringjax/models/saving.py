@@ -71,7 +71,15 @@ def save(decoder: Decoder, path: str | os.PathLike[str], *, tokenizer: Tokenizer
 
 
 def check_savable(config: DecoderConfig, *, tokenizer: Tokenizer | None = None) -> None:
-    """Raises ModelError where :func:`save` would: for a decoder without a family, or a tokenizer that does not fit."""
+    """Raises ModelError where :func:`save` would: for a decoder without a family, or a tokenizer that does not fit.
+
+    Args:
+      config: of the decoder.
+      tokenizer: to be saved with it, or None.
+
+    Raises:
+      ModelError: see above.
+    """
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise ModelError(f"tokenizer must be a ringjax.models.Tokenizer. Got {type(tokenizer).__name__}.")
     words = config.vocab_size

@@ -32,11 +32,21 @@ class Tokenizer:
     backend: Any = dataclasses.field(repr=False)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Ids of a text. special_tokens: with those that the model expects around it (bos, where it has one)."""
+        """Ids of a text.
+
+        Args:
+          text: what to encode.
+          special_tokens: with those that the model expects around it (bos, where it has one).
+        """
         return list(self.backend.encode(text, add_special_tokens=special_tokens).ids)
 
     def decode(self, ids: Iterable[int], *, special_tokens: bool = False) -> str:
-        """The text of ids. special_tokens: special tokens are written out, too."""
+        """The text of ids.
+
+        Args:
+          ids: integers in [0, vocab_size).
+          special_tokens: special tokens are written out, too.
+        """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special_tokens)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, open_reply: bool = True) -> str:
@@ -73,7 +83,11 @@ class Tokenizer:
             raise ModelError(f"messages must be what the chat template takes. Got: {error}.") from error
 
     def write(self, folder: Path) -> None:
-        """The files of a Hugging Face directory that :func:`tokenizer`, and transformers, make it of."""
+        """Writes the files of which :func:`ringjax.models.tokenizer`, and transformers, make it.
+
+        Args:
+          folder: an existing directory: tokenizer.json, tokenizer_config.json and generation_config.json.
+        """
         self.backend.save(str(folder / "tokenizer.json"))
         name = lambda i: None if i is None else self.backend.id_to_token(i)  # noqa: E731
         ends = list(self.eos_ids)

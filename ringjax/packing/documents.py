@@ -19,7 +19,12 @@ _ATTEMPTS = 6  # to do without sequences that share much more than others
 
 
 class Shared(NamedTuple):
-    """What is shared by all devices: how many documents, and which part of all tokens."""
+    """What is shared by all devices.
+
+    Attributes:
+      documents: how many.
+      tokens: theirs, over all tokens.
+    """
 
     documents: int
     tokens: float
@@ -107,8 +112,8 @@ def pack(
       final: also fills a last sequence, in part, with what is left.
 
     Returns:
-      A :class:`Packing`. Documents that do not fill a sequence are left over, not dropped: put them first in the next
-      call.
+      A :class:`ringjax.packing.Packing`. Documents that do not fill a sequence are left over, not dropped:
+      put them first in the next call.
 
     Raises:
       ValueError: for arguments that do not fit, naming the argument, what is required and what was given.

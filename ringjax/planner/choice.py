@@ -33,7 +33,13 @@ _SHARE_OF_MEMORY = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way and its cost; ``reason`` says why it cannot be taken, None where it can."""
+    """One way to share the sequence, and its cost.
+
+    Attributes:
+      way: strategies, sizes of axes, direction, layout.
+      cost: of one device and layer; None where the way is impossible.
+      reason: why it cannot be taken; None where it can.
+    """
 
     way: Way
     cost: Estimate | None
@@ -41,9 +47,11 @@ class Candidate:
 
     @property
     def name(self) -> str:
+        """The way in words, as "ring 4 x all_to_all 4, both ways"."""
         return words.name_of(self.way)
 
     def to_json(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dicts."""
         found: dict[str, Any] = {
             "strategy": list(self.way.words),
             "axes": list(self.way.sizes),
@@ -417,7 +425,7 @@ def choose_strategy(
       query_length, key_length: tokens of one shard.
       num_heads, num_kv_heads, head_size, value_size, batch: of one device's arrays.
       itemsize: bytes of one item of query, key and value.
-      is_causal, window: the mask, as in :func:`plan`.
+      is_causal, window: the mask, as in :func:`ringjax.plan`.
       backward: whether gradients are taken too.
       memory_budget: bytes for the attention of one layer; None: a quarter of the device's memory.
       layout, direction: of the call.

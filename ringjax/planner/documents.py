@@ -18,7 +18,11 @@ from .words import layout_name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Of all sequences."""
+    """Of all sequences.
+
+    Attributes:
+      mean, most: the mean, and the largest.
+    """
 
     mean: float
     most: float

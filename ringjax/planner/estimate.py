@@ -36,6 +36,9 @@ class Problem:
 
     Attributes:
       query_length, key_length: tokens of one shard.
+      batch: sequences.
+      num_heads, num_kv_heads, head_size, value_size: N, K, H, Hv.
+      item_bytes: of one number of query, key and value.
       left, right: a query at p attends to keys in [p - left, p + right]; None: no bound.
       backward: forward and all gradients; False: forward alone.
       sum_bytes: of the sums of dK and dV as they travel.
@@ -94,7 +97,13 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to share the sequence: a word for each axis, outermost first, their sizes, direction, layout, rings."""
+    """One way to share the sequence.
+
+    Attributes:
+      words, sizes: strategy and size of each axis, outermost first.
+      direction, rings: of the rings, as in :class:`ringjax.RingConfig`.
+      layout: where the tokens lie.
+    """
 
     words: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -116,7 +125,7 @@ class Estimate:
       exposed_seconds: the wire, where nothing is computed meanwhile.
       wire_bytes: received, by kind: "ring", "all_gather" (with reduce_scatter), "all_to_all".
       link_bytes: over the busiest link, in one direction.
-      memory: terms, see :func:`.costs.memory_terms`.
+      memory: bytes by what they hold, at the moment that needs most.
     """
 
     compute_seconds: float
@@ -128,10 +137,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
+        """Products, overheads and what is exposed of the wire."""
         return self.compute_seconds + self.overhead_seconds + self.exposed_seconds
 
     @property
     def memory_bytes(self) -> int:
+        """The sum of ``memory``."""
         return sum(self.memory.values())
 
 

@@ -11,7 +11,12 @@ _MOST_A_HOST = 8
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """TPU chips: their generation and the sides of the box that they fill."""
+    """A slice of TPU chips.
+
+    Attributes:
+      generation: as v5p, with the figures of a chip.
+      sides: in chips, of the box that they fill.
+    """
 
     generation: Tpu
     sides: tuple[int, ...]
@@ -29,6 +34,7 @@ class Slice:
 
     @property
     def num_devices(self) -> int:
+        """Cores that JAX takes for devices: one a chip, or two."""
         return math.prod(self.sides) * self.generation.devices_per_chip
 
     @property
@@ -39,7 +45,13 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Hosts that each hold as many GPUs, all of one model."""
+    """Hosts that each hold as many GPUs, all of one model.
+
+    Attributes:
+      gpu: as h100, with the figures of a GPU.
+      hosts: how many.
+      gpus_a_host: GPUs of each.
+    """
 
     gpu: Gpu
     hosts: int
@@ -58,6 +70,7 @@ class Hosts:
 
     @property
     def num_devices(self) -> int:
+        """GPUs of all hosts."""
         return self.hosts * self.gpus_a_host
 
     @property

@@ -109,7 +109,18 @@ class Ring:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Optimizer:
-    """AdamW under a linear warmup and a cosine decay, with clipping by the global norm."""
+    """AdamW under a linear warmup and a cosine decay, with clipping by the global norm.
+
+    Attributes:
+      steps: how many.
+      learning_rate: at the end of the warmup.
+      final_fraction: of learning_rate, after the last step.
+      warmup_steps: fewer than steps.
+      b1, b2, eps, weight_decay: of AdamW.
+      clip_norm: of the gradients of all parameters together.
+      accumulate: parts of a batch that run one after another: less memory, the same step.
+      float32_masters: of bfloat16 parameters: without them small updates are lost.
+    """
 
     steps: Count = 100
     learning_rate: Positive = 1e-3  # at the end of the warmup

@@ -136,7 +136,7 @@ class _Epoch:
 
 
 class Batches:
-    """Batches of a corpus, by step number.
+    """Batches of a corpus, by step number. Make them with :meth:`from_tokens`.
 
     Args:
       corpus: the documents.
@@ -227,7 +227,12 @@ class Batches:
         return cls(corpus, config, layout="zigzag" if layout is None else layout, num_shards=int(num_shards))
 
     def on_devices(self, step: int, sharding: NamedSharding) -> Batch:
-        """The batch of a step (counted from 0); each process builds only the shards of its own devices."""
+        """The batch of a step, as arrays [B, T] by name; each process builds only the shards of its own devices.
+
+        Args:
+          step: counted from 0.
+          sharding: of every array.
+        """
         shape = (self.config.batch_size, self.config.sequence_length)
         built: dict[str, dict[str, np.ndarray]] = {}  # devices along the tensor axis hold the same shard
 
@@ -244,7 +249,16 @@ class Batches:
     def on_host(
         self, step: int, rows: Iterable[int] | None = None, positions: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """The given rows of the batch of a step, at the given positions of the sequence (default: all, ring order)."""
+        """The batch of a step, or a part of it, as numpy arrays by name.
+
+        tokens, targets, segment_ids: int32; loss_mask: bool; of balanced packing also positions: int32, the place of
+        each token in its document.
+
+        Args:
+          step: counted from 0.
+          rows: of the batch; None: all.
+          positions: places of the sequence in natural order; None: all, in ring order.
+        """
         rows = range(self.config.batch_size) if rows is None else rows
         at = self._positions if positions is None else positions
         parts = [self._row(step * self.config.batch_size + row, at) for row in rows]
