@@ -132,7 +132,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """S. Inside ``shard_map``, where the arrays are shards, it is that of the shard."""
+        """S, the slots. Inside ``shard_map``, where the arrays are shards, it is that of the shard."""
         return self.key.shape[1]
 
     def specs(

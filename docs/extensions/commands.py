@@ -55,7 +55,7 @@ class Command(_Generated):
             command = command.commands[word]
             context = command.context_class(command, parent=context, info_name=word)
         usage = command.get_usage(context).removeprefix("Usage: ")
-        found = ["::", "", f"  {' '.join(usage.split())}", ""]
+        found = [".. code-block:: text", "", f"  {' '.join(usage.split())}", ""]
         found += [*_prose(inspect.cleandoc(command.help or "")), ""]
         found += [f".. program:: {context.command_path}", ""]
         panels: dict[str, list[Any]] = {}
@@ -98,14 +98,14 @@ class Settings(_Generated):
         cls = getattr(config, cls) if isinstance(cls, str) else cls
         hints = typing.get_type_hints(cls, include_extras=True)
         prefix = "" if section == "top" else f"{section}."
-        found = []
+        found = [*_prose(inspect.cleandoc(cls.__doc__ or "").partition("Attributes:")[0]), ""]
         for name, comment in _comments(cls).items():
             if section == "top" and hasattr(hints[name], "__dataclass_fields__"):
                 continue  # a section of its own
             default = cls.__dataclass_fields__[name].default
-            found += [f".. confval:: {prefix}{name}", f"   :type: {_type(hints[name])}"]
-            found += [f"   :default: ``{_toml(default)}``" if default is not None else "   :default: absent"]
-            found += ["", f"   {_sentence(comment)}", ""]
+            kind, given = _type(hints[name]), "absent" if default is None else f"``{_toml(default)}``"
+            found += [f".. confval:: {prefix}{name}", ""]
+            found += [f"   {kind[:1].upper()}{kind[1:]}; default {given}. {_sentence(comment)}".rstrip(), ""]
         return found
 
 

@@ -45,7 +45,7 @@ class Weights(nn.Module):
 class RingAttention(nn.Module):
     r"""Multi-head self-attention over a sequence that is sharded across devices.
 
-    .. math::  out = ring\_attention(rope(x W_q), rope(x W_k), x W_v) \, W_o
+    .. math::  out = attention(rope(x W_q), rope(x W_k), x W_v) \, W_o
 
     The same layer as :class:`ringjax.nnx.RingAttention`, with the same names of options and parameters (query, key,
     value, out; kernel, bias), which are also those of Linen's ``MultiHeadDotProductAttention``. On a mesh, given or of

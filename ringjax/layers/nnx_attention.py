@@ -107,7 +107,7 @@ def settle(module: nnx.Module, mesh: Mesh | None) -> None:
 class RingAttention(nnx.Module):
     r"""Multi-head self-attention over a sequence that is sharded across devices.
 
-    .. math::  out = ring\_attention(rope(x W_q), rope(x W_k), x W_v) \, W_o
+    .. math::  out = attention(rope(x W_q), rope(x W_k), x W_v) \, W_o
 
     Parameters have the names and shapes of ``flax.nnx.MultiHeadAttention`` (query, key, value, out; kernel, bias), so
     its weights fit. Their metadata name mesh axes: features over the batch and sequence axes (FSDP), heads over

@@ -28,7 +28,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Model:
     """A decoder of the Llama architecture, or a pretrained one; the fields are those of `ringjax.nnx.DecoderConfig`.
 
-    With `init_from` the architecture is that of its files: only the keys in `BESIDE_INIT_FROM` may be set beside it.
+    With `init_from` the architecture is that of its files: only `loss_chunk`, `remat`, `dtype` and `param_dtype` may be
+    set beside it.
     """
 
     init_from: str | None = None  # a Hugging Face directory or GGUF file; absent: fresh parameters
@@ -167,7 +168,7 @@ class Devices:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Distributed:
-    """More than one process. Absent keys come from the environment, see `devices.py`."""
+    """More than one process. Absent keys come from the environment, where it is a cluster that JAX recognises."""
 
     initialize: bool | None = None  # absent: when the environment is a cluster that JAX recognises
     coordinator: str | None = None  # "host:port" of process 0
