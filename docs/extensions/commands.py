@@ -98,14 +98,15 @@ class Settings(_Generated):
         cls = getattr(config, cls) if isinstance(cls, str) else cls
         hints = typing.get_type_hints(cls, include_extras=True)
         prefix = "" if section == "top" else f"{section}."
-        found = [*_prose(inspect.cleandoc(cls.__doc__ or "").partition("Attributes:")[0]), ""]
+        about = "" if section == "top" else inspect.cleandoc(cls.__doc__ or "").partition("Attributes:")[0]
+        found = [*_prose(about), ""]
         for name, comment in _comments(cls).items():
             if section == "top" and hasattr(hints[name], "__dataclass_fields__"):
                 continue  # a section of its own
             default = cls.__dataclass_fields__[name].default
-            kind, given = _type(hints[name]), "absent" if default is None else f"``{_toml(default)}``"
+            kind, given = _type(hints[name]), "optional" if default is None else f"default ``{_toml(default)}``"
             found += [f".. confval:: {prefix}{name}", ""]
-            found += [f"   {kind[:1].upper()}{kind[1:]}; default {given}. {_sentence(comment)}".rstrip(), ""]
+            found += [f"   {kind[:1].upper()}{kind[1:]}; {given}. {_sentence(comment)}".rstrip(), ""]
         return found
 
 
