@@ -26,7 +26,7 @@ from ringjax.training import config
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
 _DIRECTIVE = re.compile(
-    r"^\.\. (?:autofunction|autoclass|autoexception):: (\S+)\n(?:   :members:(.*)\n)?", re.MULTILINE
+    r"^\.\. (?:autofunction|autoclass|autoexception):: (\S+)\n(?:   :members:((?:.+\n)(?:      .+\n)*))?", re.MULTILINE
 )
 
 
