@@ -42,6 +42,9 @@ class RingConfig:
       interpret: run the named Pallas kernel in JAX's interpreter, which any platform has: slow, to debug and to test.
       deterministic: the same bits on every run, also where that costs speed: "pallas_gpu" sums dQ in the order in which
         its programs arrive unless it is set. All else, and every other implementation, is deterministic anyway.
+
+    Raises:
+      ValueError: for a field that is not what it must be, naming it, what is required and what was given.
     """
 
     implementation: str | None = None

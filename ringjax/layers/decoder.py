@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
         shared_length: int | tuple[int, ...] | None = None,
         positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of the next token, float32 [B, T, V], whole: for evaluation and small use. Training uses `loss`.
+        """Logits of the next token, float32 [B, T, V], whole: for evaluation and small use. Training uses :meth:`loss`.
 
         Args:
           tokens: int [B, T] in ring order.
@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
         shared_length: int | tuple[int, ...] | None = None,
         positions: Int[Array, " T"] | Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T"]:
-        """Cross entropy of each token, float32 [B, T] in the order of the tokens: the terms of `loss`.
+        """Cross entropy of each token, float32 [B, T] in the order of the tokens: the terms of :meth:`loss`.
 
         Args:
           tokens, targets: int [B, T] in ring order; targets[b, i] is what follows tokens[b, i] in natural order. A
@@ -246,13 +246,13 @@ class Decoder(nnx.Module):
         max_new_tokens: int = 1,
         scan_layers: bool | None = None,
     ) -> DecoderCache:
-        """Caches without tokens for `prefill` and `decode`, sharded over the ring.
+        """Caches without tokens for :meth:`prefill` and :meth:`decode`, sharded over the ring.
 
         Args:
           batch_size: B, a multiple of the devices on the batch axes.
           capacity: tokens that a row has room for. Layers with a window keep the window only.
           dtype: of keys and values: the decoder's, which is the default.
-          max_new_tokens: the most tokens that one call of `decode` is given.
+          max_new_tokens: the most tokens that one call of :meth:`decode` is given.
           scan_layers: True, layers are scanned, which compiles in the same time whatever their number, but copies each
             layer's cache out of a stack and back. False, they follow one by one and write in place: of a long cache the
             only way to decode as fast as it is read. None: False but on CPU.
@@ -274,7 +274,7 @@ class Decoder(nnx.Module):
         Args:
           tokens: int [B, T] in natural order, each row padded at its end by any id. A program is compiled for each T:
             pad to few lengths.
-          cache: of `empty_cache` or of earlier prompts.
+          cache: of :meth:`empty_cache`, or of earlier prompts.
           lengths: int [B], 1 to T, tokens of each row; None: all T.
 
         Returns:
@@ -304,7 +304,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: int [B, T] in their order.
-          cache: of `prefill`, or empty.
+          cache: of :meth:`prefill`, or empty.
           counts: int [B], how many of the T tokens each row has, the first ones; the others are padding. None: all.
 
         Returns:

@@ -68,7 +68,10 @@ class DecoderConfig:
       num_shards: C, the number of shards for which the tokens are dealt; None is the number of devices on the ring. A
         ring of another number of devices raises, but one of a single device takes tokens in ring order of any C.
         Without a mesh a layout other than "contiguous" requires it: 1 for tokens in natural order.
-      ring: tuning of the ring, the ``config`` of ring_attention.
+      ring: tuning of the ring, the ``config`` of :func:`ringjax.ring_attention`.
+
+    Raises:
+      ValueError: for a field that is not what it must be, and for sizes that do not fit each other.
     """
 
     vocab_size: int

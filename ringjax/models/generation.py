@@ -27,6 +27,9 @@ class Sampling:
       temperature: the logits are divided by it; 0 takes the most probable token.
       top_p: only the most probable tokens whose probabilities sum to at most this, and always one, are drawn from.
       seed: of the draws. Row b's draw for the token at position p depends on the seed, b and p alone.
+
+    Raises:
+      ValueError: for a number out of its range.
     """
 
     temperature: float = 0.0

@@ -101,15 +101,15 @@ def pack(
       num_shards: C, devices on the ring; of several axes of strategy "ring" the size of each, outermost first, C being
         their product. Documents are shared by all C devices, over all axes, or by none.
       shard_length: L, tokens of each in one sequence.
-      seed: deals otherwise.
+      seed: another one deals otherwise.
       is_causal, window: the mask, as ``is_causal`` and ``local_window_size`` of :func:`ringjax.ring_attention`.
       prefix: integers [documents]: all tokens of a document attend to so many at its beginning (a prefix language
         model). As many as the document has: full attention. Causal masks only.
       shared_length: G, places of a shard that shared documents may take. None: as many as it takes. Otherwise documents
         that do not fit are left over, and balance is as good as it gets.
-      multiple: of which G is one where it is chosen here, unless it is L.
+      multiple: where G is chosen here it is a multiple of this, or L.
       tolerance: pairs of the rank with most of them, over the mean, for which documents are shared.
-      final: also fills a last sequence, in part, with what is left.
+      final: also fill a last sequence, in part, with what is left over otherwise.
 
     Returns:
       A :class:`ringjax.packing.Packing`. Documents that do not fill a sequence are left over, not dropped:

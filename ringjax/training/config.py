@@ -121,6 +121,9 @@ class Optimizer:
       clip_norm: of the gradients of all parameters together.
       accumulate: parts of a batch that run one after another: less memory, the same step.
       float32_masters: of bfloat16 parameters: without them small updates are lost.
+
+    Raises:
+      ValueError: for a number out of its range; the keys of ``[optimizer]`` have the same ones.
     """
 
     steps: Count = 100
