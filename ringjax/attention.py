@@ -135,8 +135,8 @@ def ring_attention(
       is_causal: a query attends to keys at its own position and before. Both sides count from 0, as in
         :func:`jax.nn.dot_product_attention`: with T < S the first query stands at position 0, not at S - T. To align
         the queries with the end of the keys give ``positions``, see below.
-      local_window_size: w or (left, right): a query at p attends to keys in [p - left, p + right]; int w is (w, w),
-        None in a pair is unbounded. As in :func:`jax.nn.dot_product_attention`.
+      local_window_size: a sliding window, w or (left, right): a query at p attends to keys in [p - left, p + right];
+        int w is (w, w), None in a pair is unbounded. As in :func:`jax.nn.dot_product_attention`.
       query_seq_lengths, key_value_seq_lengths: int [B], lengths of the whole sequences: tokens whose index in the
         natural order of the sequence is not below the length are absent: they attend to nothing, and nothing attends
         to them.
