@@ -126,7 +126,7 @@ def compile_code(code: str) -> str:
 
 @needs_libtpu
 def test_inspect_says_what_the_readme_shows():
-    """The page about it, that is; but for the compiler's time and version, and the memory that one version of it needs."""
+    """Its page, now; but for the compiler's time and version, and the memory that one version of it needs."""
     form = r"```bash\n(ringjax inspect [^\n]*)\n```\n\n```text\n(.*?)\n```"
     (command, shown), *more = re.findall(form, page("inspect"), re.DOTALL)
     assert not more
