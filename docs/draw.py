@@ -58,7 +58,7 @@ def figures() -> dict[str, Any]:
 
 
 def draw(drawn: dict[str, Any], path: Path, colours: dict[str, str]) -> None:
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "ringjax",
         "font.family": "sans-serif",
