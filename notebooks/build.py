@@ -1,6 +1,7 @@
 """Keeps the notebook and its script together: `check` compares them, `run` executes, `write` executes and writes.
 
-The script is the source. The notebook is written without execution counts, times and texts; only pictures stay.
+The script is the source. The notebook is written without execution counts, times and texts; only pictures stay, and the
+tags by which the site folds what only draws.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def from_script() -> Any:
     notebook = jupytext.read(SCRIPT, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
-        cell["metadata"] = {}
+        cell["metadata"] = {name: value for name, value in cell["metadata"].items() if name == "tags"}
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
 
@@ -36,7 +37,7 @@ def keep_pictures(notebook: Any) -> None:
     """Drops all that differs from run to run."""
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     for cell in notebook.cells:
-        cell["metadata"] = {}
+        cell["metadata"] = {name: value for name, value in cell["metadata"].items() if name == "tags"}
         if cell.cell_type == "code":
             cell["execution_count"] = None
             pictures = [out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {})]

@@ -115,8 +115,9 @@ def ring_attention(
     .. math::  out = softmax(mask(cap(scale \cdot Q K^T))) V,   cap(x) = c \tanh(x / c) \text{ if a soft cap is given}
 
     One function inside and outside ``shard_map``. Inside (or under ``vmap(axis_name=...)``) the arrays are this
-    device's shards; outside they are whole, of any length, and the call pads and shards them itself. Arrays are in the
-    ring order of ``layout`` and nothing is permuted: bring tokens into it once with :func:`to_ring_order`.
+    device's shards; outside they are whole, of any length, and the call pads and shards them itself (padding gathers
+    them: a length that the layout divides evenly needs none and less memory). Arrays are in the ring order of
+    ``layout`` and nothing is permuted: bring tokens into it once with :func:`to_ring_order`.
 
     Shapes: B batch, T query length, S key length, N query heads, K key/value heads (N a multiple of K; query head n
     uses K/V head n // (N / K)), H head size, Hv value head size.

@@ -6,7 +6,8 @@ has a cycle of single steps (down the first column, back through the others). So
 chips and at least two sides longer than one has one, whether or not the links wrap around. Where there is none (a
 line, an odd number of chips) the ring follows a path of single steps folded on itself, 0, 2, 4, ..., 5, 3, 1: no hop
 is longer than two. On slices that route to near neighbours only (TPU v5e and v6e) a longer hop makes XLA fall back
-to a permute that is synchronous.
+to a permute that is synchronous. Coordinates begin anew on every slice: a ring lies within one where it fits, and a
+longer one goes through slice after slice, crossing the network once for each.
 """
 
 import itertools
@@ -33,6 +34,8 @@ def ring_mesh(
     """A mesh in which neighbours on the ring axis are physical neighbours.
 
     Each ring takes a compact box of chips, and the rings lie side by side. The two cores of a chip follow each other.
+    Of several TPU slices each takes as many whole rings as fit, the first slice first: with ``(slices, chips)`` as
+    shape a row is a slice. A ring that fits into none goes through one slice after another.
 
     Args:
       shape: sizes of the axes, or the size of the only one. Their product may be smaller than the number of devices.
@@ -93,6 +96,23 @@ def _as_array(devices: Sequence[Any]) -> np.ndarray:
 
 def _rings(devices: Sequence[Any], num_rings: int, ring: int) -> list[list[Any]]:
     """The devices of every ring, in the order in which a block visits them."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    parts = [slices[index] for index in sorted(slices)]
+    if len(parts) == 1:
+        return _rings_of_a_slice(devices, num_rings, ring)
+    rings: list[list[Any]] = []
+    for part in parts:
+        if count := min(len(part) // ring, num_rings - len(rings)):
+            rings += _rings_of_a_slice(part, count, ring)
+    if len(rings) == num_rings:
+        return rings
+    path = [device for part in parts for device in _rings_of_a_slice(part, 1, len(part))[0]]
+    return [path[i * ring : (i + 1) * ring] for i in range(num_rings)]
+
+
+def _rings_of_a_slice(devices: Sequence[Any], num_rings: int, ring: int) -> list[list[Any]]:
     chips: dict[Point, list[Any]] = {}
     for device in devices:
         chips.setdefault(tuple(device.coords), []).append(device)

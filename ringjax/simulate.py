@@ -32,7 +32,7 @@ def set_cpu_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)  # The RuntimeError comes from here, before anything has changed.
     jax.config.update("jax_platforms", "cpu")
     flags = os.environ.get("XLA_FLAGS", "")
-    flags = re.sub(rf"{_COUNT}=\d+", "", flags)  # JAX refuses it beside jax_num_cpu_devices.
+    flags = re.sub(rf"{_COUNT}=\d+", "", flags)  # one place says how many
     flags = " ".join([*flags.split(), *(f"{name}={value}" for name, value in _PATIENCE.items() if name not in flags)])
     os.environ["XLA_FLAGS"] = flags
 

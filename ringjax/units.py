@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 def size(num_bytes: float) -> str:
     """Bytes in the unit that leaves fewest digits."""
     for unit in ("B", "KiB", "MiB"):
-        if abs(num_bytes) < 1024:
+        if float(f"{abs(num_bytes):.4g}") < 1024:  # as it would be printed
             return f"{num_bytes:.4g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.4g} GiB"
@@ -14,6 +14,7 @@ def size(num_bytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that leaves fewest digits."""
+    seconds = float(f"{seconds:.3g}")  # first, so that 999.7 us become 1 ms
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if abs(seconds) * factor >= 1 or unit == "us":
             break

@@ -167,3 +167,6 @@ def test_simulated_devices():
 
 def test_sizes():
     assert [units.size(n) for n in (512, 2048, 3 * 2**20, 5 * 2**30)] == ["512 B", "2 KiB", "3 MiB", "5 GiB"]
+    assert [units.size(n) for n in (1023.96, 2**20 - 1)] == ["1 KiB", "1 MiB"], "as rounded"
+    times = [1.5, 0.9997, 0.99949, 0.0009997, 2e-7, 0.0]
+    assert [units.duration(t) for t in times] == ["1.5 s", "1 s", "999 ms", "1 ms", "0.2 us", "0 us"]

@@ -21,6 +21,7 @@ class Chip:
     coords: tuple[int, int, int]
     core_on_chip: int = 0
     platform: str = "tpu"
+    slice_index: int = 0
 
 
 def slice_of(*sides: int, cores: int = 1, origin: tuple[int, int, int] = (0, 0, 0)) -> list[Chip]:
@@ -51,6 +52,38 @@ def test_a_ring_over_a_whole_slice(cores):
         assert sorted(ring, key=lambda d: d.id) == devices, sides
         closed = _has_cycle(sides) or cores == 2
         assert max(hops(ring)) <= (1 if closed else 2), sides
+
+
+def slices_of(count: int, *sides: int, cores: int = 1) -> list[Chip]:
+    """Slices whose coordinates are the same, in turns, so that their order tells nothing."""
+    one = slice_of(*sides, cores=cores)
+    copies = [[dataclasses.replace(c, id=c.id + n * len(one), slice_index=n) for c in one] for n in range(count)]
+    return [chip for chips in zip(*copies, strict=True) for chip in chips]
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("sides", [(2, 2, 1), (4, 4, 1), (2, 2, 2), (3, 1, 1), (8, 1, 1)])
+def test_rings_lie_within_slices(sides, cores):
+    """Rows of a mesh (slices, chips), and shorter ones; each as on a slice alone."""
+    devices, size = slices_of(3, *sides, cores=cores), math.prod(sides) * cores
+    for ring in (n for n in range(1, size + 1) if size % n == 0):
+        rings = _rings(devices, 3 * size // ring, ring)
+        assert sorted((d.id for one in rings for d in one)) == list(range(3 * size))
+        assert [one[0].slice_index for one in rings] == sorted(d.slice_index for d in devices)[::ring]
+        assert all(len({d.slice_index for d in one}) == 1 for one in rings)
+        alone = _rings(slice_of(*sides, cores=cores), size // ring, ring)
+        assert [[d.coords for d in one] for one in rings] == 3 * [[d.coords for d in one] for one in alone]
+
+
+def test_a_ring_longer_than_a_slice_crosses_the_network_once_for_each():
+    devices = slices_of(4, 2, 4, 1)
+    for num_rings, ring in ((1, 32), (2, 16), (1, 24), (1, 12)):
+        for one in _rings(devices, num_rings, ring):
+            assert len({d.id for d in one}) == ring
+            crossings = [a.slice_index != b.slice_index for a, b in zip(one, one[1:] + one[:1], strict=True)]
+            assert sum(crossings) == len({d.slice_index for d in one})
+            steps = [distance(a, b) for a, b in itertools.pairwise(one) if a.slice_index == b.slice_index]
+            assert max(steps) == 1
 
 
 def test_cycles_exist_just_where_they_are_said_to():
