@@ -29,7 +29,7 @@ from .planner import plan as plan
 from .promises import check_segments as check_segments
 from .targets import shift_targets as shift_targets
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from . import linen as linen

@@ -3,7 +3,6 @@
 import shlex
 import signal
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +20,15 @@ class ResumeMode(StrEnum):
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A TOML file, as in configs/.", show_default=False)],
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A TOML file, or the name of a configuration that ships with ringjax, as stdlib_tiny.",
+            show_default=False,
+        ),
+    ] = None,
+    as_option: Annotated[str | None, typer.Option("--config", metavar="CONFIG", help="The same as CONFIG.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key, as in optimizer.steps=10. Repeatable."),
@@ -47,6 +54,11 @@ def train(
     """
     from ..training.loading import ConfigError, load
 
+    if config is not None and as_option is not None:
+        fail(ConfigError(f"CONFIG must be given once. Got {config!r} and --config {as_option!r}."))
+    config = config if as_option is None else as_option
+    if config is None:
+        fail(ConfigError("Missing argument 'CONFIG': a TOML file, or a name, as stdlib_tiny."))
     try:
         settings = load(config, overrides or ())
     except ConfigError as error:
@@ -61,7 +73,7 @@ def train(
             dryrun.show(settings, Console())
             return
         sets = [part for override in overrides or () for part in ("--set", override)]
-        command = shlex.join(["ringjax", "train", str(config), *sets])
+        command = shlex.join(["ringjax", "train", config, *sets])
         outcome = loop.train(settings, resume=resume.value, command=command)
     except loop.REFUSALS as error:
         fail(error)

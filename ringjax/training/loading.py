@@ -1,4 +1,7 @@
-"""TOML file and `--set` overrides -> `Config`. Its errors name the key, what is required, what was given."""
+"""TOML file, or the name of one that ships, and `--set` overrides -> `Config`.
+
+Errors name the key, what is required, what was given.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +32,42 @@ _REQUIRED = {
 }
 
 
+# Where the configurations that ship are: in a wheel inside the package, in a checkout beside it.
+_PACKAGE = Path(__file__).parents[1]
+_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
 class ConfigError(ValueError):
     """The configuration is wrong; the text has one line a mistake."""
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that ship with ringjax: name -> file."""
+    folder = next(folder for folder in _SHIPPED if folder.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find(config: str | Path) -> Path:
+    """The file: that of a path, or of the name of a configuration that ships. A file of that name comes first.
+
+    Raises:
+      ConfigError: for a single word that is neither.
+    """
+    path = Path(config)
+    if path.suffix or len(path.parts) != 1 or path.is_file():
+        return path
+    names = shipped()
+    if path.name not in names:
+        ships = f"a name in {next(iter(names.values())).parent}: {', '.join(names)}"
+        raise ConfigError(f"config: must be a TOML file, or {ships}. Got {str(config)!r}.")
+    return names[path.name]
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a configuration.
 
     Args:
-      path: a TOML file.
+      path: a TOML file, or the name of a configuration that ships, as "stdlib_tiny".
       overrides: "section.key=value" each; the value is TOML, or a plain string where it is no TOML.
 
     Returns:
@@ -46,12 +76,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
       ConfigError: with every mistake that was found.
     """
-    path = Path(path)
+    path = find(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         nearby = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         hint = f" Configurations there: {', '.join(nearby)}." if nearby else ""
+        if path.stem in shipped():
+            hint += f" {path.stem} ships with ringjax: give its name alone."
         reason = error.strerror or error
         raise ConfigError(f"config: must be a readable TOML file. Got {path} ({reason}).{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
