@@ -59,18 +59,18 @@ def train_step(model, tokens, targets, weights, positions, attention):
 def main():
     rings = 2 if jax.device_count() % 2 == 0 else 1
     mesh = ringjax.ring_mesh((rings, jax.device_count() // rings), ("data", "sp"))
-    ring = {"layout": "zigzag", "num_shards": mesh.shape["sp"]}
+    ring, length = {"layout": "zigzag", "num_shards": mesh.shape["sp"]}, TOKENS_PER_DEVICE * mesh.shape["sp"]
     attention = eqx.Partial(ringjax.ring_attention, layout="zigzag", mesh=mesh, batch_axis_name="data")
     keys = jax.random.split(jax.random.key(0), LAYERS + 1)
     model = 0.1 * jax.random.normal(keys[0], (256, WIDTH)), [Block(key) for key in keys[1:]]  # tokens are bytes
     model = eqx.filter_shard(model, NamedSharding(mesh, P()))  # whole on every device
-    length = TOKENS_PER_DEVICE * mesh.shape["sp"]
     for step, rows in enumerate(np.resize(np.fromfile(__file__, np.uint8), (STEPS, BATCH, length))):
         tokens = ringjax.to_ring_order(rows, **ring)  # in the data pipeline: no activation is ever permuted
         targets, has_target = ringjax.shift_targets(tokens, **ring)  # the next token, wherever it lies
         weights = has_target / np.float32(has_target.sum())  # so that the mean over all tokens is a plain sum
         batch = jax.device_put((tokens, targets, weights), NamedSharding(mesh, P("data", "sp")))
-        model, loss = train_step(model, *batch, ringjax.ring_positions(length, **ring), attention)
+        positions = ringjax.ring_positions(length, **ring)
+        model, loss = train_step(model, *batch, positions=positions, attention=attention)
         print(f"step {step}: loss {loss:.5f}")
 
 

@@ -55,7 +55,7 @@ def run(coordinator, process):
     tokens, targets = (make(functools.partial(of_shard, offset)) for offset in (0, 1))  # targets are the next tokens
     attention = functools.partial(ringjax.ring_attention, mesh=mesh, layout="zigzag")
     params = jax.device_put(initial_params(), NamedSharding(mesh, P()))  # the same on every device
-    print(f"process {process} made {sum(shard.data.size for shard in tokens.addressable_shards)} of {length} tokens")
+    print(f"process {process} made {len(tokens.addressable_shards) * TOKENS_PER_DEVICE} of {length} tokens")
     for step in range(STEPS):
         params, loss = train_step(params, tokens, targets, attention)
         print(f"process {process}, step {step}: loss {loss:.5f}")

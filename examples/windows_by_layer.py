@@ -6,7 +6,6 @@ take the first ``shared_length`` places of each shard: with this promise only th
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,7 @@ def main():
     text, starts = np.resize(np.fromfile(__file__, np.uint8), lengths.sum()), np.cumsum(lengths) - lengths
     packing = ringjax.pack(lengths, num_shards=devices, shard_length=TOKENS_PER_DEVICE, multiple=16)
     rows = []
-    for sequence in itertools.islice(packing, BATCH):
+    for sequence in (packing[number] for number in range(BATCH)):
         inputs, targets = sequence.take(text, starts)
         rows.append({"inputs": inputs, "targets": targets, "weights": sequence.loss_mask,
                      "positions": sequence.positions, "segment_ids": sequence.segment_ids})  # fmt: skip
