@@ -255,7 +255,8 @@ def show_traffic(console: Console, mesh: Mesh, length: int) -> None:
     block = 2 * (length // count) * KV_HEADS * HEAD_SIZE * 4
     console.print(
         f"A block is the K and V of {length // count} tokens, {KV_HEADS} heads x {HEAD_SIZE}, float32: "
-        f"{units.size(block)}. Nothing else travels: no positions, none of the {HEADS} query heads. Backward: dK and dV too."
+        f"{units.size(block)}. Nothing else travels: no positions, none of the {HEADS} query heads. "
+        "Backward: dK and dV too."
     )
     table = _table(console, f"counted in the traced program, length {length}", "case", "permutes", "bytes", "blocks")
     window = {"is_causal": True, "local_window_size": (length // count, 0)}

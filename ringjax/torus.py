@@ -28,7 +28,9 @@ def torus_rings(devices: Sequence[Any], count: int) -> tuple[tuple[int, ...], ..
     kind = str(getattr(devices[0], "device_kind", ""))
     places: list[Any] = [getattr(device, "coords", None) for device in devices]
     if None in places or getattr(devices[0], "platform", "tpu") != "tpu":
-        raise ValueError(f"config.rings must be 1 except on TPUs, whose chips have a place on a torus. {given} {kind!r}.")
+        raise ValueError(
+            f"config.rings must be 1 except on TPUs, whose chips have a place on a torus. {given} {kind!r}."
+        )
     if len(set(map(tuple, places))) < len(places):
         raise ValueError(f"config.rings must be 1 where a chip is more than one device. {given} {kind!r}.")
     low = [min(axis) for axis in zip(*places, strict=True)]

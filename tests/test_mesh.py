@@ -68,7 +68,7 @@ def test_rings_lie_within_slices(sides, cores):
     devices, size = slices_of(3, *sides, cores=cores), math.prod(sides) * cores
     for ring in (n for n in range(1, size + 1) if size % n == 0):
         rings = _rings(devices, 3 * size // ring, ring)
-        assert sorted((d.id for one in rings for d in one)) == list(range(3 * size))
+        assert sorted(d.id for one in rings for d in one) == list(range(3 * size))
         assert [one[0].slice_index for one in rings] == sorted(d.slice_index for d in devices)[::ring]
         assert all(len({d.slice_index for d in one}) == 1 for one in rings)
         alone = _rings(slice_of(*sides, cores=cores), size // ring, ring)
