@@ -1,4 +1,4 @@
-"""How a file is replaced: whole or not at all."""
+"""How a file is replaced, whole or not at all; and which files ship with the package."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+# In a wheel inside the package, in a checkout beside it.
+_PACKAGE = Path(__file__).parent
+_CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that ship with ringjax: name -> file."""
+    folder = next(folder for folder in _CONFIGS if folder.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

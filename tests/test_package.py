@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 import ringjax
 from ringjax.cli import app
-from ringjax.training.loading import ConfigError, load, shipped
+from ringjax.files import shipped
+from ringjax.training.loading import ConfigError, load
 
 ROOT = Path(__file__).parents[1]
 VERSION = ringjax.__version__
@@ -106,7 +107,7 @@ def test_the_wheel_works_away_from_the_repository(distributions: tuple[Path, Pat
     subprocess.run([*pip, "--target", site, distributions[1]], check=True, env=environment)
     assert (site / "bin" / "ringjax").is_file()
     code = (
-        "import sys, ringjax.cli\nfrom ringjax.training.loading import load, shipped\n"
+        "import sys, ringjax.cli\nfrom ringjax.files import shipped\nfrom ringjax.training.loading import load\n"
         "sys.stdout.write(' '.join(load(name).output for name in shipped()))\nringjax.cli.main()"
     )
     command = [sys.executable, "-c", code, "train", "--config", "mine"]

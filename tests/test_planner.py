@@ -204,6 +204,7 @@ def test_a_window_of_the_model_and_of_a_configuration(tmp_path: Path):
     assert {name: getattr(defaults, name) for name in models.DEFAULTS} == models.DEFAULTS
     found = models.find_model(str(ROOT / "configs" / "v5p_256_1m.toml"))
     assert (found.num_heads, found.num_kv_heads, found.head_dim, found.num_layers) == (16, 8, 128, 24)
+    assert models.find_model("v5p_256_1m") == found, "it ships"
 
 
 SIZES: dict[str, Any] = {

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import shipped
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -64,7 +66,8 @@ MODELS = {model.name: model for model in _TABLE}
 
 
 def find_model(model: str | Sequence[int] | Model) -> Model:
-    """A model by name, as "N,K,D,layers" or four integers, or from the [model] table of a training configuration.
+    """A model by name, as "N,K,D,layers" or four integers, or from the [model] table of a training configuration:
+    a file, or the name of one that ships.
 
     Raises:
       ValueError: for what is none of these, and for numbers that make no model.
@@ -76,13 +79,16 @@ def find_model(model: str | Sequence[int] | Model) -> Model:
             return MODELS[model]
         if model.endswith(".toml"):
             return _from_file(Path(model))
+        if model in (names := shipped()):
+            return _from_file(names[model])
         if re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*){3}", model):
             model = [int(part) for part in model.split(",")]
     if isinstance(model, str) or not isinstance(model, Sequence) or len(model) != 4:
         near = difflib.get_close_matches(str(model), MODELS, n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise ValueError(
-            f"model must be one of {', '.join(MODELS)}; a training configuration, as configs/v5p_256_1m.toml; or "
+            f"model must be one of {', '.join(MODELS)}; a training configuration, a file or the name of "
+            "one that ships, as v5p_256_1m; or "
             f"N,K,D,layers, as 32,8,128,32. Got {model!r}{hint}."
         )
     return _checked(Model(",".join(map(str, model)), *model))

@@ -17,6 +17,7 @@ from typing import Any
 
 import pydantic
 
+from ..files import shipped
 from .config import BESIDE_INIT_FROM, Config, conflicts
 
 _ADAPTER = pydantic.TypeAdapter(Config)
@@ -32,19 +33,8 @@ _REQUIRED = {
 }
 
 
-# Where the configurations that ship are: in a wheel inside the package, in a checkout beside it.
-_PACKAGE = Path(__file__).parents[1]
-_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
-
-
 class ConfigError(ValueError):
     """The configuration is wrong; the text has one line a mistake."""
-
-
-def shipped() -> dict[str, Path]:
-    """The configurations that ship with ringjax: name -> file."""
-    folder = next(folder for folder in _SHIPPED if folder.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def find(config: str | Path) -> Path:
