@@ -13,7 +13,7 @@ from jax import NamedSharding, P
 
 import ringjax
 
-WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_SIZE = 32, 2, 4, 2, 8
+WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_SIZE = 32, 1, 4, 2, 8
 BATCH, TOKENS_PER_DEVICE, STEPS, LEARNING_RATE = 4, 32, 5, 0.2
 
 

@@ -14,7 +14,7 @@ from jax import NamedSharding, P
 
 import ringjax
 
-WIDTH, LAYERS, BATCH, TOKENS_PER_DEVICE, STEPS = 32, 2, 4, 32, 5
+WIDTH, LAYERS, BATCH, TOKENS_PER_DEVICE, STEPS = 32, 1, 4, 32, 5
 
 
 class Block(nnx.Module):

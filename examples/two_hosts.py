@@ -1,6 +1,6 @@
 """One ring over the devices of two hosts, each of which makes only its own part of the sequence.
 
-``python examples/two_hosts.py`` starts two processes on this machine, with two simulated devices each. On real hosts
+``python examples/two_hosts.py`` starts two processes on this machine, with one simulated device each. On real hosts
 run it with ``--coordinator HOST:12345 --process 0`` on the one called HOST, and with ``--process 1`` on the other. Both
 run the same program at the same time, and see the same loss.
 """
@@ -75,5 +75,5 @@ def main():
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 2)  # of no effect where there are GPUs or TPUs
+    jax.config.update("jax_num_cpu_devices", 1)  # of no effect where there are GPUs or TPUs
     main()

@@ -15,7 +15,7 @@ from jax import NamedSharding, P
 import ringjax
 
 WINDOWS = (24, None)  # of each layer: a token attends to so many before it; None: to all of its document
-WIDTH, HEADS, KV_HEADS, HEAD_SIZE, BATCH, TOKENS_PER_DEVICE = 32, 4, 2, 8, 2, 128
+WIDTH, HEADS, KV_HEADS, HEAD_SIZE, BATCH, TOKENS_PER_DEVICE = 32, 4, 2, 8, 2, 256
 
 
 def rope(x, positions):
@@ -49,9 +49,9 @@ def dense(query, key, value, *, is_causal, local_window_size, positions, segment
 
 def main():
     mesh, devices, rng = ringjax.ring_mesh(jax.device_count(), "sp"), jax.device_count(), np.random.default_rng(3)
-    lengths = rng.lognormal(np.log(16), 0.8, BATCH * devices * TOKENS_PER_DEVICE // 16).astype(int) + 1
+    lengths = rng.lognormal(np.log(24), 0.8, BATCH * devices * TOKENS_PER_DEVICE // 24).astype(int) + 1
     text, starts = np.resize(np.fromfile(__file__, np.uint8), lengths.sum()), np.cumsum(lengths) - lengths
-    packing = ringjax.pack(lengths, num_shards=devices, shard_length=TOKENS_PER_DEVICE, multiple=16)
+    packing = ringjax.pack(lengths, num_shards=devices, shard_length=TOKENS_PER_DEVICE)
     rows = []
     for sequence in (packing[number] for number in range(BATCH)):
         inputs, targets = sequence.take(text, starts)

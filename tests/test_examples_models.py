@@ -116,7 +116,7 @@ def test_nnx_model() -> None:
         for rows in text_of("nnx_model", example.STEPS, example.BATCH, 2 * example.TOKENS_PER_DEVICE):
             params, state, loss = step(params, state, *next_tokens(rows))
             expected.append(loss)
-    np.testing.assert_allclose(numbers(r"step \d: loss (\S+)", said), expected, atol=1e-3)  # Adam enlarges rounding
+    np.testing.assert_allclose(numbers(r"step \d: loss (\d+\.\d{5})", said), expected, atol=1e-4)
     assert expected[-1] < expected[0]
 
 
@@ -132,7 +132,7 @@ def test_equinox_model() -> None:
         for rows in text_of("equinox_model", example.STEPS, example.BATCH, length):
             model, loss = example.train_step(model, *next_tokens(rows), np.arange(length), dense)
             expected.append(loss)
-    np.testing.assert_allclose(numbers(r"step \d: loss (\S+)", said), expected, atol=CLOSE)
+    np.testing.assert_allclose(numbers(r"step \d: loss (\d+\.\d{5})", said), expected, atol=CLOSE)
     assert expected[-1] < expected[0] and equinox.is_array(model[0])
 
 
@@ -157,8 +157,8 @@ def test_scan_layers() -> None:
 def test_windows_by_layer() -> None:
     said = run("windows_by_layer")
     example = load("windows_by_layer")
-    rng, count = np.random.default_rng(3), example.BATCH * 4 * example.TOKENS_PER_DEVICE // 16
-    lengths = rng.lognormal(np.log(16), 0.8, count).astype(int) + 1
+    rng, count = np.random.default_rng(3), example.BATCH * 4 * example.TOKENS_PER_DEVICE // 24
+    lengths = rng.lognormal(np.log(24), 0.8, count).astype(int) + 1
     text, starts = text_of("windows_by_layer", lengths.sum()), np.cumsum(lengths) - lengths
     normal = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)  # noqa: E731
     heads = example.HEADS + 2 * example.KV_HEADS
@@ -172,7 +172,7 @@ def test_windows_by_layer() -> None:
     params = {"embedding": normal(256, example.WIDTH), "layers": layers}
 
     # Each document alone, from its beginning: one a row, with padding behind it, to which nothing before attends.
-    packing = ringjax.pack(lengths, num_shards=4, shard_length=example.TOKENS_PER_DEVICE, multiple=16)
+    packing = ringjax.pack(lengths, num_shards=4, shard_length=example.TOKENS_PER_DEVICE)
     documents = sorted({int(which) for n in range(example.BATCH) for which in packing[n].document} - {-1})
     longest = lengths.max()
     rows = np.stack([np.resize(text[starts[n] : starts[n] + lengths[n]], longest) for n in documents])
@@ -235,7 +235,7 @@ def test_decode_loop() -> None:
 def test_two_hosts() -> None:
     said = run("two_hosts")
     example = load("two_hosts")
-    length = 4 * example.TOKENS_PER_DEVICE
+    length = 2 * example.TOKENS_PER_DEVICE
     row = text_of("two_hosts", 1, length + 1)
     params, expected = example.initial_params(), []
     with as_users_have_it():
@@ -244,6 +244,6 @@ def test_two_hosts() -> None:
             expected.append(loss)
     for process in (0, 1):
         assert f"process {process} made {length // 2} of {length} tokens" in said
-        found = numbers(rf"process {process}, step \d: loss (\S+)", said)
+        found = numbers(rf"process {process}, step \d: loss (\d+\.\d{{5}})", said)
         np.testing.assert_allclose(found, expected, atol=CLOSE)
     assert expected[-1] < expected[0]
