@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -91,6 +92,11 @@ def _ring(mesh: Mesh, layout: str, options: dict[str, Any]) -> Callable[..., jax
     return lambda q, k, v: ringjax.ring_attention(q, k, v, axis_name="sp", mesh=mesh, layout=layout, **options)
 
 
+@functools.cache
+def _dense(**options: Any) -> Callable[..., Any]:
+    return jax.jit(_with_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)))
+
+
 def _relative(want: Any, got: Any) -> float:
     return float(np.abs(np.asarray(want) - np.asarray(got)).max() / np.abs(np.asarray(want)).max())
 
@@ -107,8 +113,7 @@ def agreement(mesh: Mesh, length: int, name: str, layout: str, **options: Any) -
     """
     arrays = _arrays(length)
     order = np.asarray(ringjax.ring_positions(length, layout=layout, num_shards=mesh.size))
-    dense = _with_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options))
-    want = jax.device_get(jax.jit(dense)(*arrays))
+    want = jax.device_get(_dense(**options)(*arrays))
     sharding = NamedSharding(mesh, P(None, "sp"))
     ring_arrays = [jax.device_put(x[:, order], sharding) for x in arrays]
     got = jax.device_get(jax.jit(_with_gradients(_ring(mesh, layout, options)))(*ring_arrays))
@@ -141,7 +146,7 @@ def dense_memory(device: Any, length: int) -> int:
 
     XLA on CPUs, as of JAX 0.12, divides by zero where T x S is a large power of two.
     """
-    run = jax.jit(_with_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)))
+    run: Any = _dense(is_causal=True)
     return _bytes(run.lower(*_shapes(length - 1, jax.sharding.SingleDeviceSharding(device))).compile())
 
 
@@ -235,7 +240,8 @@ def show_memory(console: Console, devices: Sequence[Any], length: int) -> None:
         console, f"the sequence doubles, {count} devices", "length", "ring", "growth", "dense, one device", "growth"
     )
     before: tuple[int, int] | None = None
-    lengths = [length * 2**power for power in range(4)]
+    now = (0, 0)
+    lengths = [length * 2**power for power in range(3)]
     for tokens in lengths:
         now = ring_memory(devices, tokens), dense_memory(devices[0], tokens)
         growth = ("", "") if before is None else tuple(f"x {a / b:.2f}" for a, b in zip(now, before, strict=True))
@@ -245,7 +251,7 @@ def show_memory(console: Console, devices: Sequence[Any], length: int) -> None:
     table = _table(console, f"the devices double, length {lengths[-1]}", "devices", "ring", "growth")
     last = None
     for power in range(count.bit_length()):
-        size = ring_memory(devices[: 2**power], lengths[-1])
+        size = now[0] if 2**power == count else ring_memory(devices[: 2**power], lengths[-1])
         table.add_row(str(2**power), units.size(size), "" if last is None else f"x {size / last:.2f}")
         last = size
     console.print(table)

@@ -17,7 +17,14 @@ BY_NAME = ("test_offsets", "test_poison", "test_strategies", "test_transforms")
 # Of these all tests of one set of parameters, which share a program:
 BY_PARAMETERS = ("test_conformance",)
 # Of these, whose tests share nothing, one test at a time:
-ONE_BY_ONE = ("test_gpu_ring", "test_inspect_compile", "test_mosaic_interpret", "test_tpu_kernel", "test_tpu_ring")
+ONE_BY_ONE = (
+    "test_examples_models",
+    "test_gpu_ring",
+    "test_inspect_compile",
+    "test_mosaic_interpret",
+    "test_tpu_kernel",
+    "test_tpu_ring",
+)
 
 # One more combination of what other tests hold each by itself, and what is compiled for machines that are not there.
 BREADTH = (
@@ -42,6 +49,7 @@ BREADTH = (
     "test_demo::test_demo_prints_every_part",
     "test_evaluation::test_token_losses",
     "test_examples",
+    "test_examples_models",
     "test_generate::test_the_same_tokens_on_every_ring",
     "test_gpu_ring",
     "test_inspect_compile",
@@ -129,6 +137,7 @@ ONCE = (
     "test_docs",
     "test_evaluation",
     "test_examples",
+    "test_examples_models",
     "test_faces",
     "test_generate",
     "test_gpu",

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,8 +64,11 @@ class Packing:
     def __len__(self) -> int:
         return self.num_sequences
 
+    def __iter__(self) -> Iterator[Arrangement]:
+        return (self[index] for index in range(self.num_sequences))
+
     def __getitem__(self, index: int) -> Arrangement:
-        place = range(self.num_sequences)[index]  # an IndexError ends loops
+        place = range(self.num_sequences)[index]
         return arrange(self.dealt.part(place, place + 1))
 
 
