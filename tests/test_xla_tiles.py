@@ -6,6 +6,7 @@ from typing import Any
 
 import cases
 import hops
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -36,7 +37,7 @@ def test_many_heads_at_a_time(name: str, most: int, monkeypatch: pytest.MonkeyPa
 
 
 def block(batch: int, heads: int, kv_heads: int, lengths: tuple[int, int], of_keys: Any = None) -> Block:
-    empty = lambda heads, length: jnp.empty((batch, heads, length, 64), jnp.bfloat16)  # noqa: E731
+    empty = lambda heads, length: jax.ShapeDtypeStruct((batch, heads, length, 64), jnp.bfloat16)  # noqa: E731
     keys = Tokens(None, None, of_keys)
     mask = Mask(queries=Tokens(None, None, None), keys=keys, left=None, right=None)
     return Block(empty(heads, lengths[0]), empty(kv_heads, lengths[1]), empty(kv_heads, lengths[1]), mask)
