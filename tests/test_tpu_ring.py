@@ -35,8 +35,6 @@ def test_a_ring_of_8(generation, mask):
     Without a window one more, both ways round.
     """
     options: dict[str, Any] = dict(seq_len=4096, heads=4, kv_heads=2, backward=True, **MASKS[mask])
-    if generation != "v5e":  # one has the tiles that users get
-        options |= SMALL
     report = inspect_ring(SLICES[generation], **options)
     every_permute_hides_behind_a_kernel(report, 7 if mask.startswith("zigzag") else 2)
     only_the_keys_in_sight_travel_and_no_more_often_than_planned(report)
@@ -213,7 +211,7 @@ def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_dou
     """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p. The tiles, of VMEM, compile faster than the default ones."""
     report = inspect_ring(
         "v5p:8x8x16", ring=8, sweep=rings, seq_len=2**20, heads=16, head_dim=128, is_causal=True,
-        backward=backward, **HALF,
+        backward=backward, block_q=512, block_kv=512,
     )  # fmt: skip
     peaks = {row.ring: row.peak_bytes for row in report.scaling if row.peak_bytes is not None}
     floors = {row.ring: row.floor_bytes for row in report.scaling}
