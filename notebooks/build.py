@@ -1,4 +1,4 @@
-"""Keeps the notebook and its script together: `check` compares them, `run` executes, `write` executes and writes.
+"""Keeps the notebook and its script together: `check` compares them, `write` executes and writes.
 
 The script is the source. The notebook is written without execution counts, times and texts; only pictures stay, and the
 tags by which the site folds what only draws.
@@ -57,13 +57,12 @@ def main(command: str) -> str | int:
     """Returns what `sys.exit` takes: a message if something is wrong, else 0."""
     if command == "check":
         return check() or 0
-    if command not in ("run", "write"):
-        return f"usage: build.py check | run | write. Got {command!r}."
+    if command != "write":
+        return f"usage: build.py check | write. Got {command!r}."
     notebook = from_script()
     execute(notebook)
-    if command == "write":
-        keep_pictures(notebook)
-        nbformat.write(notebook, NOTEBOOK)
+    keep_pictures(notebook)
+    nbformat.write(notebook, NOTEBOOK)
     return 0
 
 

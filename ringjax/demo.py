@@ -240,10 +240,10 @@ def show_memory(console: Console, devices: Sequence[Any], length: int) -> None:
         console, f"the sequence doubles, {count} devices", "length", "ring", "growth", "dense, one device", "growth"
     )
     before: tuple[int, int] | None = None
-    now = (0, 0)
     lengths = [length * 2**power for power in range(3)]
+    ring = {tokens: ring_memory(devices, tokens) for tokens in lengths}
     for tokens in lengths:
-        now = ring_memory(devices, tokens), dense_memory(devices[0], tokens)
+        now = ring[tokens], dense_memory(devices[0], tokens)
         growth = ("", "") if before is None else tuple(f"x {a / b:.2f}" for a, b in zip(now, before, strict=True))
         table.add_row(str(tokens), units.size(now[0]), growth[0], units.size(now[1]), growth[1])
         before = now
@@ -251,7 +251,7 @@ def show_memory(console: Console, devices: Sequence[Any], length: int) -> None:
     table = _table(console, f"the devices double, length {lengths[-1]}", "devices", "ring", "growth")
     last = None
     for power in range(count.bit_length()):
-        size = now[0] if 2**power == count else ring_memory(devices[: 2**power], lengths[-1])
+        size = ring[lengths[-1]] if 2**power == count else ring_memory(devices[: 2**power], lengths[-1])
         table.add_row(str(2**power), units.size(size), "" if last is None else f"x {size / last:.2f}")
         last = size
     console.print(table)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_models_gguf import BYTES, smol
+from test_models_gguf import smol_that_reads
 
 from ringjax.training import dryrun
 from ringjax.training.loading import load
@@ -27,9 +27,7 @@ def named(name: str):
 def test_the_step_traces_to_shapes(path, tmp_path):
     config = load(path)
     if config.model.init_from is not None:  # a small one in its place
-        vocabulary = {"model": "gpt2", "merges": ["t h"], "tokens": [*BYTES[:100], "th", "Ġ"]}
-        keys = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
-        config = load(path, [f"model.init_from={smol(tmp_path / 'm.gguf', **keys)}"])
+        config = load(path, [f"model.init_from={smol_that_reads(tmp_path / 'm.gguf')}"])
     plan = dryrun.plan(config)
     assert plan.num_devices == config.mesh.num_devices
     assert plan.shard_length * config.mesh.sequence == config.data.sequence_length

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from test_decoder import V, cube, make, ring_mesh
 from test_generate import WIDE, natural
-from test_models_gguf import BYTES, smol
+from test_models_gguf import smol_that_reads
 from typer.testing import CliRunner
 
 from ringjax import models, to_ring_order
@@ -104,8 +104,7 @@ def command(*arguments: object) -> Any:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    vocabulary = {"model": "gpt2", "merges": ["t h"], "tokens": [*BYTES[:100], "th", "Ġ"]}
-    return smol(tmp_path / "m.gguf", **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()})
+    return smol_that_reads(tmp_path / "m.gguf")
 
 
 def test_the_command_prints_a_table_and_draws_it(model: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,6 @@ def test_nnx_model() -> None:
 
 
 def test_equinox_model() -> None:
-    equinox = pytest.importorskip("equinox")
     said = run("equinox_model")
     example = load("equinox_model")
     keys = jax.random.split(jax.random.key(0), example.LAYERS + 1)

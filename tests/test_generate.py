@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from test_decoder import V, change, cube, make, ring_mesh
-from test_models_gguf import BYTES, smol
+from test_models_gguf import smol_that_reads
 
 from ringjax import models
 from ringjax.models import generation
@@ -219,9 +219,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_streams_text_and_says_what_it_took(tmp_path: Path):
-    letters = [*BYTES[:100], "th", "Ġ"]
-    vocabulary = {"model": "gpt2", "merges": ["t h"], "tokens": letters}
-    path = smol(tmp_path / "m.gguf", **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()})
+    path = smol_that_reads(tmp_path / "m.gguf")
     got = command("--model", path, "--prompt", "the capital", "--max-new-tokens", 5, "--devices", 2)
     assert got.returncode == 0, got.stderr
     words = models.tokenizer(path)

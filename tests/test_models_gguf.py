@@ -185,6 +185,12 @@ def smol(path: Path, **keys: Any) -> Path:
     return write(path, "llama", SMOL, converted("smollm2", "llama", SMOL), **keys)
 
 
+def smol_that_reads(path: Path) -> Path:
+    """With a tokenizer of LETTERS."""
+    vocabulary = {"model": "gpt2", "merges": ["t h"], "tokens": LETTERS}
+    return smol(path, **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()})
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
 def test_quantised_tensors(kind: str, tmp_path: Path):
     path, type_of = tmp_path / "m.gguf", gguf.GGMLQuantizationType[kind]
@@ -256,6 +262,7 @@ def test_refuses_other_architectures(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------ tokenizers
 
 BYTES = sorted(ByteLevel.alphabet())
+LETTERS = [*BYTES[:100], "th", "Ġ"]
 DIGITS = {"merges": ["1 2", "12 3", "4 5"], "tokens": [*BYTES, "12", "123", "45", "<|end|>"]}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
 import shlex
 import tomllib
@@ -13,7 +11,8 @@ from typing import Any
 import jax
 import pytest
 import typer
-from test_models_gguf import BYTES, smol
+from test_models_gguf import smol_that_reads
+from test_reference import resolve
 
 from ringjax.cli import app
 
@@ -36,8 +35,7 @@ def of(language: str) -> list[Any]:
 @pytest.mark.parametrize("page", [param for param in of("python") if param.id != "README.md"])
 def test_examples_run_one_after_another(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a directory with the two files that examples name: a tiny model of the same form, and a text."""
-    vocabulary = {"model": "gpt2", "merges": ["t h"], "tokens": [*BYTES[:100], "th", "Ġ"]}
-    smol(tmp_path / "SmolLM2-135M-Instruct.gguf", **{f"tokenizer.ggml.{key}": x for key, x in vocabulary.items()})
+    smol_that_reads(tmp_path / "SmolLM2-135M-Instruct.gguf")
     (tmp_path / "book.txt").write_text("the lighthouse stood at the end of a long road, " * 60, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks(page, "python"))
@@ -79,18 +77,5 @@ def parse(arguments: list[str]) -> None:
 def test_names_exist(page: Path) -> None:
     """What a page calls ``ringjax.something`` is there."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    for name in sorted(set(re.findall(r"\bringjax\.([a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)*)\b(?!\()", text))):
-        resolve(name)
-
-
-def resolve(name: str) -> Any:
-    parts = name.split(".")
-    found: Any = importlib.import_module("ringjax")
-    for i, part in enumerate(parts):
-        if not hasattr(found, part):
-            try:
-                importlib.import_module(f"ringjax.{'.'.join(parts[: i + 1])}")
-            except ModuleNotFoundError:
-                raise AssertionError(f"there is no ringjax.{name}") from None
-        found = functools.reduce(getattr, [part], found)
-    return found
+    for name in sorted(set(re.findall(r"\bringjax\.([a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)*)", text))):
+        resolve(f"ringjax.{name}")

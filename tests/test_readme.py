@@ -1,7 +1,5 @@
 """What the README and three pages of the site promise: examples run as they stand, commands say what is shown."""
 
-import functools
-import importlib
 import os
 import re
 import shlex
@@ -13,7 +11,7 @@ from typing import Any
 
 import jax
 import pytest
-from test_models_gguf import BYTES, smol
+from test_models_gguf import smol_that_reads
 from tpu import needs_libtpu
 from typer.testing import CliRunner
 
@@ -42,16 +40,6 @@ def run_as_users_do(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    sorted(set(re.findall(r"\bringjax\.((?:nnx\.|linen\.|models\.|training\.(?:Batches\.)?)?[A-Za-z_]+)", TEXT))),
-)
-def test_names_in_the_readme_exist(name: str):
-    for module in ("ringjax.nnx", "ringjax.linen", "ringjax.models", "ringjax.training"):
-        importlib.import_module(module)
-    assert callable(functools.reduce(getattr, name.split("."), importlib.import_module("ringjax")))
-
-
 def test_example_is_short_and_checks_itself():
     lines = [line for line in example().splitlines() if line.strip()]
     assert len(lines) <= 15
@@ -73,11 +61,7 @@ def test_example_of_a_pretrained_model_runs(
     """With a file of the same form and name, small enough to be compiled in seconds."""
     _, code = BLOCKS
     (name,) = set(re.findall(r'"(\S+\.gguf)"', code))
-    letters = [*BYTES[:100], "th", "Ġ"]
-    smol(
-        tmp_path / name,
-        **{"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["t h"], "tokenizer.ggml.tokens": letters},
-    )
+    smol_that_reads(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     names = {"jax": jax, "ringjax": ringjax}  # it goes on from the first example
     exec(code, names)
@@ -92,9 +76,7 @@ def test_commands_of_fine_tuning_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [command[:2] for command in commands] == [
         ["ringjax", "generate"], ["ringjax", "eval"], ["ringjax", "train"], ["ringjax", "eval"], ["python", "-c"]
     ]  # fmt: skip
-    vocabulary = {"model": "gpt2", "merges": ["t h"], "tokens": [*BYTES[:100], "th", "Ġ"]}
-    keys = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
-    smol(tmp_path / "SmolLM2-135M-Instruct.gguf", **keys)
+    smol_that_reads(tmp_path / "SmolLM2-135M-Instruct.gguf")
     (tmp_path / "book.txt").write_text("the lighthouse stood at the end of a long road, " * 60, encoding="utf-8")
     (tmp_path / "configs").mkdir()
     shutil.copy(Path(__file__).parents[1] / "configs" / "finetune.toml", tmp_path / "configs")

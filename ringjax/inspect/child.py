@@ -5,7 +5,6 @@ loaded. Both are why nobody imports this module: :mod:`ringjax.inspect.compile` 
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import json
 import os
@@ -17,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as DeviceLayout
@@ -92,16 +90,10 @@ def _mesh(program: Program) -> Mesh:
     shape, names = (program.side_by_side, *program.axes), ("dp", *_axes(program))
     if program.device_order == "make_mesh":
         return Mesh(topologies.make_mesh(topology, shape, names).devices, names)
-    rings = [name for name, word in zip(names[1:], program.words, strict=True) if word == "ring"]
-    # The innermost ring has the most hops, so it is the one of neighbours.
-    order = functools.partial(ring_mesh, axis_names=names, ring_axis=rings[-1] if rings else None)
-    if not isinstance(program.slice, Slices):
-        return order(shape, devices=topology.devices)
-    shape = (1, 1, *program.axes[1:])
-    number = program.slice.each.num_devices
-    devices = sorted(topology.devices, key=lambda device: device.slice_index)
-    parts = [order(shape, devices=devices[n : n + number]).devices for n in range(0, len(devices), number)]
-    return Mesh(np.concatenate(parts, axis=1), names)
+    # The innermost ring has the most hops, so it is the one of neighbours. An axis over slices has none.
+    words = list(zip(_axes(program), program.words, strict=True))[isinstance(program.slice, Slices) :]
+    rings = [name for name, word in words if word == "ring"]
+    return ring_mesh(shape, names, ring_axis=rings[-1] if rings else None, devices=topology.devices)
 
 
 def _function(program: Program, mesh: Mesh) -> Any:

@@ -99,20 +99,8 @@ class RingAttention(nn.Module):
         max_segment_length: int | None = None,
         shared_length: int | tuple[int, ...] | None = None,
     ) -> Float[Array, "B T O"]:
-        """Attend, as :meth:`ringjax.nnx.RingAttention.__call__`.
-
-        Args:
-          inputs: [B, T, E] in ring order of the layout for num_shards; inside shard_map the local shard.
-          positions: int [T] or [B, T]; replaces the layout's positions, for RoPE and for the mask.
-          segment_ids: int [B, T]; tokens attend only to tokens of the same id (packed documents).
-          seq_lengths: int [B]; tokens from there on are padding.
-          max_segment_length, shared_length: promises about segments, as in :func:`ringjax.ring_attention`.
-
-        Returns:
-          [B, T, out_features], in the order of the inputs and sharded as they are.
-
-        Raises:
-          ValueError: for shapes that do not fit, and where nothing says for how many shards the tokens are dealt.
+        """Attend, as :meth:`ringjax.nnx.RingAttention.__call__`, which says what ``inputs``, ``positions``,
+        ``segment_ids``, ``seq_lengths``, ``max_segment_length`` and ``shared_length`` are, the result and the errors.
         """
         spec = AttentionSpec.of(
             in_features=inputs.shape[-1],
