@@ -37,8 +37,13 @@ def hide(case: cases.Case, inputs: cases.Inputs) -> cases.Inputs:
 
 def poison(inputs: cases.Inputs, name: str, where: np.ndarray) -> cases.Inputs:
     """Every kind of bad number, over the tokens [B, length] that `where` names."""
+    return spoilt(inputs, name, where, *POISONS)
+
+
+def spoilt(inputs: cases.Inputs, name: str, where: np.ndarray, *numbers: float) -> cases.Inputs:
+    """These numbers by turns, over the tokens [B, length] that `where` names."""
     x = inputs.arrays[name].copy()
-    bad = np.resize(np.array(POISONS, x.dtype), x.shape)
+    bad = np.resize(np.array(numbers, x.dtype), x.shape)
     x[where] = bad[where]
     return dataclasses.replace(inputs, arrays={**inputs.arrays, name: x})
 

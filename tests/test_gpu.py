@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from caches import Problem
 from caches import run as run_cached
+from poison import attended, poison, spoilt
 
 import ringjax
 
@@ -229,6 +230,49 @@ def test_rows_with_nothing_to_attend_between_others(head_size: int, implementati
     ours, theirs = (attend(ringjax.RingConfig(implementation=name)) for name in (implementation, "xla"))
     np.testing.assert_array_equal(ours[:, 0], 0.0)
     np.testing.assert_allclose(ours[:, 1], theirs[:, 1], atol=0.02, rtol=0.02)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("head_size", "implementation", "dtype"), on_kernels((64, BF16), (128, BF16), (256, BF16), (128, F32))
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bad_numbers_reach_only_those_that_attend(
+    head_size: int, implementation: str, dtype: Any, deterministic: bool
+) -> None:
+    """One token is bad, in the middle of a window: in a tile of which some see it and some do not."""
+    size = 700
+    case = cases.Case("one bad token", size, size, 2, 1, head_size, head_size, is_causal=True, window=(170, 0))
+    clean = cases.make_inputs(case, dtype)
+    options = dict(num_shards=1, layout="contiguous")
+    program = cases.ring_program(
+        case, implementation=implementation, interpret=False, block_q=None, block_kv=None,
+        deterministic=deterministic, **options,
+    )  # fmt: skip
+    run = lambda inputs: cases.run_ring(case, inputs, program=program, **options).values  # noqa: E731
+    want, sees, token = run(clean), attended(case, clean)[0], 421
+    here = np.arange(size)[None] == token
+    here = np.concatenate([here, ~here & False])  # of the first sequence alone
+    for name in ("key", "value", "query", "dout"):
+        queries = sees[:, token] if name in ("key", "value") else here[0]  # that are spoilt
+        keys = sees[queries].any(axis=0)
+        for got in (run(poison(clean, name, here)), run(spoilt(clean, name, here, np.nan))):
+            for what, bad in (
+                ("out", queries),
+                ("lse", queries),
+                ("dquery", queries),
+                ("dkey", keys),
+                ("dvalue", keys),
+            ):
+                if what in ("out", "lse") and (name == "dout" or (name, what) == ("value", "lse")):
+                    bad = queries & False
+                for row, ok in ((0, ~bad), (1, slice(None))):
+                    np.testing.assert_allclose(
+                        got[what][row][ok], want[what][row][ok], rtol=0.02, atol=0.004, err_msg=f"{what} of {name}"
+                    )
+        # With NaN throughout, nobody who attends gets a number.
+        for what, bad in (("dquery", queries), ("dkey", keys)):
+            assert np.isnan(got[what][0][bad]).all(), f"{what} of {name}"
 
 
 @needs_gpu

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from ringjax.kernels.base import Block, Gradients, KernelParams, Upstream
-from ringjax.kernels.mosaic import backward_common
+from ringjax.kernels.mosaic import backward_common, backward_long, ptx
 from ringjax.kernels.mosaic import kernel as mosaic
 from ringjax.layout import Runs
 from ringjax.mask import Mask, Tokens
@@ -68,7 +68,7 @@ def lower(run: Any, args: Any) -> str:
         return jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-# Every size of heads, kind of mask and ragged lengths in one pass or two, by turns; heads of 256 have two only.
+# Every size of heads, kind of mask and ragged lengths in one pass or two, by turns.
 @pytest.mark.parametrize(
     ("mask", "options", "deterministic"),
     [
@@ -82,6 +82,7 @@ def lower(run: Any, args: Any) -> str:
         ("everything", {"size": 80, "v_size": 128, "dtype": jnp.float16}, False),
         ("everything", {"size": 80, "v_size": 128, "dtype": jnp.float16}, True),
         ("causal", {"size": 256, "v_size": 200}, False),
+        ("everything", {"size": 256, "v_size": 200, "dtype": jnp.float16}, True),
     ],
 )
 def test_lowers(mask: str, options: dict[str, Any], deterministic: bool) -> None:
@@ -94,11 +95,13 @@ def test_lowers(mask: str, options: dict[str, Any], deterministic: bool) -> None
     hop, last = program(mask, params, finish=False), program(mask, params)
     carry = jax.eval_shape(hop, block, upstream, None).dq
     t, h = block.q.shape[2:]
-    assert carry.shape == (1, -(-t // 8) * 8, 4, 64 if max(h, block.v.shape[3]) <= 64 else 128 if h < 256 else 256)
+    native = 64 if max(h, block.v.shape[3]) <= 64 else 128 if h < 256 else 256
+    parts = (1, 4, -(-t // 64), 4, 64 * 64)
+    assert carry.shape == (parts if native > 128 and not deterministic else (1, -(-t // 8) * 8, 4, native))
     args = (block, upstream, carry)
-    fused = not deterministic and options.get("size", 64) <= 128
     text = lower(hop, args)
-    assert ("ringjax_backward_queries" in text) is not fused
+    assert ("ringjax_backward_queries" in text) is deterministic
+    assert ("ringjax_backward_long" in text) is (h == 256)
     assert "output_operand_alias" in text
     assert jax.eval_shape(hop, *args).dq == carry, "the same on every hop"
     results = jax.eval_shape(last, *args)
@@ -111,6 +114,22 @@ def test_lowers_under_vmap() -> None:
     args = (*shapes(), jax.eval_shape(run, *shapes(), None).dq)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), args)
     assert "output_operand_alias" in lower(jax.vmap(run), stacked)
+
+
+def test_dq_comes_back_in_order() -> None:
+    """Where a thread holds which number of a product, as PTX has it: see wgmma, register fragments of D."""
+    want = np.arange(2 * 64 * 64, dtype=np.float32).reshape(2, 64, 64)
+    held = np.zeros((2, 8, 128, 4), np.float32)
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        for n in range(32):
+            row = 16 * warp + lane // 4 + 8 * (n // 2 % 2)
+            column = 8 * (n // 4) + lane % 4 * 2 + n % 2
+            held[:, n // 4, thread, n % 4] = want[:, row, column]
+    np.testing.assert_array_equal(ptx.in_order(jnp.asarray(held.reshape(2, -1))), want)
+    dq = jnp.asarray(held.reshape(1, 1, 1, 2, -1))
+    whole = np.concatenate(list(want), axis=1)
+    np.testing.assert_array_equal(backward_long.finished_dq(dq, 60, 100)[0, 0], whole[:60, :100])
 
 
 def test_a_query_without_keys_has_no_weight() -> None:

@@ -2,7 +2,7 @@
 
 One kernel that owns keys computes all in five products per tile, but sums dq in whatever order its programs arrive.
 Where the same bits are wanted on every run it leaves dq to a second one that owns queries: seven products. Heads above
-128 do not leave it the registers for dk and dv at once: eight products, in three kernels.
+128 have a kernel of their own that owns keys, which divides the work otherwise between its warpgroups.
 """
 
 import functools
@@ -15,7 +15,7 @@ from ..._compat import shape_like, vary_like
 from ...mask import Mask
 from ..base import Block, Gradients, KernelParams, Upstream
 from . import backward_common as gpu
-from . import backward_keys, backward_queries
+from . import backward_keys, backward_long, backward_queries
 from .backward_common import BLOCK_KV, Inputs, Static
 from .backward_queries import BLOCK_Q
 from .common import MaskArrays, prepare_mask, token_major
@@ -23,7 +23,12 @@ from .tiles import head_size
 
 
 def backward(
-    block: Block, upstream: Upstream, params: KernelParams, carry: Float[Array, "B T8 N H8"] | None, *, finish: bool
+    block: Block,
+    upstream: Upstream,
+    params: KernelParams,
+    carry: Float[Array, "..."] | None,
+    *,
+    finish: bool,
 ) -> Gradients:
     """See :class:`ringjax.kernels.base.Kernel`. Tiles are what the registers have room for, whatever block_q says."""
     q, k, v, mask, _ = block
@@ -32,26 +37,26 @@ def backward(
     rows = gpu.rows_of(upstream.lse, upstream.delta, params.scale, -(-q_length // BLOCK_Q) * BLOCK_Q)
     q, k, v, dout = (token_major(x, size) for x in (q, k, v, upstream.dout))
     x = Inputs(q=q, k=k, v=v, dout=dout, rows=rows, mask=MaskArrays())
-    # Between hops dq stays as the kernels want it: padded, and token-major.
-    dq = jnp.zeros(q.shape, jnp.float32) if carry is None else carry
+    # Between hops dq stays as the kernels want it: padded, and token-major or in parts.
+    in_parts = size > 128 and not params.deterministic
+    dq = carry
+    if dq is None:
+        of_parts = backward_long.dq_shape(q.shape[0], q.shape[2], q_length, size)
+        dq = jnp.zeros(of_parts if in_parts else q.shape, jnp.float32)
     dq = vary_like(dq, q, k, v, dout, *jax.tree.leaves(mask))
     dk, dv = (shape_like(t.shape, t.dtype if params.dkv_final else jnp.float32, t) for t in (k, v))
 
     plan = functools.partial(_plan, x, mask, params, (q_length, k_length))
-    of_keys = plan(rows="keys", block_q=128 if size == 64 else 64)
-    if size <= 128 and not params.deterministic:
-        dq, dk, dv = backward_keys.run(*of_keys, dq, dk, dv)
-    else:
-        if size <= 128:
-            _, dk, dv = backward_keys.run(*of_keys, None, dk, dv)
-        else:
-            _, _, dv = backward_keys.run(*of_keys, None, None, dv)
-            _, dk, _ = backward_keys.run(*of_keys, None, dk, None)
-        dq = backward_queries.run(*plan(rows="queries", block_kv=BLOCK_KV if size <= 128 else 64), dq)
+    kernel = backward_keys if size <= 128 else backward_long
+    block_q = 128 if size == 64 else 64
+    of_keys = plan(rows="keys", block_q=block_q, block_kv=BLOCK_KV if size <= 128 else backward_long.BLOCK)
+    added, dk, dv = kernel.run(*of_keys, None if params.deterministic else dq, dk, dv)
+    if added is None:
+        added = backward_queries.run(*plan(rows="queries", block_kv=BLOCK_KV if size <= 128 else 64), dq)
     cut = lambda x, length, width: jnp.swapaxes(x[:, :length, :, :width], 1, 2)  # noqa: E731
-    return Gradients(
-        dq=cut(dq, q_length, q_size) if finish else dq, dk=cut(dk, k_length, q_size), dv=cut(dv, k_length, v_size)
-    )
+    if finish:
+        added = (backward_long.finished_dq if in_parts else cut)(added, q_length, q_size)
+    return Gradients(dq=added, dk=cut(dk, k_length, q_size), dv=cut(dv, k_length, v_size))
 
 
 def _plan(
@@ -71,7 +76,7 @@ def _plan(
         rule=rule,
         block_q=block_q,
         block_kv=block_kv,
-        stages=2 if size <= 128 else 1,
+        stages=2 if size <= 128 or rows == "keys" else 1,
         size=size,
         group=x.q.shape[2] // x.k.shape[2] if rows == "keys" else 1,
     )

@@ -14,18 +14,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..._compat import gpu_load
+from ..._compat import gpu_kernel, gpu_load
 from ...mask import Rule
 from ...partial import NO_LOGIT
 from ..base import KernelParams
 from . import common, ptx
-from .common import LOG2_E, MATRIX, MaskArrays, batch_row, is_finite
+from .common import COLUMNS, LOG2_E, MaskArrays, batch_row, column_matrix, is_finite
 from .tiles import WARPGROUP_ROWS, WARPGROUP_THREADS
 
 COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = 2
 BLOCK_KV = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
-_COMPUTE_BARRIER = 8  # a named one, see ringjax.kernels.mosaic.ptx: where the compute warpgroups meet
+# Named barriers, see ringjax.kernels.mosaic.ptx: where the compute warpgroups meet, and where each meets itself.
+_COMPUTE_BARRIER, _OWN_BARRIER = 8, 9
 
 # The last one runs fastest: programs of one head share in the cache what passes by.
 GRID_NAMES = ("batch", "head", "tile")
@@ -48,6 +49,19 @@ class Inputs(NamedTuple):
     mask: MaskArrays  # rows of tiles are of what a program owns. It always has counts
 
 
+class Operands(NamedTuple):
+    """SMEM of a kernel that owns keys, and its barriers."""
+
+    k_smem: Any  # [keys, H]
+    v_smem: Any
+    q_smem: Any  # [stages, queries, H]
+    dout_smem: Any
+    rows_smem: Any  # [stages, 2, queries]: lse and delta
+    keys_ready: Any
+    queries_ready: Any  # one per stage
+    queries_consumed: Any
+
+
 class Place(NamedTuple):
     """Which program this is, and which part of it."""
 
@@ -60,6 +74,16 @@ class Place(NamedTuple):
     def own(self) -> Any:
         """This warpgroup's part of the tile that the program owns."""
         return pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+
+class Tile(NamedTuple):
+    """One tile to visit."""
+
+    index: Any  # among all that the program visits
+    head: Any
+    n: Any  # its place among those of a head
+    total: Any  # how many are visited
+    masked: bool  # PARTIAL, and not FULL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,19 +144,29 @@ def allowed(
 
 
 def visit(
-    static: Static, place: Place, first: Any, last: Any, step: Callable[..., Any], start: Any, init: Any
+    static: Static, x: Inputs, place: Place, step: Callable[[Tile, Any], Any], state: Any,
+    *, before_partial: Callable[[], Any] | None = None,
 ) -> Any:  # fmt: skip
-    """``step(index, head, n, state)`` for first <= n < last of all heads, numbered from ``start`` on."""
-    count = last - first
+    """``step(tile, state)`` for all tiles that pass by: FULL ones of all heads first, and then PARTIAL ones."""
+    full, visited = counts(x, place)
+    total = visited * static.group
 
-    def of_head(g: Any, state: Any) -> Any:
-        head = place.head * static.group + g
-        each = lambda n, state: step(start + g * count + n, head, first + n, state)  # noqa: E731
-        return jax.lax.fori_loop(0, count, each, state)
+    def some(first: Any, last: Any, start: Any, state: Any, masked: bool) -> Any:
+        def of_head(g: Any, state: Any) -> Any:
+            head, before = place.head * static.group + g, start + g * (last - first)
+            each = lambda n, state: step(Tile(before + n, head, first + n, total, masked), state)  # noqa: E731
+            return jax.lax.fori_loop(0, last - first, each, state)
 
-    if static.group == 1:
-        return of_head(jnp.int32(0), init)
-    return jax.lax.fori_loop(0, static.group, of_head, init)
+        if static.group == 1:
+            return of_head(jnp.int32(0), state)
+        return jax.lax.fori_loop(0, static.group, of_head, state)
+
+    state = some(jnp.int32(0), full, jnp.int32(0), state, False)
+    if static.masked:
+        if before_partial is not None:
+            pl.when(full < visited)(before_partial)
+        state = some(full, visited, full * static.group, state, True)
+    return state
 
 
 def run_program(memory: Callable[[Place], None], compute: Callable[[Place], None]) -> None:
@@ -143,6 +177,90 @@ def run_program(memory: Callable[[Place], None], compute: Callable[[Place], None
     # Compiled once for each, so that addresses are constants: they would not fit into the registers otherwise.
     for w in range(COMPUTE_WARPGROUPS):
         pl.when(warpgroup == w)(lambda w=w: compute(Place(batch, head, tile, w)))
+
+
+def run_over_keys(
+    name: str, kernel: Callable[..., Any], static: Static, x: Inputs, dq: Array | None, dk: Any, dv: Any, scratch: Any
+) -> tuple[Array | None, Array, Array]:
+    """Runs a kernel that owns keys.
+
+    Args:
+      kernel: of static, inputs, dq, dk, dv, operands and the scratch, all but the first refs; has ``compute(place)``.
+      dq: what is added to. None: not asked for.
+      dk, dv: types.
+    """
+    leaves, structure = jax.tree.flatten(x)
+    operands = _operands(static, x)
+
+    def body(*refs: Any) -> None:
+        inputs = jax.tree.unflatten(structure, refs[: len(leaves)])
+        given = refs[len(leaves) :]
+        dq_gmem, dk_gmem, dv_gmem, *rest = (None, *given) if dq is None else given
+        there = Operands(*rest[: len(operands)])
+        compute = kernel(static, inputs, dq_gmem, dk_gmem, dv_gmem, there, *rest[len(operands) :]).compute
+        run_program(lambda place: _load(static, inputs, there, place), compute)
+
+    batch, k_length, kv_heads, _ = x.k.shape
+    grid = dict(zip(GRID_NAMES, (batch, kv_heads, -(-k_length // static.block_kv)), strict=True))
+    if static.masked:  # the first keys of all heads first: of a causal mask they have the most queries
+        grid = {"tile": grid.pop("tile"), **grid}
+    added, (dk, dv) = gpu_kernel(
+        body,
+        leaves,
+        () if dq is None else (dq,),
+        out_type=[dk, dv],
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=(*operands, *scratch),
+        compiler_params=COMPILER_PARAMS,
+        kernel_name=name,
+    )
+    return (added[0] if added else None, dk, dv)
+
+
+def _operands(static: Static, x: Inputs) -> Operands:
+    dtype, size, stages = x.q.dtype, static.size, static.stages
+    each_stage = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)  # noqa: E731
+    return Operands(
+        k_smem=common.smem_tile((static.block_kv, size), dtype),
+        v_smem=common.smem_tile((static.block_kv, size), dtype),
+        q_smem=common.smem_tile((stages, static.block_q, size), dtype),
+        dout_smem=common.smem_tile((stages, static.block_q, size), dtype),
+        rows_smem=plgpu.SMEM((stages, 2, static.block_q), jnp.float32),
+        keys_ready=plgpu.Barrier(num_arrivals=2),
+        queries_ready=each_stage(3),
+        queries_consumed=each_stage(COMPUTE_WARPGROUPS),
+    )
+
+
+def keys(static: Static, place: Place) -> Any:
+    """Of keys and values in GMEM, what the program owns."""
+    return place.batch, pl.ds(place.tile * static.block_kv, static.block_kv), place.head
+
+
+def slot_of(static: Static, index: Any) -> Any:
+    """Where the index-th tile of queries lies."""
+    return jax.lax.rem(index, jnp.int32(static.stages))
+
+
+def _load(static: Static, x: Inputs, there: Operands, place: Place) -> None:
+    """The memory warpgroup: keys and values, and the tiles of queries as slots come free."""
+    plgpu.set_max_registers(24, action="decrease")
+    plgpu.copy_gmem_to_smem(x.k.at[keys(static, place)], there.k_smem, there.keys_ready)
+    plgpu.copy_gmem_to_smem(x.v.at[keys(static, place)], there.v_smem, there.keys_ready)
+
+    def load(now: Tile, _: None) -> None:
+        queries = pl.ds(column(x, place, now.n) * static.block_q, static.block_q)
+        slot = slot_of(static, now.index)
+        ready = there.queries_ready.at[slot]
+        pl.when(now.index >= static.stages)(lambda: plgpu.barrier_wait(there.queries_consumed.at[slot]))
+        plgpu.copy_gmem_to_smem(x.q.at[place.batch, queries, now.head], there.q_smem.at[slot], ready)
+        plgpu.copy_gmem_to_smem(x.rows.at[place.batch, now.head, :, queries], there.rows_smem.at[slot], ready)
+        plgpu.copy_gmem_to_smem(x.dout.at[place.batch, queries, now.head], there.dout_smem.at[slot], ready)
+
+    visit(static, x, place, load, None)
 
 
 def softmax(static: Static, products: Array, lse: Array) -> tuple[Array, Array | float | None]:
@@ -160,10 +278,91 @@ def softmax(static: Static, products: Array, lse: Array) -> tuple[Array, Array |
     return p, slope
 
 
-def clean(x_smem: Any) -> None:
-    """Zero in place of NaN and Inf."""
-    x = gpu_load(x_smem, MATRIX)
-    x_smem[...] = jnp.where(is_finite(x.astype(jnp.float32)), x, jnp.zeros_like(x))
+def transposed_softmax(
+    static: Static, x: Inputs, place: Place, now: Tile, tile: Any, products: Array, lse: Array, delta_smem: Any,
+    k_start: Any,
+) -> tuple[Array, Array | float | None]:  # fmt: skip
+    """The same of k q^T, keys along rows, under the mask of this tile of queries."""
+    p, slope = softmax(static, products, column_matrix(lse, products))
+    if now.masked:
+        q_start = tile * static.block_q
+        may = allowed(static, x, place, q_start=q_start, k_start=k_start, shape=(p.shape[0], p.shape[1]), q_axis=1)
+        # A NaN or Inf in dout is taken out later on. It has left its trace in delta: NaN to all that it reaches.
+        delta = gpu_load(delta_smem, COLUMNS)
+        p = jnp.where(column_matrix(is_finite(delta), p), p, jnp.nan)
+        p = jnp.where(may, p, 0.0)
+    return p, slope
+
+
+def transposed_ds(now: Tile, p: Array, dp: Array, slope: Array | float | None, delta_smem: Any) -> Array:
+    """ds^T from p^T and dp^T."""
+    ds = p * (dp - column_matrix(gpu_load(delta_smem, COLUMNS), p))
+    ds = ds if slope is None else ds * slope
+    # A NaN of an attended pair is in p already, so p = 0 is where the query does not attend to the key.
+    return jnp.where(p == 0.0, 0.0, ds) if now.masked else ds
+
+
+def first_products(
+    static: Static, x: Inputs, there: Operands, place: Place, logits: Any, multiply: Callable[[Any, Any], None]
+) -> Array:
+    """``multiply(acc, slot)`` of the first tile of queries, by itself."""
+    _, visited = counts(x, place)
+    slot = slot_of(static, jnp.int32(0))
+    pl.when(visited > 0)(lambda: plgpu.barrier_wait(there.queries_ready.at[slot]))
+
+    def products(acc: Any) -> Any:
+        multiply(acc, slot)
+        return acc[...]
+
+    return pl.run_scoped(products, logits)
+
+
+def wait_for_next(static: Static, there: Operands, now: Tile) -> Any:
+    """Waits for the next tile of queries. After the last one something lies there as well: nobody will look at it."""
+    slot = slot_of(static, now.index + 1)
+    pl.when(now.index + 1 < now.total)(lambda: plgpu.barrier_wait(there.queries_ready.at[slot]))
+    return slot
+
+
+def without_scale(static: Static, dv: Array) -> Array:
+    """Sums of p^T dout, where p was times the scale."""
+    return dv * (1.0 / static.params.scale) if static.folds_scale else dv
+
+
+def store(total: Array, out_gmem: Any, free_smem: Any, sums_smem: Any) -> None:
+    """Rows of dk or dv of one warpgroup: 16 bits at once through SMEM that is free now, or float32."""
+    if out_gmem.dtype != free_smem.dtype:
+        store_float32(total, out_gmem, sums_smem)
+        return
+    free_smem[...] = total.astype(out_gmem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(free_smem, out_gmem)
+
+
+def store_float32(x: Array, out_gmem: Any, sums_smem: Any, reduction_op: Any = None) -> None:
+    """By 64 columns, through SMEM of one warpgroup, which the copy before has read."""
+    for start in range(0, x.shape[1], WARPGROUP_ROWS):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        sums_smem[...] = jax.lax.slice(x, (0, start), (WARPGROUP_ROWS, start + WARPGROUP_ROWS))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(sums_smem, out_gmem.at[:, pl.ds(start, WARPGROUP_ROWS)], reduction_op=reduction_op)
+
+
+def clean(place: Place, *tiles_smem: Any, rows_smem: Any = None) -> None:
+    """Zero in place of NaN and Inf, which must not meet p = 0 and ds = 0 in PARTIAL tiles. Both warpgroups together.
+
+    Where k or q is attended to, lse has it, and delta has what dout has.
+
+    Args:
+      rows_smem: lse and delta of tiles of queries: only if one of them is not finite, as where such a number is, and
+        where a query has no keys.
+    """
+    suspect = None
+    if rows_smem is not None:
+        lse, delta = (gpu_load(rows_smem.at[n], COLUMNS) for n in range(2))
+        suspect = (lse - delta, COLUMNS, _OWN_BARRIER + place.warpgroup)
+    meet = (_COMPUTE_BARRIER, WARPGROUP_THREADS * COMPUTE_WARPGROUPS)
+    ptx.clean(tiles_smem, common.swizzled(tiles_smem[0].dtype), place.warpgroup, meet, suspect)
 
 
 def join_compute_warpgroups() -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from ..._compat import gpu_kernel, gpu_load
 from . import backward_common as gpu
-from .backward_common import COMPUTE_WARPGROUPS, Inputs, Place, Static
+from .backward_common import COMPUTE_WARPGROUPS, Inputs, Place, Static, Tile
 from .common import ROWS, row_matrix, smem_tile, zeros
 from .tiles import WARPGROUP_ROWS
 
@@ -93,17 +93,15 @@ class _Kernel:
             plgpu.copy_gmem_to_smem(x.dout.at[rows], s.dout_smem.at[w], s.queries_ready.at[w])
         kv_head = jax.lax.div(place.head, jnp.int32(x.q.shape[2] // x.k.shape[2]))
 
-        def load(index: Any, head: Any, n: Any, _: None) -> None:
-            del head
-            tile = gpu.column(x, place, n)
-            slot = jax.lax.rem(index, jnp.int32(stages))
+        def load(now: Tile, _: None) -> None:
+            tile = gpu.column(x, place, now.n)
+            slot = jax.lax.rem(now.index, jnp.int32(stages))
             keys = (place.batch, pl.ds(tile * block_kv, block_kv), kv_head)
-            pl.when(index >= stages)(lambda: plgpu.barrier_wait(s.keys_consumed.at[slot]))
+            pl.when(now.index >= stages)(lambda: plgpu.barrier_wait(s.keys_consumed.at[slot]))
             plgpu.copy_gmem_to_smem(x.k.at[keys], s.k_smem.at[slot], s.keys_ready.at[slot])
             plgpu.copy_gmem_to_smem(x.v.at[keys], s.v_smem.at[slot], s.keys_ready.at[slot])
 
-        _, visit = gpu.counts(x, place)
-        gpu.visit(static, place, jnp.int32(0), visit, load, jnp.int32(0), None)
+        gpu.visit(static, x, place, load, None)
 
     def compute(self, place: Place) -> None:
         static, x = self.static, self.x
@@ -111,29 +109,17 @@ class _Kernel:
         plgpu.barrier_wait(self.scratch.queries_ready.at[place.warpgroup])
         rows_gmem = x.rows.at[place.batch, place.head, :, self._queries(place)]
         lse, delta = (gpu_load(rows_gmem.at[n], ROWS, optimized=False) for n in range(2))
-        full, visit = gpu.counts(x, place)
-
-        def step(masked: bool) -> Any:
-            return lambda index, head, n, dq: self._add(place, index, n, lse, delta, dq, masked)
-
         dq = zeros((WARPGROUP_ROWS, static.size))
-        dq = gpu.visit(static, place, jnp.int32(0), full, step(False), jnp.int32(0), dq)
-        if static.masked:
-            dq = gpu.visit(static, place, full, visit, step(True), full, dq)
-        sums_smem = self.scratch.sums_smem.at[place.warpgroup]
-        for start in range(0, static.size, WARPGROUP_ROWS):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            sums_smem[...] = jax.lax.slice(dq, (0, start), (WARPGROUP_ROWS, start + WARPGROUP_ROWS))
-            plgpu.commit_smem()
-            out_gmem = self.dq_gmem.at[place.batch, self._queries(place), place.head, pl.ds(start, WARPGROUP_ROWS)]
-            plgpu.copy_smem_to_gmem(sums_smem, out_gmem, reduction_op="add")
+        dq = gpu.visit(static, x, place, lambda now, dq: self._add(place, now, lse, delta, dq), dq)
+        out_gmem = self.dq_gmem.at[place.batch, self._queries(place), place.head]
+        gpu.store_float32(dq, out_gmem, self.scratch.sums_smem.at[place.warpgroup], reduction_op="add")
         plgpu.wait_smem_to_gmem(0)
 
-    def _add(self, place: Place, index: Any, n: Any, lse: Array, delta: Array, dq: Array, masked: bool) -> Array:
+    def _add(self, place: Place, now: Tile, lse: Array, delta: Array, dq: Array) -> Array:
         """dq with the share of one tile of keys."""
         static, x, s, dtype = self.static, self.x, self.scratch, self.x.q.dtype
         shape = (WARPGROUP_ROWS, static.block_kv)
-        slot = jax.lax.rem(index, jnp.int32(static.stages))
+        slot = jax.lax.rem(now.index, jnp.int32(static.stages))
         q_smem, dout_smem = s.q_smem.at[place.warpgroup], s.dout_smem.at[place.warpgroup]
         k_smem, v_smem = s.k_smem.at[slot], s.v_smem.at[slot]
 
@@ -147,25 +133,15 @@ class _Kernel:
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
             ds = p * (dp - row_matrix(delta, p))
             ds = ds if slope is None else ds * slope
-            if masked:
-                k_start = gpu.column(x, place, n) * static.block_kv
+            if now.masked:
+                k_start = gpu.column(x, place, now.n) * static.block_kv
                 q_start = self._queries(place).start
                 may = gpu.allowed(static, x, place, q_start=q_start, k_start=k_start, shape=shape, q_axis=0)
                 ds = jnp.where(may, ds, 0.0)
-                # Both warpgroups have used the raw k. A NaN or Inf in it must not meet ds = 0.
-                gpu.join_compute_warpgroups()
-                self._clean_keys(place, k_smem)
-                gpu.join_compute_warpgroups()
+                gpu.clean(place, k_smem)
             plgpu.wgmma(dq_acc, ds.astype(dtype), k_smem)
 
         start = plgpu.WGMMAAccumulatorRef.init
         results: Any = pl.run_state(products)((start(dq), start(zeros(shape)), start(zeros(shape))))
         plgpu.barrier_arrive(s.keys_consumed.at[slot])
         return results[0]
-
-    def _clean_keys(self, place: Place, k_smem: Any) -> None:
-        """Each warpgroup does every other part of 64 x 64."""
-        size = self.static.size
-        parts = [(i, j) for i in range(0, self.static.block_kv, WARPGROUP_ROWS) for j in range(0, size, WARPGROUP_ROWS)]
-        for i, j in parts[place.warpgroup :: COMPUTE_WARPGROUPS]:
-            gpu.clean(k_smem.at[pl.ds(i, WARPGROUP_ROWS), pl.ds(j, WARPGROUP_ROWS)])

@@ -27,7 +27,7 @@ def look(static: Static, v_smem: Any, flag_smem: Any, barrier: int) -> None:
         values = gpu_load(v_smem, MATRIX, optimized=False)
         found = jnp.max(jnp.where(is_finite(values.astype(jnp.float32)), 0.0, 1.0))
     else:
-        found = ptx.any_not_finite(v_smem, swizzled(v_smem.dtype), barrier).astype(jnp.float32)
+        found = ptx.any_not_finite_in_smem(v_smem, swizzled(v_smem.dtype), barrier).astype(jnp.float32)
     flag_smem[0] = found
 
 

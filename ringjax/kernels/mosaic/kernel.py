@@ -28,7 +28,12 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
 
 
 def backward(
-    block: Block, upstream: Upstream, params: KernelParams, carry: Float[Array, "B T8 N H8"] | None, *, finish: bool
+    block: Block,
+    upstream: Upstream,
+    params: KernelParams,
+    carry: Float[Array, "..."] | None,
+    *,
+    finish: bool,
 ) -> Gradients:
     """See :class:`ringjax.kernels.base.Kernel`. The carry is dq, padded and token-major."""
     tile_sizes.check_supported(block.q, block.v)

@@ -8,6 +8,7 @@ See https://docs.nvidia.com/cuda/parallel-thread-execution/.
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,7 +63,75 @@ def any_above(x: jax.Array, layout: Any, bound: float, barrier: Any) -> jax.Arra
     return call(x, jnp.asarray(barrier, jnp.int32)) > 0
 
 
-def any_not_finite(x_smem: Any, transforms: tuple[Any, ...], barrier: int) -> jax.Array:
+def clean(
+    tiles_smem: Sequence[Any],
+    transforms: tuple[Any, ...],
+    part: int,
+    meet: tuple[int, int],
+    suspect: tuple[jax.Array, Any, int] | None = None,
+) -> None:
+    """Zero in place of NaN and Inf in tiles of 16 bits each, by warpgroups that meet before and after.
+
+    All by one piece of assembly: of a branch around other code ptxas makes wgmma synchronous (C7512, C7520).
+
+    Args:
+      tiles_smem: without gaps.
+      transforms: how they lie.
+      part: 0 or 1, the half of each that this warpgroup sees to.
+      meet: named barrier, and how many threads come to it.
+      suspect: (float32 numbers that the warpgroup holds, their layout, its own named barrier): only if one of them is
+        NaN or Inf.
+    """
+    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}[jnp.dtype(tiles_smem[0].dtype).name]
+    text = "{ .reg .pred bad, any, low, high; .reg .f32 sum; .reg .b32 at, thread, t, x<4>; mov.u32 thread, %tid.x; "
+    text += f"and.b32 thread, thread, 127; mul.lo.u32 thread, thread, {_VECTOR_BYTES}; "
+    barrier = f"fence.proxy.async.shared::cta; bar.sync {meet[0]}, {meet[1]}; "
+
+    def body(first: int) -> str:
+        """Of operands from ``first`` on, which say where the tiles are."""
+        text = barrier
+        for n, x_smem in enumerate(tiles_smem):
+            vectors = math.prod(x_smem.shape) * 2 // (_VECTOR_BYTES * 128 * 2)
+            text += f"add.u32 at, thread, ${first + n}; "
+            for vector in range(part * vectors, (part + 1) * vectors):
+                where = f"[at + {_VECTOR_BYTES * 128 * vector}]"
+                text += f"ld.shared.v4.b32 {{x0, x1, x2, x3}}, {where}; "
+                for i in range(4):
+                    for name, shift, other in (("low", 0, 0xFFFF0000), ("high", 16, 0xFFFF)):
+                        text += f"and.b32 t, x{i}, {exponent << shift}; setp.eq.u32 {name}, t, {exponent << shift}; "
+                        text += f"@{name} and.b32 x{i}, x{i}, {other}; "
+                text += f"st.shared.v4.b32 {where}, {{x0, x1, x2, x3}}; "
+        return text + barrier
+
+    def starts(refs: Any) -> list[Any]:
+        i32 = ir.IntegerType.get_signless(32)
+        return [llvm.ptrtoint(i32, utils.memref_ptr(ref)) for ref in refs]
+
+    types = tuple(plgpu.RefType(transforms) for _ in tiles_smem)
+    if suspect is None:
+
+        def emit(_: Any, *refs: Any) -> None:
+            _assembly(None, starts(refs), text + body(0) + "}", ",".join(["r"] * len(refs)))
+
+        call: Any = plgpu.inline_mgpu(arg_types=types)(emit)
+        call(*tiles_smem)
+        return
+    numbers, layout, own = suspect
+
+    def emit_if(_: Any, held: Any, *refs: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        x = [llvm.extractelement(pair, utils.c(i, i32)) for pair in held.registers.flat for i in range(2)]
+        asked = text + "mov.f32 sum, 0f00000000; "
+        asked += "".join(f"fma.rn.f32 sum, ${i}, 0f00000000, sum; " for i in range(len(x)))
+        asked += f"setp.nan.f32 bad, sum, sum; bar.red.or.pred any, {own}, 128, bad; @!any bra CLEAN; "
+        constraints = ",".join(["f"] * len(x) + ["r"] * len(refs))
+        _assembly(None, [*x, *starts(refs)], asked + body(len(x)) + "CLEAN: }", constraints)
+
+    call = plgpu.inline_mgpu(arg_types=(layout, *types))(emit_if)
+    call(numbers, *tiles_smem)
+
+
+def any_not_finite_in_smem(x_smem: Any, transforms: tuple[Any, ...], barrier: int) -> jax.Array:
     """Whether SMEM without gaps holds NaN or Inf, 16 bits each. A warpgroup looks, and meets at ``barrier``.
 
     x * 0 is NaN for these only: x * 0 + 0 has no bit set otherwise.
@@ -86,6 +155,39 @@ def any_not_finite(x_smem: Any, transforms: tuple[Any, ...], barrier: int) -> ja
 
     call: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms),), return_type=_FOUND)(emit)
     return call(x_smem) > 0
+
+
+def add_to_gmem(x: jax.Array, out_gmem: Any, layout: Any) -> None:
+    """Adds float32 numbers that a warpgroup holds to GMEM without gaps, in the order in which its threads hold them.
+
+    Each thread adds four at a time, so that a warp adds to 512 bytes in a row. There is no order among those that add.
+    """
+
+    def emit(_: Any, held: Any, ref: Any) -> None:
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        # Vectors of two. WGMMA leaves these in registers in a row, of which REDG wants four.
+        numbers = [llvm.extractelement(pair, utils.c(i, i32)) for pair in held.registers.flat for i in range(2)]
+        text = "{ .reg .u64 at; .reg .u32 thread; mov.u32 thread, %tid.x; and.b32 thread, thread, 127; "
+        text += f"mad.wide.u32 at, thread, {_VECTOR_BYTES}, $0; "
+        for n in range(0, len(numbers), 4):
+            four = ", ".join(f"${n + i + 1}" for i in range(4))
+            text += f"red.relaxed.gpu.global.add.v4.f32 [at + {_VECTOR_BYTES * 128 * (n // 4)}], {{{four}}}; "
+        at = llvm.ptrtoint(i64, utils.memref_ptr(ref))
+        _assembly(None, [at, *numbers], text + "}", ",".join(["l"] + ["f"] * len(numbers)))
+
+    call: Any = plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))(emit)
+    call(x, out_gmem)
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """What was 64 x 64 numbers, in the order in which a warpgroup holds them: [..., 64 * 64] to [..., 64, 64], by XLA.
+
+    Of 8 columns, a thread has two in each of two rows, 8 apart, of the 16 rows of its warp.
+    """
+    *outer, _ = x.shape
+    x = x.reshape(*outer, 8, 4, 8, 4, 2, 2)
+    eight, warp, row, thread, half, column = range(len(outer), x.ndim)
+    return x.transpose(*range(len(outer)), warp, half, row, eight, thread, column).reshape(*outer, 64, 64)
 
 
 def _bar(action: str, barrier: Any, threads: int) -> None:
