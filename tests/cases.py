@@ -233,18 +233,25 @@ def compiled(run: Any, *, as_users: bool) -> Any:
     return jax.jit(run, compiler_options=AS_USERS if as_users else None)
 
 
-@functools.lru_cache(maxsize=128)
 def ring_program(
     case: Case, *, layout: Any, num_shards: Sizes, implementation: str = "xla", as_users: bool = False, **config: Any
 ) -> Any:
     """The compiled program (arrays, masks) -> out, lse and gradients, all in ring order. Who asks alike shares it."""
+    # The cache below takes what is named in another order, or left out, for another call.
+    return _ring_program(case, layout, num_shards, implementation, as_users, tuple(sorted(config.items())))
+
+
+@functools.lru_cache(maxsize=128)
+def _ring_program(
+    case: Case, layout: Any, num_shards: Sizes, implementation: str, as_users: bool, config: tuple[tuple[str, Any], ...]
+) -> Any:
     options = dict(
         case.static_options(),
         mesh=mesh_of(num_shards),
         axis_name=axes_of(num_shards),
         layout=layout,
         return_residual=True,
-        config=config_of(implementation, **config),
+        config=config_of(implementation, **dict(config)),
     )
 
     def program(arrays: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, Any]:
