@@ -82,7 +82,16 @@ def test_what_tiles_visit_and_allow_is_the_mask(name: str, rows: str, block: int
     mask, lengths = mask_of(name)
     q_axis = 0 if rows == "queries" else 1
     blocks = (64, block) if q_axis == 0 else (block, 64)
-    rule, arrays = common.prepare_mask(mask, lengths, blocks, rows=rows)
+    rules = []
+
+    @jax.jit  # as in a program: operation by operation takes longer to compile
+    def prepare(mask: Mask) -> Any:
+        rule, arrays = common.prepare_mask(mask, lengths, blocks, rows=rows)
+        rules.append(rule)
+        return arrays, mask.predicate(*lengths)
+
+    arrays, predicate = prepare(mask)
+    (rule,) = rules
     assert rule is not None
     counts = [-(-length // size) for length, size in zip(lengths, blocks, strict=True)]
     num_rows, num_columns = counts if q_axis == 0 else counts[::-1]
@@ -128,7 +137,7 @@ def test_what_tiles_visit_and_allow_is_the_mask(name: str, rows: str, block: int
         tiles = np.asarray(jax.block_until_ready(jax.jit(run)(*leaves)))
     found = tiles.transpose(0, 1, 3, 2, 4).reshape(2, num_rows * 64, num_columns * block)
     found = found if q_axis == 0 else found.swapaxes(1, 2)
-    want = np.broadcast_to(mask.predicate(*lengths), (2, *lengths))
+    want = np.broadcast_to(predicate, (2, *lengths))
     inside = found[:, : lengths[0], : lengths[1]]
     np.testing.assert_array_equal(inside >= ALLOWED, want)
     assert not (found[:, :, lengths[1] :] >= ALLOWED).any(), "no key beyond the end"
