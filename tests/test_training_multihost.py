@@ -7,12 +7,13 @@ import socket
 import numpy as np
 import pytest
 import tiny_run
+from in_process import train as train
 
 from ringjax.training import devices
 from ringjax.training.config import Distributed
-from ringjax.training.loading import ConfigError
+from ringjax.training.loading import ConfigError, load
 
-SIX_STEPS = ("--set", "optimizer.steps=6")
+SIX_STEPS = "optimizer.steps=6"
 # Process 1 alone is told to stop, in the middle of a step that both do.
 STOP_THE_OTHER = """
 import os, signal
@@ -43,27 +44,26 @@ def run_pair(config, *arguments, driver="") -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path):
+def test_two_processes_learn_what_one_learns(tmp_path, train):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    status, said = tiny_run.run("train", tiny_run.write_config(one), *SIX_STEPS)
-    assert status == 0, said
+    train(load(tiny_run.write_config(one), [SIX_STEPS]))
 
     config = tiny_run.write_config(two)
     stop = STOP_THE_OTHER.format(step=2, signal="SIGTERM")
-    (status, leader), (other_status, other) = run_pair(config, *SIX_STEPS, driver=stop)
+    (status, leader), (other_status, other) = run_pair(config, "--set", SIX_STEPS, driver=stop)
     assert (status, other_status) == (128 + signal.SIGTERM,) * 2, leader + other
     assert "in 2 processes" in leader and "stopped by SIGTERM after step 2 of 6" in leader
     assert not re.search(r"^step|loss", other, re.MULTILINE)  # only process 0 speaks
 
     stop = STOP_THE_OTHER.format(step=4, signal="SIGINT")
-    (status, leader), (other_status, other) = run_pair(config, *SIX_STEPS, driver=stop)
+    (status, leader), (other_status, other) = run_pair(config, "--set", SIX_STEPS, driver=stop)
     assert (status, other_status) == (128 + signal.SIGINT,) * 2, leader + other
     assert "resuming after step 2" in leader and "stopped by SIGINT after step 4" in leader
     assert "Traceback" not in leader + other
-    status, said = tiny_run.run("train", config, *SIX_STEPS)  # eight devices of one process go on from there
-    assert status == 0, said
+    outcome, said = train(load(config, [SIX_STEPS]))  # eight devices of one process go on from there
+    assert outcome.step == 6
     assert "resuming after step 4" in said and "devices.simulate = 8 (was 4)" in said
 
     expected, found = np.array(tiny_run.learned(one / "out")), np.array(tiny_run.learned(two / "out"))

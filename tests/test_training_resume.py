@@ -55,38 +55,39 @@ metrics.MetricsFile.write = stopped
 """
 
 
-IN_PARTS = ("--set", "data.batch_size=4", "--set", "optimizer.accumulate=2", "--set", "optimizer.steps=8")
+IN_PARTS = ["data.batch_size=4", "optimizer.accumulate=2", "optimizer.steps=8"]
 
 
 @pytest.mark.slow
-def test_interrupted_run_has_the_bits_of_an_uninterrupted_one(tmp_path):
+def test_interrupted_run_has_the_bits_of_an_uninterrupted_one(tmp_path, train):
+    """What is killed is a process of its own; what ends by itself is not, and has the same bits."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    status, said = tiny_run.run("train", tiny_run.write_config(whole), *IN_PARTS)
-    assert status == 0, said
+    uninterrupted, _ = train(load(tiny_run.write_config(whole), IN_PARTS))
+    assert uninterrupted.step == 8
     config, output = tiny_run.write_config(broken), broken / "out"
     kept = output / "checkpoints"
+    command = ("train", config, *(part for key in IN_PARTS for part in ("--set", key)))
 
-    status, said = tiny_run.run("train", config, *IN_PARTS, driver=KILL_IN_A_LINE.format(step=5))
+    status, said = tiny_run.run(*command, driver=KILL_IN_A_LINE.format(step=5))
     assert status == -signal.SIGKILL, said
     assert (output / "metrics.jsonl").read_text().endswith('"lo')
 
-    status, said = tiny_run.run("train", config, *IN_PARTS, driver=KILL_IN_A_CHECKPOINT.format(step=6))
+    status, said = tiny_run.run(*command, driver=KILL_IN_A_CHECKPOINT.format(step=6))
     assert status == -signal.SIGKILL, said
     assert "resuming after step 3" in said
     assert (kept / "3").is_dir() and not (kept / "6").exists()
     assert [path for path in kept.iterdir() if path.name.startswith("6.")], "the checkpoint it was writing"
 
-    status, said = tiny_run.run("train", config, *IN_PARTS, driver=STOP.format(step=7))
+    status, said = tiny_run.run(*command, driver=STOP.format(step=7))
     assert status == 128 + signal.SIGTERM, said
     assert "resuming after step 3" in said
     assert "stopped by SIGTERM after step 7 of 8, which is saved. The same command goes on" in said
     assert sorted(path.name for path in kept.iterdir()) == ["6", "7"]  # two are kept, the torn one is gone
 
-    status, said = tiny_run.run("train", config, *IN_PARTS)
-    assert status == 0, said
-    assert "resuming after step 7" in said
+    outcome, said = train(load(config, IN_PARTS))
+    assert outcome.step == 8 and "resuming after step 7" in said
     assert tiny_run.learned(broken / "out") == tiny_run.learned(whole / "out")
     assert [record["step"] for record in tiny_run.metrics(output)] == list(range(1, 9))
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
