@@ -73,12 +73,18 @@ class Cell(NamedTuple):
 
 
 def _cells() -> list[Cell]:
-    """Every pair of feature and layout, each sharing in two layouts: a Latin square in place of the product."""
+    """Every sharing, and with each of its words every feature and every layout: in place of the product what its words
+    have met least often. Pairs of feature and layout are tests/test_conformance.py's."""
+    # Fewer sharings gather than there are features.
+    twice = [sharing for sharing in SHARINGS if GATHER in sharing.strategy and len(sharing.sizes) > 1]
+    met: collections.Counter[tuple[str, str]] = collections.Counter()
     cells = []
-    for turn, layout in enumerate(cases.LAYOUTS):
-        of_layout = [sharing for number, sharing in enumerate(SHARINGS) if (number - turn) % 3 < 2]
-        features = itertools.islice(itertools.cycle(cases.BY_NAME), 4 * turn, None)
-        cells += [Cell(feature, layout, sharing) for sharing, feature in zip(of_layout, features, strict=False)]
+    for sharing in (*SHARINGS, *twice):
+        words = set(sharing.strategy)
+        often = lambda value, words=words: sum(met[value, word] for word in words)  # noqa: E731
+        cell = Cell(min(cases.BY_NAME, key=often), min(cases.LAYOUTS, key=often), sharing)
+        met.update((value, word) for value in cell[:2] for word in words)
+        cells.append(cell)
     return cells
 
 
@@ -93,12 +99,12 @@ def case_for(sharing: Sharing, case: cases.Case) -> cases.Case:
 
 
 def test_the_square_holds_every_pair() -> None:
-    pairs = lambda *fields: {tuple(getattr(cell, field) for field in fields) for cell in CELLS}  # noqa: E731
-    assert pairs("feature", "layout") == set(itertools.product(cases.BY_NAME, cases.LAYOUTS))
-    layouts = collections.Counter(sharing for sharing, _ in pairs("sharing", "layout"))
-    assert layouts == dict.fromkeys(SHARINGS, 2)
-    words = {(word, cell.layout) for cell in CELLS for word in cell.sharing.strategy}
-    assert words == set(itertools.product((RING, HEADS, GATHER), cases.LAYOUTS))
+    assert {cell.sharing for cell in CELLS} == set(SHARINGS)
+    for values, field in ((cases.BY_NAME, "feature"), (cases.LAYOUTS, "layout")):
+        pairs = {(getattr(cell, field), word) for cell in CELLS for word in cell.sharing.strategy}
+        assert pairs == set(itertools.product(values, (RING, HEADS, GATHER)))
+    ways = {(cell.layout, cell.sharing.direction) for cell in CELLS}
+    assert ways == set(itertools.product(cases.LAYOUTS, ("forward", "both")))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.feature}-{cell.layout}-{cell.sharing}")
@@ -115,7 +121,6 @@ def test_equals_the_oracle(cell: Cell) -> None:
     [
         (Sharing((2, 2), (RING, HEADS), "both"), "zigzag"),
         (Sharing((2, 2), (RING, GATHER)), "zigzag"),
-        (Sharing((2, 2), (RING, RING), "both"), "contiguous"),
     ],
     ids=str,
 )
@@ -148,7 +153,7 @@ def test_interpreted_kernels(implementation: str) -> None:
     cases.assert_matches(window, inputs, cases.run_ring(window, inputs, **ring))
 
 
-# Windows on a ring of 8 shards of 16 tokens, 8 tokens being a tile: parts of blocks, some hops of whole ones.
+# Windows on shards of 16 or 32 tokens, 8 tokens being a tile: parts of blocks, some hops of whole ones.
 @pytest.mark.parametrize(
     ("window", "layout"),
     [
@@ -162,7 +167,8 @@ def test_interpreted_kernels(implementation: str) -> None:
 def test_windows_that_reach_over_parts_of_shards(window: tuple[int, int], layout: str) -> None:
     case = cases.Case("window", 128, 128, num_heads=2, num_kv_heads=1, window=window, key_lengths=(128, 77), batch=2)
     inputs = cases.make_inputs(case)
-    sizes = (8,) if sum(window) % 2 else (2, 4)
+    # Rings of rings have every hop by itself: one of them is large.
+    sizes = (8,) if sum(window) % 2 else (2, 4) if window == (100, 20) else (2, 2)
     result = cases.run_ring(case, inputs, layout=layout, num_shards=sizes, strategy="ring")
     cases.assert_matches(case, inputs, result)
 
@@ -184,9 +190,9 @@ def _inside(case: cases.Case, sharing: Sharing, **options: Any) -> Any:
 
 
 INSIDE = (
-    Sharing((2, 4), (HEADS, RING), "both"),
+    Sharing((2, 3), (HEADS, RING), "both"),
     Sharing((2, 2), (RING, GATHER)),
-    Sharing((2, 2), (RING, RING), "both"),
+    Sharing((2, 2), (RING, RING)),
 )
 
 
@@ -194,7 +200,7 @@ INSIDE = (
 @pytest.mark.parametrize(
     ("sharing", "around"),
     [
-        (INSIDE[0], "nothing"), (INSIDE[1], "remat"), (INSIDE[2], "remat"), (INSIDE[0], "vmap"), (INSIDE[1], "vmap"),
+        (INSIDE[0], "nothing"), (INSIDE[1], "remat"), (INSIDE[2], "remat"), (INSIDE[0], "vmap"),
     ],
     ids=str,
 )  # fmt: skip
@@ -215,7 +221,7 @@ def test_inside_shard_map_under_transforms(sharing: Sharing, around: str) -> Non
     cases.assert_matches(case, inputs, result)
 
 
-@pytest.mark.parametrize("sharing", [Sharing((2, 4), (HEADS, RING), "both"), Sharing((2, 2), (GATHER, HEADS))], ids=str)
+@pytest.mark.parametrize("sharing", [Sharing((2, 3), (HEADS, RING), "both"), Sharing((2, 2), (GATHER, HEADS))], ids=str)
 def test_axes_of_vmap(sharing: Sharing) -> None:
     """Every axis a vmap of its own: a simulation on one device."""
     case = cases.Case("simulated", num_heads=4, num_kv_heads=2, is_causal=True)

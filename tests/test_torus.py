@@ -70,10 +70,10 @@ def test_a_part_of_every_block_on_each_ring(
     monkeypatch: pytest.MonkeyPatch, feature: str, layout: str, direction: str
 ) -> None:
     """Heads where they divide, otherwise tokens, against the oracle."""
-    monkeypatch.setattr(sharded, "torus_rings", lambda devices, count: CYCLES[:count])
+    monkeypatch.setattr(sharded, "torus_rings", lambda devices, count: ((0, 1, 2), (0, 2, 1))[:count])
     case = cases.BY_NAME[feature]
     inputs = cases.make_inputs(case)
-    result = cases.run_ring(case, inputs, layout=layout, num_shards=4, rings=2, direction=direction)
+    result = cases.run_ring(case, inputs, layout=layout, num_shards=3, rings=2, direction=direction)
     cases.assert_matches(case, inputs, result)
 
 
