@@ -1,5 +1,6 @@
 """The ring around the GPU kernels, traced and lowered for eight H100s: above all its types under check_vma.
 
+Rings of stacked shards are lowered in tests/test_conformance.py and tests/test_triton.py.
 Kernels are opaque to the types of shard_map, so a loop over hops can only be trusted once it has been traced.
 """
 
@@ -20,11 +21,10 @@ H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_c
 MESH = AbstractMesh((8,), ("sp",), axis_types=(AxisType.Auto,), abstract_device=H100)
 # Later JAX versions say so whenever a Triton kernel is lowered.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-everywhere = pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_triton"])
 
 
-def arrays(*lead: int, length: int, head_size: int = 128) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct((*lead, 1, length, heads, head_size), jnp.bfloat16) for heads in (4, 2, 2, 4)]
+def arrays(length: int, head_size: int) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((1, length, heads, head_size), jnp.bfloat16) for heads in (4, 2, 2, 4)]
 
 
 def with_gradients(attend: Any) -> Any:
@@ -51,9 +51,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("implementation", "head_size", "name"),
     [
-        # Each head size has a loop of its own kind in Mosaic's kernels.
-        ("pallas_gpu", 64, CAUSAL), ("pallas_gpu", 64, DETERMINISTIC), ("pallas_gpu", 128, WINDOW),
-        ("pallas_gpu", 128, CAUSAL), ("pallas_gpu", 256, DETERMINISTIC), ("pallas_gpu", 256, CAUSAL),
+        # Each head size has a loop of its own kind in Mosaic's kernels. Masks are looked at with small heads, which are
+        # lowered sooner.
+        ("pallas_gpu", 64, CAUSAL), ("pallas_gpu", 64, WINDOW), ("pallas_gpu", 64, DETERMINISTIC),
+        ("pallas_gpu", 128, CAUSAL), ("pallas_gpu", 256, DETERMINISTIC),
         ("pallas_triton", 64, WINDOW), ("pallas_triton", 128, CAUSAL),
     ],
 )  # fmt: skip
@@ -74,18 +75,3 @@ def test_a_ring_of_eight_under_check_vma(implementation: str, head_size: int, na
     assert "collective_permute" in text
     names = set(re.findall(r"ringjax_[a-z_]+", text))
     assert "ringjax_forward" in names and len(names) >= 2, "kernels of both passes"
-
-
-@everywhere
-def test_a_ring_of_stacked_shards(implementation: str) -> None:
-    config = ringjax.RingConfig(implementation=implementation)
-
-    def of_rank(q: Any, k: Any, v: Any) -> Any:
-        return ringjax.ring_attention(q, k, v, config=config, is_causal=True, layout="zigzag")
-
-    text = lowered(
-        with_gradients(jax.vmap(of_rank, axis_name="sp")),
-        arrays(2, length=256),
-        AbstractMesh((), (), abstract_device=H100),
-    )
-    assert "ringjax_forward" in text and "collective_permute" not in text

@@ -65,6 +65,7 @@ def test_lowers_for_cuda(dtype: Any, size: int, options: dict[str, Any]) -> None
     assert text.count("__gpu$xla.gpu.triton") == 6  # forward, dkv, dq: two hops
     for name in ("ringjax_forward", "ringjax_dkv", "ringjax_dq"):
         assert name in text
+    assert "collective_permute" not in text
 
 
 # ------------------------------------------------------------------------------------------------ tile sizes
