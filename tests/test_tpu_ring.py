@@ -24,21 +24,22 @@ MASKS = {
 }
 
 
-# A window makes a short ring on every generation alike: on the smallest chip, and where a chip is two devices.
-CASES = [*((generation, "zigzag, D = 128") for generation in SLICES), *((g, "window, D = 64") for g in ("v5e", "v7x"))]
+# What becomes of a short ring, which a window leaves, and of one both ways round is no matter of the generation: one is
+# compiled where a chip is two devices, the other for the smallest chip, which routes to neighbours alone.
+CASES = [*((generation, "zigzag, D = 128") for generation in SLICES), ("v7x", "window, D = 64")]
 
 
 @pytest.mark.parametrize(("generation", "mask"), CASES)
 def test_a_ring_of_8(generation, mask):
     """Forward and backward in one program, grouped heads, bfloat16. One compilation each: all is asserted on it.
 
-    Without a window one more, both ways round.
+    On v5e one more, both ways round.
     """
     options: dict[str, Any] = dict(seq_len=4096, heads=4, kv_heads=2, backward=True, **MASKS[mask])
     report = inspect_ring(SLICES[generation], **options)
     every_permute_hides_behind_a_kernel(report, 7 if mask.startswith("zigzag") else 2)
     only_the_keys_in_sight_travel_and_no_more_often_than_planned(report)
-    if mask.startswith("zigzag"):
+    if generation == "v5e":
         each_way_round_carries_half(report, inspect_ring(SLICES[generation], direction="both", **options))
 
 
@@ -201,16 +202,14 @@ def test_loops_hold_nothing_but_kernels_and_permutes():
             assert all(op.arrays() == [("f32", (1, 4, 4096, 128))] for op in adds)
 
 
-def test_a_ring_over_64_chips_of_v5e_stays_asynchronous():
-    near = inspect_ring("v5e:8x8", seq_len=65536, heads=4, kv_heads=2, head_dim=128, is_causal=True, **SMALL)
-    assert near.num_synchronous == 0 and near.num_hidden == near.num_permutes == 2 * 63
-
-
 @pytest.mark.parametrize(("backward", "rings"), [(False, (8, 64)), (True, (8, 1024))])
 def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_doubles(backward, rings):
-    """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p. The tiles, of VMEM, compile faster than the default ones."""
+    """1,048,576 tokens, 16 heads of 128, bfloat16, on v5p. The tiles, of VMEM, compile faster than the default ones.
+
+    The larger ring takes no larger program: the loop is rolled.
+    """
     report = inspect_ring(
-        "v5p:8x8x16", ring=8, sweep=rings, seq_len=2**20, heads=16, head_dim=128, is_causal=True,
+        "v5p:8x8x16", ring=rings[1], sweep=rings, seq_len=2**20, heads=16, head_dim=128, is_causal=True,
         backward=backward, block_q=512, block_kv=512,
     )  # fmt: skip
     peaks = {row.ring: row.peak_bytes for row in report.scaling if row.peak_bytes is not None}
@@ -219,12 +218,7 @@ def test_memory_of_a_million_tokens_is_near_the_floor_and_halves_as_the_ring_dou
     for ring, peak in peaks.items():
         assert 1 <= peak / floors[ring] < 1.15, ring
         assert abs(peak * ring / (peaks[8] * 8) - 1) < 0.1, ring
-
-
-def test_4096_chips_take_no_larger_program_than_few():
-    """The loop is rolled."""
-    sizes = {"heads": 16, "kv_heads": 4, "head_dim": 128, "is_causal": True, "backward": True, **SMALL}
-    report = inspect_ring("v5p:16x16x16", seq_len=2**22, **sizes)
-    assert report.program.ring == 4096 and report.num_synchronous == 0
-    assert len(report.kernels) <= 8 and sum(report.kernels.values()) == 2 * 4096
-    assert sum(permute.times for permute in report.exposed) == 2
+    passes = 2 if backward else 1
+    assert report.program.ring == rings[1] and report.num_synchronous == 0
+    assert len(report.kernels) <= 4 * passes and sum(report.kernels.values()) == passes * rings[1]
+    assert sum(permute.times for permute in report.exposed) == 2 * (passes - 1)
