@@ -59,20 +59,18 @@ CASES = {
     "a hop between": Case(q_length=384, blocks=3, block_length=256, growth=25.0),
     "striped window": Case(causal=True, layout="striped", window=90, scale=-0.2),
     "positions as arrays": Case(causal=True, window=70, as_arrays=True),
-    "lengths": Case(q_present=150, k_present=170),
     "zigzag and lengths": Case(causal=True, layout="zigzag", q_present=150, k_present=140, soft_cap=2.0),
-    "rows with nothing to visit on the last hop": Case(q_length=512, blocks=4, causal=True, size=128, v_size=128),
+    "rows with nothing to visit on the last hop": Case(q_length=384, blocks=3, causal=True, size=128, v_size=128),
     "packed, sinks, cap": Case(causal=True, segments=True, sinks=True, soft_cap=2.0),
     # The maximum of the first tile is far from that of the others: what was guessed is taken back.
     "slots used again, logits that grow": Case(blocks=1, block_length=1024, growth=25.0),
-    "ragged": Case(q_length=200, block_length=136, causal=True),
-    "values of another size": Case(v_size=128, causal=True),
+    "ragged, values of another size": Case(q_length=200, block_length=136, causal=True, v_size=128),
     "carry through registers": Case(size=256, v_size=256, causal=True, blocks=3, q_length=128, block_length=64),
     "a NaN that some attend to": Case(causal=True, bad_value=100),
     "NaN that absent queries alone attend to": Case(
         causal=True, layout="zigzag", bad_value=160, bad_key=160, q_present=150
     ),
-    "an absent NaN": Case(bad_value=180, bad_key=180, k_present=170),
+    "lengths and an absent NaN": Case(bad_value=180, bad_key=180, q_present=150, k_present=170),
     "a NaN among the logits": Case(causal=True, layout="striped", bad_key=99),
     # Few queries: heads are rows, keys are split.
     "one query, ragged": Case(q_length=1, blocks=1, block_length=600, k_present=500, sinks=True, size=128, v_size=128),
