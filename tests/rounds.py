@@ -9,7 +9,17 @@ a file, or a test of it, with or without its parameters.
 """
 
 # Long files without a slow test: they start first.
-LONG = ("test_conformance", "test_mosaic_interpret", "test_strategies", "test_transforms")
+LONG = (
+    "test_conformance",
+    "test_mosaic_interpret",
+    "test_mosaic_mask",
+    "test_pages",
+    "test_poison",
+    "test_promises",
+    "test_properties",
+    "test_strategies",
+    "test_transforms",
+)
 
 # A worker runs whole files, so that what the tests of a file share is compiled once. Long files are split, so that no
 # worker is left alone with one. Of these a worker runs all tests of one name:
