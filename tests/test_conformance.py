@@ -35,7 +35,7 @@ def in_words(cell: profiles.Cell) -> str:
 
 def of_cells(*features: str) -> Any:
     """The cells of these features: the README's command has what users compile; a later JAX has the largest rings of
-    XLA's kernel, and every feature on one of the kernels that it interprets, in turn."""
+    XLA's kernel, and every feature on one of the kernels that it interprets, in turn, with few optimisations."""
 
     def marks(number: int, x: profiles.Cell) -> list[Any]:
         breadth = [] if x.as_users else [pytest.mark.breadth]
@@ -112,7 +112,7 @@ def test_float64(implementation: str, name: str, layout: str) -> None:
     assert worst < 1e-13
 
 
-@every("stripe", (2, 5), (5,))
+@every("stripe", (2,), (5,))
 def test_wide_stripes(implementation: str, stripe: int) -> None:
     case = cases.Case(
         "stripes", 51, 51, is_causal=True, window=(20, 0), key_lengths=(37, 51), segments="one", num_heads=2
@@ -123,7 +123,7 @@ def test_wide_stripes(implementation: str, stripe: int) -> None:
     cases.assert_matches(case, inputs, result)
 
 
-@every("num_shards", (1, 5), (1, 3))
+@every("num_shards", (1, 5), (3,))
 def test_default_blocks(implementation: str, num_shards: int) -> None:
     # The user who tunes nothing: block sizes are then the implementation's own choice.
     case = cases.BY_NAME["causal_cross_soft_cap"]
@@ -185,8 +185,7 @@ def test_sixteen_bit_gradients_on_the_wire(implementation: str) -> None:
     case = cases.BY_NAME["causal_gqa"]
     inputs = cases.make_inputs(case, jnp.bfloat16)
     truth = cases.run_oracle(case, inputs)
-    num_shards = min(4, cases.PROFILES[implementation].largest)
-    ring = dict(layout="zigzag", num_shards=num_shards, implementation=implementation)
+    ring = dict(layout="zigzag", num_shards=4 if implementation == "xla" else 2, implementation=implementation)
     run = functools.partial(cases.run_ring, case, inputs, **ring)
     wide, narrow = run(), run(dkv_dtype="bfloat16")
     for name, want in truth.items():
@@ -215,7 +214,7 @@ def _bfloat16_rms(implementation: str, is_causal: bool, num_shards: int) -> dict
     return {name: cases.errors(result.values[name], truth[name])[1] for name in truth}
 
 
-@every("is_causal", (False, True), (True,))
+@every("is_causal", (False,), (True,))
 def test_bfloat16_error_does_not_grow_with_the_ring(implementation: str, is_causal: bool) -> None:
     largest = 8 if implementation == "xla" else 2
     one = _bfloat16_rms(implementation, is_causal, 1)
@@ -257,7 +256,9 @@ def test_head_sizes_and_lengths_that_no_tile_divides() -> None:
 # --- kernels of which no interpreter runs all ------------------------------------------------------------------------
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
-LOWERED = [cell for profile in cases.PROFILES.values() if profile.on_cpu == "lowered"
+# A ring of two has twice the kernels: two of them are lowered, and every carry in tests/test_mosaic_forward.py.
+LOWERED = [cell._replace(num_shards=cell.num_shards if cell.feature in ("causal_gqa", "everything") else 1)
+           for profile in cases.PROFILES.values() if profile.on_cpu == "lowered"
            for cell in profiles.matrix(profile, tuple(cases.BY_NAME))]  # fmt: skip
 
 
@@ -271,4 +272,4 @@ def test_lowers_for_a_gpu(cell: profiles.Cell) -> None:
     program, arrays = cases.stacked_program(case, inputs, config, **ring)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         text = program.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert "ringjax_forward" in text and "ringjax_backward" in text
+    assert "ringjax_forward" in text and "ringjax_backward" in text and "collective_permute" not in text
