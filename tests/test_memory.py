@@ -53,7 +53,7 @@ def test_twice_the_devices_is_half_the_memory(name: str, backward: bool) -> None
 @both_ways
 @pytest.mark.parametrize("name", OPTIONS)
 def test_memory_is_linear_in_the_sequence(name: str, backward: bool) -> None:
-    ratio = footprint(name, 8, backward, 2 * LENGTH) / footprint(name, 8, backward)
+    ratio = footprint(name, 4, backward, 2 * LENGTH) / footprint(name, 4, backward)
     assert ratio <= 2.05
 
 

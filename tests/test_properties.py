@@ -70,7 +70,7 @@ def test_any_problem(kernel: Any, case: Any, layout: Any, blocks: Any, seed: int
     check(kernel, case, layout, blocks, seed)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(**ANY)
 def test_any_other_problem(kernel: Any, case: Any, layout: Any, blocks: Any, seed: int) -> None:
     """Examples follow from a test's name: these are others."""

@@ -62,6 +62,8 @@ def in_two_hops(case: cases.Case, inputs: cases.Inputs, tiles: TileSizes) -> cas
 )  # fmt: skip
 def test_tiles_of_a_chip(name: str, tiles: str) -> None:
     case = hops.LARGE[name]
+    if not name.endswith("whole tiles"):  # these alone have more K/V heads than one: the interpreter takes its time
+        case = dataclasses.replace(case, num_heads=2, num_kv_heads=1)
     inputs = cases.make_inputs(case)
     cases.assert_matches(case, inputs, in_two_hops(case, inputs, TILES[tiles]))
 
@@ -158,7 +160,9 @@ def races():
 @pytest.mark.parametrize("name", ["causal_gqa", "everything"])
 def test_no_races(races: Any, name: str) -> None:
     # Whole tiles: the simulating interpreter gives aliased results with ragged ones the wrong shape (JAX 0.10 to 0.12).
-    case = dataclasses.replace(cases.BY_NAME[name], query_length=64, key_length=64, batch=1)
+    case = dataclasses.replace(
+        cases.BY_NAME[name], query_length=64, key_length=64, num_heads=2, num_kv_heads=1, batch=1
+    )
     if case.key_lengths is not None:
         case = dataclasses.replace(case, query_lengths=(60,), key_lengths=(37,))
     inputs = cases.make_inputs(case)
