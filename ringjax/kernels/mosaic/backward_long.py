@@ -108,6 +108,7 @@ class _Kernel:
             gpu.clean(place, there.q_smem.at[slot], there.dout_smem.at[slot], rows_smem=there.rows_smem.at[slot])
         if not self._ahead(place):
             products = self._products(place, slot)
+        assert products is not None
         lse, k_start = gpu_load(lse_smem, COLUMNS), place.tile * BLOCK
         p, slope = gpu.transposed_softmax(self.static, self.x, place, now, tile, products, lse, delta_smem, k_start)
         weights = p.astype(self.x.q.dtype)
@@ -154,7 +155,8 @@ class _Kernel:
 
             following[...] = pl.run_scoped(products_after, _LOGITS)
 
-        dk, following = pl.run_state(multiply)((plgpu.WGMMAAccumulatorRef.init(dk), dp))
+        results: Any = pl.run_state(multiply)((plgpu.WGMMAAccumulatorRef.init(dk), dp))
+        dk, following = results
         plgpu.barrier_arrive(there.queries_consumed.at[slot])
         return dk, following
 
