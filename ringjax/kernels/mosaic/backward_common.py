@@ -30,6 +30,7 @@ _COMPUTE_BARRIER, _OWN_BARRIER = 8, 9
 
 # The last one runs fastest: programs of one head share in the cache what passes by.
 GRID_NAMES = ("batch", "head", "tile")
+_MOST_PROGRAMS = 65_535  # along any other axis of CUDA's than the last
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
@@ -201,9 +202,11 @@ def run_over_keys(
         run_program(lambda place: _load(static, inputs, there, place), compute)
 
     batch, k_length, kv_heads, _ = x.k.shape
-    grid = dict(zip(GRID_NAMES, (batch, kv_heads, -(-k_length // static.block_kv)), strict=True))
-    if static.masked:  # the first keys of all heads first: of a causal mask they have the most queries
-        grid = {"tile": grid.pop("tile"), **grid}
+    tiles = -(-k_length // static.block_kv)
+    grid = dict(zip(GRID_NAMES, (batch, kv_heads, tiles), strict=True))
+    if static.masked and tiles <= _MOST_PROGRAMS:
+        # The first keys of all heads first: of a causal mask they have the most queries.
+        grid = {"batch": batch, "tile": tiles, "head": kv_heads}
     added, (dk, dv) = gpu_kernel(
         body,
         leaves,

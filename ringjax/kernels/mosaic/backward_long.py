@@ -3,8 +3,8 @@
 Two compute warpgroups cannot hold half of the keys each, as in backward_keys.py: dk and dv of long heads leave no
 registers for dq. So a program owns 64 keys, and each of its warpgroups one of the two sums: one computes p and dv, the
 other ds and dk, and half of the columns of dq each. p goes from one to the other through SMEM in float32, ds back in 16
-bits. Logits are worked on transposed, keys along rows, as there: p^T and ds^T are left operands in
-registers, and the logits of the next tile follow at once.
+bits. Logits are worked on transposed, keys along rows, as there: p^T and ds^T are left operands in registers, and the
+logits of the next tile follow at once, as far as there are registers for it.
 
 SMEM is busier than the tensor cores: a product whose operands both lie there takes as long to read as to multiply. That
 is why q k^T is not divided between the warpgroups, which would read each operand twice.
