@@ -86,7 +86,8 @@ def _operands(op: Op) -> tuple[str, ...]:
 
 def _line(op: Op) -> str:
     inside = ", ".join(f"%{name}" for name in _operands(op)) if op.operands else op.inside
-    left_out = () if _is_kernel(op) else ("op_name=",)
+    # The name says which kernel it is, and of a permute which pass.
+    left_out = () if _is_kernel(op) or op.opcode in _PERMUTES else ("op_name=",)
     left_out = left_out if _is_scalar(op) else (*left_out, "calls=")
     attributes = [part for part in re.findall(_KEPT, op.attributes) if not part.startswith(left_out)]
     kind = re.sub(r"\{[^}]*\}|/\*[^*]*\*/", "", op.type)

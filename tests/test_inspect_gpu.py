@@ -282,7 +282,10 @@ def test_the_ring_of_8_gpus(topology, implementation):
     assert (report.num_hidden, report.num_permutes, report.num_synchronous) == (42, 44, 0)
     assert sum(permute.times for permute in report.exposed) == 2
     assert all(permute.source is None and permute.dtype == "bf16" for permute in report.exposed), "dK and dV"
-    assert 1 <= report.compiled.peak_bytes / report.floor_bytes < 1.3
+    # XLA's kernel writes logits to memory on GPUs: of a tile, up to 2^20 a head, some times over.
+    logits = 4 * SIZES["heads"] * 2**20 if implementation == "xla" else 0
+    peak, floor = report.compiled.peak_bytes, report.floor_bytes
+    assert floor <= peak < 1.3 * floor + 3 * logits
     assert sum(isinstance(event, Loop) for event in report.order) == 2
     json.dumps(report.to_json())
 
