@@ -232,6 +232,16 @@ def test_rows_with_nothing_to_attend_between_others(head_size: int, implementati
     np.testing.assert_allclose(ours[:, 1], theirs[:, 1], atol=0.02, rtol=0.02)
 
 
+def on_one_device(case: cases.Case, implementation: str, deterministic: bool) -> Any:
+    """inputs -> out, lse and gradients, by one compiled program."""
+    options = dict(num_shards=1, layout="contiguous")
+    program = cases.ring_program(
+        case, implementation=implementation, interpret=False, block_q=None, block_kv=None,
+        deterministic=deterministic, **options,
+    )  # fmt: skip
+    return lambda inputs: cases.run_ring(case, inputs, program=program, **options).values
+
+
 @needs_gpu
 @pytest.mark.parametrize(
     ("head_size", "implementation", "dtype"), on_kernels((64, BF16), (128, BF16), (256, BF16), (128, F32))
@@ -244,12 +254,7 @@ def test_bad_numbers_reach_only_those_that_attend(
     size = 700
     case = cases.Case("one bad token", size, size, 2, 1, head_size, head_size, is_causal=True, window=(170, 0))
     clean = cases.make_inputs(case, dtype)
-    options = dict(num_shards=1, layout="contiguous")
-    program = cases.ring_program(
-        case, implementation=implementation, interpret=False, block_q=None, block_kv=None,
-        deterministic=deterministic, **options,
-    )  # fmt: skip
-    run = lambda inputs: cases.run_ring(case, inputs, program=program, **options).values  # noqa: E731
+    run = on_one_device(case, implementation, deterministic)
     want, sees, token = run(clean), attended(case, clean)[0], 421
     here = np.arange(size)[None] == token
     here = np.concatenate([here, ~here & False])  # of the first sequence alone
@@ -282,13 +287,9 @@ def test_same_bits_on_two_runs(implementation: str, dtype: Any, deterministic: b
     """By default all but dq, which Mosaic's backward sums in the order in which its programs arrive."""
     case = enlarged(cases.BY_NAME["causal_gqa"], 128)
     inputs = cases.make_inputs(case, dtype)
-    options = dict(num_shards=1, layout="contiguous")
-    program = cases.ring_program(
-        case, implementation=implementation, interpret=False, block_q=None, block_kv=None,
-        deterministic=deterministic, **options,
-    )  # fmt: skip
-    first, second = (cases.run_ring(case, inputs, program=program, **options) for _ in range(2))
-    for name, value in first.values.items():
+    run = on_one_device(case, implementation, deterministic)
+    first, second = run(inputs), run(inputs)
+    for name, value in first.items():
         if name == "dquery" and implementation == "pallas_gpu" and not deterministic:
             continue
-        np.testing.assert_array_equal(value, second.values[name], err_msg=name)
+        np.testing.assert_array_equal(value, second[name], err_msg=name)

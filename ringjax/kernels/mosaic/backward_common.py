@@ -109,6 +109,18 @@ class Static:
         return self.params.scale > 0
 
 
+@dataclasses.dataclass(frozen=True)
+class OverKeys:
+    """What a program of a kernel that owns keys works on."""
+
+    static: Static
+    x: Inputs
+    dq: Any  # refs. None: not asked for
+    dk: Any
+    dv: Any
+    there: Operands
+
+
 def rows_of(lse: Array, delta: Array, scale: float, length: int) -> Array:
     """lse in base 2 and delta, [B, N, 2, length]. Where nothing is attended, p = exp2(-inf) = 0.
 
@@ -186,7 +198,7 @@ def run_over_keys(
     """Runs a kernel that owns keys.
 
     Args:
-      kernel: of static, inputs, dq, dk, dv, operands and the scratch, all but the first refs; has ``compute(place)``.
+      kernel: an :class:`OverKeys`, which takes the scratch besides and has ``compute(place)``.
       dq: what is added to. None: not asked for.
       dk, dv: types.
     """

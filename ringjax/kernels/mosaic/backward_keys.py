@@ -29,7 +29,7 @@ from jaxtyping import Array
 from ..._compat import gpu_load
 from . import backward_common as gpu
 from . import ptx
-from .backward_common import BLOCK_KV, COMPUTE_WARPGROUPS, Inputs, Operands, Place, Static, Tile
+from .backward_common import BLOCK_KV, COMPUTE_WARPGROUPS, Inputs, Place, Static, Tile
 from .common import COLUMNS, smem_tile, zeros
 from .tiles import WARPGROUP_ROWS
 
@@ -54,13 +54,7 @@ def run(static: Static, x: Inputs, dq: Array | None, dk: Any, dv: Any) -> tuple[
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    static: Static
-    x: Inputs
-    dq: Any  # refs. None: not asked for
-    dk: Any
-    dv: Any
-    there: Operands
+class _Kernel(gpu.OverKeys):
     ds_smem: Any  # [2, keys, queries]: ds^T
     sums_smem: Any  # [2, warpgroups, 64, 64]: float32 on its way to GMEM
 

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from ..._compat import gpu_load
 from . import backward_common as gpu
 from . import ptx
-from .backward_common import COMPUTE_WARPGROUPS, Inputs, Operands, Place, Static, Tile
+from .backward_common import COMPUTE_WARPGROUPS, Inputs, Place, Static, Tile
 from .common import COLUMNS, MATRIX, smem_tile, zeros
 from .tiles import WARPGROUP_ROWS, WARPGROUP_THREADS
 
@@ -60,13 +60,7 @@ def finished_dq(dq: Array, length: int, size: int) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    static: Static
-    x: Inputs
-    dq: Any  # refs. None: not asked for
-    dk: Any
-    dv: Any
-    there: Operands
+class _Kernel(gpu.OverKeys):
     p_smem: Any  # [keys, queries], float32: p^T times the slope
     ds_smem: Any  # [keys, queries]: ds^T
 
