@@ -6,8 +6,8 @@ Checked with JAX 0.10.2, 0.11.2 and 0.12.0.
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import mesh as _mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
 
 
 def axis_is_bound(name: str) -> bool:
@@ -107,6 +109,23 @@ def take(x: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
 def shape_like(shape: tuple[int, ...], dtype: Any, reference: Any) -> jax.ShapeDtypeStruct:
     """The shape of a Pallas output that varies over the manual axes over which the reference varies."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(reference).manual_axis_type)
+
+
+def in_one_operation(collectives: Callable[[T], T]) -> Callable[[T], T]:
+    """The same collectives, as one operation of XLA for GPUs, in which NCCL sends and receives everything at once.
+
+    That XLA runs one operation of the wire behind a kernel, and awaits any other before it. JAX 0.10 cannot say which
+    belong together; there they stay several.
+
+    Args:
+      collectives: does nothing else, and has a result for every argument, in their order.
+    """
+    try:
+        from jax.experimental.xla_metadata import xla_metadata_call
+    except ImportError:
+        return collectives
+    # XLA inlines other calls before it looks for groups.
+    return xla_metadata_call(collectives, _collectives_group="", inlineable="false")
 
 
 def tpu_interpreter_is_forced() -> bool:

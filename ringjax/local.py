@@ -219,6 +219,8 @@ def ring_spec(
         ),
         unroll=call.unroll,
         dkv_dtype=config.dkv_dtype,
+        # An axis of vmap sends nothing.
+        one_operation=call.platform == "gpu" and set(axis_names) <= set(_compat.manual_axes()),
     )
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from ._compat import in_one_operation
 from .exchange import Gather
 from .kernels.base import Block, Carry, Kernel, KernelParams, Upstream
 from .partial import attends_to_nothing, wide
@@ -40,6 +41,7 @@ class RingSpec:
     unroll: int
     dkv_dtype: str
     routes: tuple[Route, ...] = (Route(),)  # a part of every block takes each of them
+    one_operation: bool = False  # what travels at the same time is sent in one, see _compat.in_one_operation
 
 
 class ShardMask(Protocol):
@@ -99,8 +101,9 @@ def _ring_fwd(
 def _ring_bwd(spec: RingSpec, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
     q, k, v, sinks, mask, out, lse, saved, rest, sink = residuals
     dout, dlse = cotangents
-    # Otherwise XLA takes the first rotation of backward for that of forward, and keeps its block in memory in between.
-    k, v, mask, dout = jax.lax.optimization_barrier((k, v, mask, dout))
+    # Otherwise XLA takes the first rotation of backward for that of forward, and keeps its block in memory in between;
+    # or it begins with backward's, where dout does not depend on the output, and forward's then hides behind nothing.
+    k, v, mask, dout, lse = jax.lax.optimization_barrier((k, v, mask, dout, lse))
     dtype = wide(q.dtype)
     wide_out = out.astype(dtype) if rest is None else out.astype(dtype) + _head_major(rest).astype(dtype)
     delta = jnp.sum(wide_out * dout.astype(dtype), axis=-1) - dlse
@@ -202,6 +205,21 @@ def _home(spec: RingSpec, k: Array, v: Array, mask: ShardMask) -> tuple[_Place, 
     return _Place(blocks, ((),) * len(streams)), streams
 
 
+class _Move(NamedTuple):
+    """What is to travel by ``shift`` offsets: a tree for every stream."""
+
+    trees: tuple[Any, ...]
+    shift: int
+
+
+class _Departure(NamedTuple):
+    """Sums that leave a hop for another, or for home if it is the last that works on these keys."""
+
+    move: _Move
+    comes_home: bool
+    keys: Keys | None
+
+
 class _Sums(NamedTuple):
     """Sums of dK and dV of every stream. None: nothing yet, and always in forward."""
 
@@ -250,12 +268,11 @@ def _walk(
     axis_name = spec.axis_names[len(home.owners[0])]
     rank = jax.lax.axis_index(axis_name)
     home = home._replace(owners=tuple((*owner, rank) for owner in home.owners))
-    rotate = functools.partial(_rotate, axis_name, size, streams)
+    rotate = functools.partial(_rotate, spec, axis_name, size, streams)
 
-    def moved(source: _Place, keys: Keys | None, hop: Hop) -> _Place:
-        """What arrives for a hop, where there are these keys of the blocks."""
-        blocks = rotate([_narrow(block, keys, hop.keys) for block in source.blocks], hop.shift)
-        return _Place(blocks, owners_after(source, hop))
+    def moving(source: _Place, keys: Keys | None, hop: Hop) -> _Move:
+        """What a hop wants of the blocks, of which there are these keys."""
+        return _Move(tuple(_narrow(block, keys, hop.keys) for block in source.blocks), hop.shift)
 
     def owners_after(source: _Place, hop: Hop) -> tuple[tuple[Array, ...], ...]:
         return tuple(
@@ -282,8 +299,9 @@ def _walk(
         arrived: dict[str, Any] = {}
         new = []
         for number in range(len(streams)):
-            for kind in [kind for kind in trees if turn_of[kind] == number]:
-                arrived[kind] = rotate(trees.pop(kind), waiting[kind][1])
+            kinds_now = [kind for kind in trees if turn_of[kind] == number]
+            moves = [_Move(trees.pop(kind), waiting[kind][1]) for kind in kinds_now]
+            arrived.update(zip(kinds_now, rotate(moves), strict=True))
             state, parts = work(number, here, held, state, False)
             state, parts, arrived, trees = jax.lax.optimization_barrier((state, parts, arrived, trees))
             new.append(parts)
@@ -296,13 +314,21 @@ def _walk(
         hop, last = hops[index], index == len(hops) - 1
         if len(streams) > 1 and hop.inner is None and sums.strand is not None and not last:
             return in_turns(index, here, state, sums)
-        arriving = here
+        # Issued before the kernel, used after it: the next block, and the sums of the previous hop.
+        moves, leaving = [], [] if sums.strand is None else departures(hops[index - 1], hop, sums.strand)
         if not last:
             from_home = hops[index + 1].first
-            arriving = moved(home if from_home else here, held if from_home else hop.keys or held, hops[index + 1])
-        # Issued before the kernel, used after it: the sums of the previous hop travel while this hop is computed.
-        if sums.strand is not None:
-            sums = moved_on(hops[index - 1], hop, sums)
+            source, keys = (home, held) if from_home else (here, hop.keys or held)
+            moves.append(moving(source, keys, hops[index + 1]))
+        arrived = rotate([*moves, *(one.move for one in leaving)])
+        arriving = here if last else _Place(arrived.pop(0), owners_after(source, hops[index + 1]))
+        if leaving:
+            sums = sums._replace(strand=None)
+        for one, strand in zip(leaving, arrived, strict=True):
+            if one.comes_home:
+                sums = sums._replace(landed=land(sums.landed, strand, one.keys))
+            else:
+                sums = sums._replace(strand=strand)
         state, new = _walk(
             spec, streams, hop.inner, here, hop.keys or held, state, work, finish and last, not schedule.is_full
         )
@@ -315,17 +341,18 @@ def _walk(
             arriving, state, sums = jax.lax.optimization_barrier((arriving, state, sums))
         return arriving, state, sums
 
-    def moved_on(before: Hop, hop: Hop, sums: _Sums) -> _Sums:
-        """The sums where ``hop`` needs them; those of keys that go no further go home."""
-        strand, landed = sums
+    def departures(before: Hop, hop: Hop, strand: Any) -> list[_Departure]:
+        """How the sums of a hop leave it: to where ``hop`` needs them, or home, those of keys that go no further."""
         if hop.first:
-            return _Sums(None, land(landed, rotate(strand, before.homeward), before.keys))
-        if before.keys != hop.keys:
-            for gone in _beyond(before.keys or held, hop.keys, home.blocks[0].k.shape[2]):
-                pieces = [_part(x, before.keys or held, gone) for x in strand]
-                landed = land(landed, rotate(pieces, before.homeward), gone)
-            strand = tuple(_part(x, before.keys or held, hop.keys) for x in strand)
-        return _Sums(rotate(strand, hop.shift), landed)
+            return [_Departure(_Move(strand, before.homeward), True, before.keys)]
+        if before.keys == hop.keys:
+            return [_Departure(_Move(strand, hop.shift), False, hop.keys)]
+        of = lambda keys: tuple(_part(x, before.keys or held, keys) for x in strand)  # noqa: E731
+        gone = _beyond(before.keys or held, hop.keys, home.blocks[0].k.shape[2])
+        return [
+            *(_Departure(_Move(of(keys), before.homeward), True, keys) for keys in gone),
+            _Departure(_Move(of(hop.keys), hop.shift), False, hop.keys),
+        ]
 
     def land(landed: Any, strand: Any, keys: Keys | None) -> Any:
         return _land(landed, strand, held, keys, [block.k.shape[2] for block in home.blocks])
@@ -340,7 +367,8 @@ def _walk(
 
     here, sums = home, _Sums()
     if hops[0].shift % size:  # an axis within one that brings only what others need
-        here = moved(home, held, hops[0])
+        (blocks,) = rotate([moving(home, held, hops[0])])
+        here = _Place(blocks, owners_after(home, hops[0]))
     for _, group in itertools.groupby(range(len(hops)), kind):
         indices = list(group)
         if len(indices) <= max(spec.unroll, 1):
@@ -351,11 +379,12 @@ def _walk(
             (here, state, sums), _ = jax.lax.scan(body, (here, state, sums), length=len(indices), unroll=spec.unroll)
     if sums.strand is None or not come_home:
         return state, sums.strand
-    strand = rotate(sums.strand, hops[-1].homeward)
+    (strand,) = rotate([_Move(sums.strand, hops[-1].homeward)])
     inner = hops[-1].inner if schedule.is_full else None
     for name in spec.axis_names[len(home.owners[0]) :]:
         if inner is not None:
-            strand = _rotate(name, inner.num_shards, streams, strand, inner.hops[-1].homeward)
+            homeward = _Move(strand, inner.hops[-1].homeward)
+            (strand,) = _rotate(spec, name, inner.num_shards, streams, [homeward])
             inner = inner.hops[-1].inner
     return state, land(sums.landed, strand, hops[-1].keys)
 
@@ -371,11 +400,27 @@ def _shifted(owner: Array, route: Route, shift: int, size: int) -> Array:
     return jnp.asarray(route.sources(shift, size), jnp.int32)[owner]
 
 
-def _rotate(axis_name: str, size: int, streams: tuple[_Stream, ...], trees: Any, shift: int) -> tuple[Any, ...]:
-    """Move every device's view of each stream by ``shift`` offsets, along its route. Blocks, dK and dV alike."""
-    return tuple(
-        rotate(tree, axis_name, shift, size, stream.route) for tree, stream in zip(trees, streams, strict=True)
-    )
+def _rotate(
+    spec: RingSpec, axis_name: str, size: int, streams: tuple[_Stream, ...], moves: list[_Move]
+) -> list[tuple[Any, ...]]:
+    """Move every device's view of each stream, along its route. Blocks, dK and dV alike, all of them at once."""
+
+    def run(trees: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        return [
+            tuple(rotate(tree, axis_name, shift, size, stream.route) for tree, stream in zip(each, streams, strict=True))
+            for each, shift in zip(trees, shifts, strict=True)
+        ]
+
+    shifts = [move.shift for move in moves if move.shift % size]
+    trees = [move.trees for move in moves if move.shift % size]
+    if spec.one_operation and trees:
+        # Arguments of an operation of several have the layout of their shape, and XLA would transpose to it.
+        order = _by_token if spec.kernel.TOKEN_MAJOR else lambda x: x
+        trees = jax.tree.map(order, in_one_operation(run)(jax.tree.map(order, trees)))
+    else:
+        trees = run(trees)
+    arrived = iter(trees)
+    return [next(arrived) if move.shift % size else move.trees for move in moves]
 
 
 def rotate(tree: Any, axis_name: str, shift: int, size: int, route: Route = Route()) -> Any:  # noqa: B008  frozen
@@ -458,3 +503,8 @@ def _add(a: Any, b: Any) -> Any:
 def _head_major(x: Float[Array, "B L N H"]) -> Float[Array, "B N L H"]:
     """Swap sequence and heads, either way: kernels want the sequence next to the features."""
     return jnp.swapaxes(x, 1, 2)
+
+
+def _by_token(x: Array) -> Array:
+    """Blocks and sums with the heads behind the tokens, and back; what is of tokens alone stays."""
+    return _head_major(x) if x.ndim == 4 else x

@@ -78,7 +78,13 @@ class Kernel(Protocol):
 
     Must be deterministic: the same bits on every run; where that costs speed, only if ``params.deterministic``. NaN or
     Inf in a key or value reaches only queries that attend to it. Absent tokens take part in nothing.
+
+    Attributes:
+      TOKEN_MAJOR: whether it reads its arrays in memory as [B, L, N, H]. What travels has that order where XLA cannot
+        choose one.
     """
+
+    TOKEN_MAJOR: bool
 
     def forward(self, block: Block, params: KernelParams, carry: Carry | None, *, finish: bool) -> Carry | Finished:
         """Fold one block into the running softmax.

@@ -21,6 +21,7 @@ from .base import Block, Finished, Gradients, KernelParams, Upstream
 from .softmax import Normaliser, factor, normaliser, scores, slope, to_save, weights
 from .visits import Visits, nth_in_range, plan_visits
 
+TOKEN_MAJOR = False  # see ringjax.kernels.base.Kernel
 # 256 x 256 float32 logits (256 KiB) stay in a core's cache, and fewer PARTIAL tiles than with larger ones; see
 # docs/optimisation-log.md.
 _DEFAULT_TILE = 256

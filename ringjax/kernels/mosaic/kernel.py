@@ -17,6 +17,8 @@ from . import decode as decode_kernel
 from . import forward as forward_kernel
 from . import tiles as tile_sizes
 
+TOKEN_MAJOR = True  # see ringjax.kernels.base.Kernel
+
 
 def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish: bool) -> Partial | Finished:
     """See :class:`ringjax.kernels.base.Kernel`. The carry's maximum is in base 2, its acc padded."""

@@ -16,6 +16,8 @@ from . import forward as forward_kernel
 from .online import Running
 from .tiles import decode_tiles, tile_sizes
 
+TOKEN_MAJOR = False  # see ringjax.kernels.base.Kernel
+
 
 def forward(block: Block, params: KernelParams, carry: Running | None, *, finish: bool) -> Running | Finished:
     """See :class:`ringjax.kernels.base.Kernel`."""

@@ -12,6 +12,8 @@ from . import forward as forward_kernel
 from .common import token_major
 from .tiles import tile_sizes
 
+TOKEN_MAJOR = True  # see ringjax.kernels.base.Kernel
+
 
 def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish: bool) -> Partial | Finished:
     """See :class:`ringjax.kernels.base.Kernel`."""
