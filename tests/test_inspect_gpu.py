@@ -13,11 +13,11 @@ from record_gpu_order import DATA, RECORDINGS, THRESHOLD, cut
 from typer.testing import CliRunner
 
 from ringjax.cli import app
-from ringjax.inspect import InspectError, Report, inspect_ring, picture, text
+from ringjax.inspect import InspectError, Report, inspect_ring, picture, text, wire
 from ringjax.inspect import compile as compiler
 from ringjax.inspect.gpus import GPUS, Hosts, target_config
 from ringjax.inspect.hlo import parse
-from ringjax.inspect.order import Done, Launch, Loop, Start, kernels, permutes, read_order
+from ringjax.inspect.order import Done, Event, Launch, Loop, Start, kernels, permutes, read_order
 from ringjax.inspect.topology import parse_topology
 from ringjax.inspect.work import pairs
 
@@ -267,6 +267,80 @@ def test_a_start_may_be_awaited_at_once():
 def test_other_custom_calls_are_no_kernels():
     order = read_order(PROGRAM.replace("TARGET", "xla.gpu.ext.memcpy").replace("IS_SYNC", "false"))
     assert kernels(order) == {}
+
+
+PAIRS = "source_target_pairs={{0,1},{1,0}}"
+# K, V and the segments of keys, in one group. Inside, the lines stand in any order, and two arrays share a permute.
+GROUP = f"""HloModule ring, is_scheduled=true
+
+%sent (v.1: bf16[2,4], s.1: s32[2], k.1: bf16[2,4]) -> (bf16[2,4], s32[2], bf16[2,4]) {{
+  %k.1 = bf16[2,4]{{1,0}} parameter(2)
+  %s.1 = s32[2]{{0}} parameter(1)
+  %v.1 = bf16[2,4]{{1,0}} parameter(0)
+  %both = (bf16[2,4]{{1,0}}, s32[2]{{0}}) collective-permute(%k.1, %s.1), {PAIRS}, {AWAITED.replace("IS_SYNC", "true")}
+  %s.2 = s32[2]{{0}} get-tuple-element(%both), index=1
+  %k.2 = bf16[2,4]{{1,0}} get-tuple-element(%both), index=0
+  %v.2 = bf16[2,4]{{1,0}} collective-permute(%v.1), {PAIRS}, {AWAITED.replace("IS_SYNC", "true")}
+  ROOT %all = (bf16[2,4]{{1,0}}, s32[2]{{0}}, bf16[2,4]{{1,0}}) tuple(RESULTS)
+}}
+
+ENTRY %main (q: bf16[2,4], k: bf16[2,4], v: bf16[2,4], s: s32[2]) -> (bf16[2,4], bf16[2,4]) {{
+  %q = bf16[2,4]{{1,0}} parameter(0)
+  %k = bf16[2,4]{{1,0}} parameter(1)
+  %v = bf16[2,4]{{1,0}} parameter(2)
+  %s = s32[2]{{0}} parameter(3)
+LINES
+  %v.3 = bf16[2,4]{{1,0}} get-tuple-element(%here.1), index=0
+  %k.3 = bf16[2,4]{{1,0}} get-tuple-element(%here.1), index=2
+  %v.4 = bf16[2,4]{{1,0}} collective-permute(%v.3), {PAIRS}
+  %k.4 = bf16[2,4]{{1,0}} collective-permute(%k.3), {PAIRS}
+  ROOT %out = (bf16[2,4]{{1,0}}, bf16[2,4]{{1,0}}) tuple(%k.4, %v.4)
+}}
+"""
+_TUPLE = "(bf16[2,4]{1,0}, s32[2]{0}, bf16[2,4]{1,0})"
+GO = (
+    f"  %go.1 = ({_TUPLE}, {_TUPLE}) async-start(%v, %s, %k), calls=%sent, "
+    'metadata={op_name="jit(f)/transpose(jvp(f))/xla_metadata_call"}'
+)
+RUN = '  %run.1 = bf16[2,4]{1,0} custom-call(%q, %k), custom_call_target="mosaic_gpu_v2"'
+AWAIT = f"  %here.1 = {_TUPLE} async-done(%go.1)"
+
+
+def group(*lines: str, results: str = "%v.2, %s.2, %k.2") -> tuple[Event, ...]:
+    """The order of the program with the group and these lines, on a ring of two."""
+    return read_order(GROUP.replace("LINES", "\n".join(lines)).replace("RESULTS", results), wire.Devices((1, 2)))
+
+
+def test_a_group_is_as_many_collectives_as_it_has_arrays():
+    sent = {"kind": "permute", "axis": 0, "shift": 1}
+    first = {"name": "go.1", "asynchronous": True, "backward": True, **sent}
+    then = {"asynchronous": False, **sent}
+    assert group(GO, RUN, AWAIT) == (
+        Start(dtype="bf16", shape=(2, 4), bytes=16, source=1, **first),
+        Start(dtype="s32", shape=(2,), bytes=8, source=3, **first),
+        Start(dtype="bf16", shape=(2, 4), bytes=16, source=2, **first),
+        Launch("run.1"),
+        Done("go.1"),
+        # What arrived is what was sent, and travels on.
+        Start(name="v.4", dtype="bf16", shape=(2, 4), bytes=16, source=2, **then),
+        Start(name="k.4", dtype="bf16", shape=(2, 4), bytes=16, source=1, **then),
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "hidden"),
+    [((GO, RUN, AWAIT), True), ((GO, AWAIT, RUN), False), ((RUN, GO, AWAIT), False)],
+    ids=["between", "after", "before"],
+)
+def test_a_group_is_hidden_or_not_together(lines, hidden):
+    sent = [one for one in permutes(group(*lines)) if one.name == "go.1"]
+    assert [one.hidden for one in sent] == [hidden] * 3 and all(one.asynchronous for one in sent)
+
+
+def test_what_arrives_is_read_from_the_group_itself():
+    """A group that gives its results in another order than it takes its operands."""
+    on = group(GO, RUN, AWAIT, results="%k.2, %s.2, %v.2")[-2:]
+    assert [one.source for one in on if isinstance(one, Start)] == [1, 2], "%v.3 is K, %k.3 is V"
 
 
 # --- the compiler ----------------------------------------------------------------------------------------------------

@@ -113,13 +113,13 @@ ENTRY"""
 @pytest.mark.parametrize(("bound", "step", "times"), [(4, 1, 4), (31, 2, 16), (1, 5, 1), (0, 1, 0)])
 def test_trip_counts(bound, step, times):
     module = parse(program(lines(START, DONE), bound=bound, step=step))
-    assert trip_count(module, module.entry.by_name["loop"], Scope(module.entry)) == times
+    assert trip_count(module, module.entry.by_name["loop"], Scope(module, module.entry)) == times
 
 
 def test_trip_counts_that_depend_on_data_are_not_guessed():
     text = program(lines(START, DONE)).replace("constant(0)", "custom-call()")
     module = parse(text)
-    assert trip_count(module, module.entry.by_name["loop"], Scope(module.entry)) is None
+    assert trip_count(module, module.entry.by_name["loop"], Scope(module, module.entry)) is None
     with pytest.raises(HloError, match="how often it runs cannot be read"):
         read_order(text)
     standing = program(lines(START, DONE), step=0)
@@ -140,7 +140,7 @@ ENTRY"""
     text = program(lines(START, DONE), bound=9).replace("\nENTRY", fused)
     text = text.replace("add(%count, %one)", "fusion(%count), kind=kLoop, calls=%step")
     module = parse(text)
-    assert trip_count(module, module.entry.by_name["loop"], Scope(module.entry)) == 5
+    assert trip_count(module, module.entry.by_name["loop"], Scope(module, module.entry)) == 5
 
 
 def test_what_was_computed_has_no_source():

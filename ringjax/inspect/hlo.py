@@ -174,14 +174,22 @@ _SCALAR = re.compile(r"^(s32|u32|s64|u64|pred)\[\](\{[^}]*\})?$")
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """A computation, and who called it with what: the while loop around it, in its own scope."""
+    """A computation, and who called it with what: a loop, or a group of collectives, in the scope around it."""
 
+    module: Module
     computation: Computation
     caller: Op | None = None
     around: "Scope | None" = None
 
+    def inside(self, caller: Op, attribute: str) -> "Scope":
+        """Of the computation that an op here names by this attribute."""
+        return Scope(self.module, self.module.computations[caller.called[attribute][0]], caller, self)
+
     def origin(self, name: str) -> "tuple[Op, Scope, int | None]":
-        """The op that first made this value, and which part of its tuple: moves, loops and tuples are seen through."""
+        """The op that first made this value, and which part of its tuple.
+
+        Moves, loops, tuples and groups of collectives are seen through.
+        """
         op, scope, part = self.computation.by_name[name], self, None
         for _ in range(10_000):
             if op.opcode == "get-tuple-element":
@@ -192,6 +200,9 @@ class Scope:
                 op = scope.computation.by_name[op.operands[0]]
             elif op.opcode == "parameter" and scope.caller is not None and scope.around is not None:
                 op, scope = scope.around.computation.by_name[scope.caller.operands[op.index]], scope.around
+            elif op.opcode == "async-start":
+                scope = scope.inside(op, "calls")
+                op = scope.computation.root  # the part stays: the result of an operation of several is a tuple
             elif op.opcode in ("recv", "recv-done"):
                 op, part = scope.computation.by_name[self._sent(scope.computation, op)], None
             elif op.opcode in _MOVES or (op.opcode == "fusion" and len(op.operands) == 1 and part is None):

@@ -8,9 +8,9 @@ in the same computation, in the order of the lines. A kernel in a loop between t
 a permute in one iteration of a loop and end it in another, so the order within the body is the order of every
 iteration. A permute in the body of a loop counts as often as the loop runs.
 
-A permute here is one array that travels. The compiler for GPUs sends several in one operation, which then is as many
-permutes of one name, hidden or not together. It may also mark an operation as one to be awaited at once, although it
-has a start and a done: that is a synchronous permute.
+A permute here is one array that travels. The compiler for GPUs sends several in one operation, a permute of several
+arrays or a group of collectives: it is as many permutes of one name, hidden or not together. It may also mark an
+operation as one to be awaited at once, although it has a start and a done: that is a synchronous permute.
 
 All of this holds of the other collectives too: keys that are gathered, sums of their gradients that are scattered,
 tokens that are exchanged for heads. Between slices of TPUs a permute is a message from host to host: what is received
@@ -118,7 +118,7 @@ def read_order(text: str, devices: wire.Devices | None = None) -> Order:
     module = parse(text)
     everything = [op for computation in module.computations.values() for op in computation.ops]
     pallas = any(_PALLAS.search(op.attributes) for op in everything if op.opcode == "custom-call")
-    return _Reader(module, pallas, devices).read(Scope(module.entry))
+    return _Reader(module, pallas, devices).read(Scope(module, module.entry))
 
 
 # By the name that HLO gives them. What is sent to another slice is known by what is received from it.
@@ -141,37 +141,46 @@ class _Reader:
     def read(self, scope: Scope) -> Order:
         events: list[Event] = []
         for op in scope.computation.ops:
-            sent = self._collective(op)
-            if sent is not None:
-                events += self._starts(op, sent, scope)
+            sent = list(self._sent(op, scope))
+            if sent:
+                events += [start for each in sent for start in self._starts(op, *each)]
             elif op.opcode.endswith("-done") and self._is_awaited(op, scope):
                 events.append(Done(op.operands[0]))
             elif op.called or op.opcode == "custom-call":
                 events += self._caller(op, scope)
         return tuple(events)
 
-    def _collective(self, op: Op) -> Op | None:
-        """The collective that this op issues: itself, or what an asynchronous call or a fusion of it calls."""
+    def _sent(self, op: Op, scope: Scope) -> Iterator[tuple[Op, Scope]]:
+        """The collectives that this op issues, and their scopes: itself, or what an asynchronous call or fusion calls."""
         if op.opcode.removesuffix("-start") in _KINDS:
-            return op
-        inside = self.module.inside(op) if op.opcode == "async-start" or _is_scatter(op) else ()
-        return next((inner for inner in inside if inner.opcode in _KINDS), None)
+            yield op, scope
+        elif op.opcode == "async-start" or _is_scatter(op):
+            yield from self._within(scope.inside(op, "calls"))
+
+    def _within(self, scope: Scope) -> Iterator[tuple[Op, Scope]]:
+        for op in scope.computation.ops:
+            if op.opcode in _KINDS:
+                yield op, scope
+            elif "calls" in op.called:
+                yield from self._within(scope.inside(op, "calls"))
 
     def _is_awaited(self, done: Op, scope: Scope) -> bool:
         start = scope.computation.by_name[done.operands[0]]
-        return self._collective(start) is not None and _is_asynchronous(start)
+        return any(self._sent(start, scope)) and _is_asynchronous(start)
 
     def _starts(self, op: Op, sent: Op, scope: Scope) -> list[Start]:
-        kind = "reduce_scatter" if _is_scatter(op) else _KINDS[sent.opcode.removesuffix("-start")]
-        if op.opcode == "recv":
-            names: tuple[str, ...] = (op.name,)
-            arrays = op.arrays()[:1]
+        """One collective that an op issues, in the collective's own scope: an event for every array of it."""
+        is_scatter = scope.caller is not None and _is_scatter(scope.caller)
+        kind = "reduce_scatter" if is_scatter else _KINDS[sent.opcode.removesuffix("-start")]
+        if sent.opcode == "recv":
+            names: tuple[str, ...] = (sent.name,)
+            arrays = sent.arrays()[:1]
         elif kind == "permute":
             # The type of a start is (operands, results, contexts), where several operands are a tuple of their own.
-            several = op.type.startswith("((" if op.opcode == "collective-permute-start" else "(")
-            names, arrays = op.operands if several else op.operands[:1], op.arrays()
+            several = sent.type.startswith("((" if sent.opcode == "collective-permute-start" else "(")
+            names, arrays = sent.operands if several else sent.operands[:1], sent.arrays()
         else:
-            names = op.operands
+            names = sent.operands
             arrays = [scope.computation.by_name[name].arrays()[0] for name in names]
         count, route = 2, wire.Route()
         if kind == "permute":
@@ -179,6 +188,8 @@ class _Reader:
         else:
             count, axis = wire.group(sent.attributes, self.devices)
             route = wire.Route(axis)
+        # Only what issues a group says to which pass it belongs.
+        backward = any("transpose(" in each.attributes for each in (op, sent))
         found = []
         for name, (dtype, shape) in zip(names, arrays, strict=False):
             source = scope.argument(name)
@@ -186,7 +197,7 @@ class _Reader:
             found.append(
                 Start(
                     name=op.name, dtype=dtype, shape=shape, bytes=num, asynchronous=_is_asynchronous(op), source=source,
-                    kind=kind, **route._asdict(), backward="transpose(" in sent.attributes,
+                    kind=kind, **route._asdict(), backward=backward,
                 )
             )  # fmt: skip
         return found
@@ -198,10 +209,9 @@ class _Reader:
                 times = trip_count(self.module, op, scope)
                 if times is None:
                     raise HloError(f"the loop {op.name} sends, and how often it runs cannot be read.")
-                body = Scope(self.module.computations[op.called["body"][0]], op, scope)
-                return [Loop(op.name, times, self.read(body))]
+                return [Loop(op.name, times, self.read(scope.inside(op, "body")))]
             if op.opcode == "call":
-                return list(self.read(Scope(self.module.computations[op.called["to_apply"][0]], op, scope)))
+                return list(self.read(scope.inside(op, "to_apply")))
             raise HloError(f"collectives must stand in loops or alone. Got {op.opcode} {op.name} around one.")
         return [Launch(_kernel_name(op))] if self._is_kernel(op, inside) else []
 
