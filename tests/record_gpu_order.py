@@ -2,11 +2,9 @@
 
 Every file of tests/data/ is a program of XLA's compiler for GPUs, cut to the lines that the order is read from, which
 stand as the compiler wrote them but for their attributes and the operands of what only computes. Needs
-pip install "ringjax[cuda]", no GPU; takes some minutes.
+pip install "ringjax[cuda]" on Python 3.12 or later, no GPU; takes some minutes.
 """
 
-import dataclasses
-import os
 import re
 from pathlib import Path
 
@@ -16,41 +14,33 @@ from ringjax.inspect.order import read_order
 from ringjax.inspect.program import Program
 
 DATA = Path(__file__).parent / "data"
-THRESHOLD = "--xla_gpu_collective_permute_combine_threshold_bytes=17179869184"  # 16 GiB
 _SIZES = {"heads": 32, "kv_heads": 8, "head_dim": 128, "value_head_dim": 128, "is_causal": True, "backward": True}
 _SMALL = {**_SIZES, "heads": 8, "kv_heads": 2}
 
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """What was compiled, and with which XLA_FLAGS."""
-
-    program: Program
-    flags: str = ""
-
-
 RECORDINGS = {
-    "h100_mosaic": Recording(Program("h100:8", 8, 2**15, implementation="pallas_gpu", **_SMALL)),
-    "h100_triton": Recording(Program("h100:8", 8, 2**15, implementation="pallas_triton", **_SMALL)),
-    "a100_triton": Recording(Program("a100:8", 8, 2**15, implementation="pallas_triton", **_SMALL)),
-    "h100_million": Recording(Program("h100:8", 8, 2**20, implementation="pallas_gpu", **_SIZES)),
-    "h200_million_combined": Recording(Program("h200:8", 8, 2**20, implementation="pallas_gpu", **_SIZES), THRESHOLD),
+    "h100_mosaic": Program("h100:8", 8, 2**15, implementation="pallas_gpu", **_SMALL),
+    "h100_triton": Program("h100:8", 8, 2**15, implementation="pallas_triton", **_SMALL),
+    "a100_triton": Program("a100:8", 8, 2**15, implementation="pallas_triton", **_SMALL),
+    "h100_million": Program("h100:8", 8, 2**20, implementation="pallas_gpu", **_SIZES),
+    "h100_documents": Program("h100:8", 8, 2**15, implementation="pallas_gpu", segments=True, **_SMALL),
 }
 
 _KEPT = r'custom_call_target="[^"]*"|op_name="[^"]*"|\b(?:index|direction|condition|body|calls)=[%\w.\-]+|"is_sync":\w+'
 _MADE_HERE = ("get-tuple-element", "tuple", "bitcast", "copy", "opt-barrier", "while", "parameter", "constant")
-_PERMUTES = ("collective-permute", "collective-permute-start", "collective-permute-done")
+_PERMUTES = ("collective-permute", "collective-permute-start", "collective-permute-done", "async-start", "async-done")
 _SCALAR = re.compile(r"^(s32|u32|pred)\[\]")
 
 
 def cut(text: str) -> str:
     """The lines of a scheduled program that its order is read from; it reads the same afterwards.
 
-    Kernels, permutes, loops and what leads to their operands are kept, and scalars, as loops count with them.
+    Kernels, permutes, groups of them, loops and what leads to their operands are kept, and scalars, as loops count with
+    them.
     """
     module = parse(text)
-    bodies = [op for computation in module.computations.values() for op in computation.ops if op.opcode == "while"]
-    names = {module.entry.name} | {name for op in bodies for called in op.called.values() for name in called}
+    everything = [op for computation in module.computations.values() for op in computation.ops]
+    callers = [op for op in everything if op.opcode in ("while", "async-start")]
+    names = {module.entry.name} | {name for op in callers for called in op.called.values() for name in called}
     kept = [computation for computation in module.computations.values() if computation.name in names]
     scalars = {name for one in kept for op in one.ops if _is_scalar(op) for name in op.called.get("calls", ())}
     kept = [one for one in module.computations.values() if one.name in names | scalars]
@@ -88,7 +78,7 @@ def _line(op: Op) -> str:
     inside = ", ".join(f"%{name}" for name in _operands(op)) if op.operands else op.inside
     # The name says which kernel it is, and of a permute which pass.
     left_out = () if _is_kernel(op) or op.opcode in _PERMUTES else ("op_name=",)
-    left_out = left_out if _is_scalar(op) else (*left_out, "calls=")
+    left_out = left_out if _is_scalar(op) or op.opcode == "async-start" else (*left_out, "calls=")
     attributes = [part for part in re.findall(_KEPT, op.attributes) if not part.startswith(left_out)]
     kind = re.sub(r"\{[^}]*\}|/\*[^*]*\*/", "", op.type)
     parts = [f"{'ROOT ' if op.is_root else ''}%{op.name} = {kind} {op.opcode}({inside})", *attributes]
@@ -97,13 +87,11 @@ def _line(op: Op) -> str:
 
 def record(name: str) -> None:
     """Compiles, cuts and writes one; what was cut must read as the whole did."""
-    recording = RECORDINGS[name]
-    os.environ["XLA_FLAGS"] = recording.flags
-    compiled = compile_ring(recording.program)
+    compiled = compile_ring(RECORDINGS[name])
     text = cut(compiled.text)
     assert read_order(text) == read_order(compiled.text)
     versions = ", ".join(f"{package} {version}" for package, version in compiled.versions.items())
-    told = f"// Recorded by python tests/record_gpu_order.py, {versions}\n// XLA_FLAGS={recording.flags}"
+    told = f"// Recorded by python tests/record_gpu_order.py, {versions}"
     head, _, rest = text.partition("\n")
     (DATA / f"{name}.hlo.txt").write_text(f"{head}\n{told}\n{rest}", encoding="utf-8")
 

@@ -151,7 +151,6 @@ ONCE = (
     "test_faces",
     "test_generate",
     "test_gpu",
-    "test_hopper",
     "test_house",
     "test_inspect",
     "test_inspect_order",

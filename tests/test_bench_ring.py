@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import ringjax
-from ringjax.bench import ring, ring_measure, ring_peers, ring_programs, ring_table, ring_torch
+from ringjax.bench import ring, ring_measure, ring_peers, ring_table, ring_torch
 from ringjax.bench.ring_measure import Measured
 from ringjax.bench.ring_peers import Peer
 from ringjax.bench.ring_programs import OURS, Left, Problem, Program, factors, programs, strategies_for
@@ -91,24 +91,6 @@ def test_heads_that_do_not_divide_are_named():
     assert [one.label for one in found if one.kernel == "P"] == ["plain all-gather, P", "one device, P"]
 
 
-def test_where_xla_is_told_something_its_defaults_are_timed_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ring_programs, "ring_options", lambda kind, ring, flags: {"flag": 1} if ring > 1 else {})
-    problem = Problem(Shape(1, 48, 4, 4, 8), is_causal=False)
-    config = ringjax.RingConfig(implementation="xla")
-    found, _ = programs(problem, jax.devices()[:4], [("ring",), ("all_gather",), ("ring", "ring")], [], config)
-    told = {one.name: one.options for one in found if one.strategy}
-    ways = [
-        (name, way)
-        for name in ("ring", "ring 2 x ring 2")
-        for way in (("", ", both ways") if name == "ring" else ("",))
-    ]
-    assert told == {
-        **{f"{name}{way}": {"flag": 1} for name, way in ways},
-        **{f"{name}{way}, XLA's defaults": {} for name, way in ways},
-        "all_gather": {},
-    }
-
-
 def program(name: str, kernel: str, *, strategy: tuple[str, ...] = (), count: int = 2) -> Program:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     sizes = (count,) if count > 1 else ()
@@ -150,7 +132,7 @@ def test_ratios_are_of_rounds():
     assert math.isclose(rows[3].tflops, 4 * 2 * 1000**2 * 8 / 4e-3 / 1e12), "on one device"
     assert [one.name for one in group.left] == ["plain Ulysses", "the plan's ring x ring on 2 x 2"]
     slow = ring_table.conclude(problem, "fwd", measured, [], [((2,), ("ring",))])
-    # What is not the planner's to choose, flags and meshes, is nothing to compare it with.
+    # What is not the planner's to choose, directions and meshes, is nothing to compare it with.
     faster = [
         dataclasses.replace(given[1][0], **{"name": "x", **change}) for change in ({"variant": "x"}, {"sizes": (1, 2)})
     ]

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import ringjax
 from ringjax import RingConfig
-from ringjax.kernels.choose import Target, choose
+from ringjax.kernels.choose import Target, choose, is_hopper
 
 
 def call(query: Any = (2, 16, 4, 8), key: Any = (2, 16, 2, 8), value: Any = (2, 16, 2, 8), **options: Any) -> Any:
@@ -214,6 +214,19 @@ def test_mosaic_on_a_gpu_that_is_no_hopper(kind: str) -> None:
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("sp",), abstract_device=device)):
         with pytest.raises(ValueError, match=f"'pallas_triton' or 'xla' on '{kind}'. Got 'pallas_gpu'"):
             jax.eval_shape(attend, x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hopper"),
+    [
+        ("NVIDIA H100 80GB HBM3", True), ("NVIDIA H200", True), ("NVIDIA GH200 480GB", True),
+        ("NVIDIA H100 PCIe", True), ("NVIDIA H20", True), ("NVIDIA H800", True),
+        ("NVIDIA A100-SXM4-80GB", False), ("NVIDIA B200", False), ("NVIDIA GB200", False), ("NVIDIA L40S", False),
+        ("AMD Instinct MI300X", False), ("", False),
+    ],
+)  # fmt: skip
+def test_which_gpus_are_hopper(kind: str, hopper: bool) -> None:
+    assert is_hopper(Target(platform="gpu", device_kind=kind)) is hopper
 
 
 H100, A100, L40S, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA T4"

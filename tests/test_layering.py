@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedule",),
     ("deal", "mask", "partial"),
     ("layout",),
-    ("config", "files", "simulate", "hopper", "mesh", "packing", "units", "usage"),
+    ("config", "files", "simulate", "mesh", "packing", "units", "usage"),
     ("_compat", "pairs"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -209,9 +209,7 @@ def test_importing_ringjax_loads_neither_flax_nor_pallas():
     "path", [path for path in SOURCES if room_of(path) == "training"], ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_training_uses_the_public_surface(path: Path):
-    assert imported_rooms(path) <= {
-        "", "nnx", "linen", "models", "training", "files", "simulate", "hopper", "units"
-    }  # fmt: skip
+    assert imported_rooms(path) <= {"", "nnx", "linen", "models", "training", "files", "simulate", "units"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -103,21 +103,17 @@ def compile_group(
     left: list[Left] = []
     waiting: dict[int, concurrent.futures.Future[Any]] = {}
     first: dict[Any, int] = {}
-    traced: dict[Any, Any] = {}  # variants of one strategy differ in the compiler's options alone
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for index, program in enumerate(found):
             try:
-                if program.attend not in traced:
-                    run = jax.jit(directed(program.attend, direction), out_shardings=program.sharding)
-                    traced[program.attend] = run.lower(*data.of(program))
-                lowered = traced[program.attend]
+                run = jax.jit(directed(program.attend, direction), out_shardings=program.sharding)
+                lowered = run.lower(*data.of(program))
                 # One mesh or two of the same sizes: the text says which devices talk to which.
-                key = lowered.as_text(), program.layout, program.num_devices, tuple(program.options.items())
+                key = lowered.as_text(), program.layout, program.num_devices
                 if first.setdefault(key, index) != index:
                     same[index] = first[key]
                     continue
-                options: Any = dict(program.options)
-                waiting[index] = pool.submit(lowered.compile, compiler_options=options or None)
+                waiting[index] = pool.submit(lowered.compile)
             except Exception as error:  # whatever it is, the others go on
                 left.append(Left(program.name, program.kernel, reason_of(error)))
         for index, future in waiting.items():

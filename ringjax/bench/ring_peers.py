@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ringjax.hopper import is_hopper
+from ringjax.kernels.choose import Target, is_hopper
 
 Attend = Callable[..., jax.Array]  # attend(q, k, v, *, offset, window)
 PEERS = ("flash_attention_3", "cudnn", "xla")
@@ -86,7 +86,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int | None, window
 
 def _flash_attention_3(device: Any, library: Path | None) -> Peer:
     name = "FlashAttention-3"
-    if device.platform != "gpu" or not is_hopper(device.device_kind):
+    if device.platform != "gpu" or not is_hopper(Target(platform=device.platform, device_kind=device.device_kind)):
         return Peer(name, None, f"needs an NVIDIA Hopper GPU. Got {device.device_kind!r}.")
     file = library or _installed()
     if file is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 import ringjax
 from ringjax.bench.ring_peers import Attend, Peer
 from ringjax.bench.timing import Shape
-from ringjax.hopper import ring_options
 from ringjax.layout import as_layout, ring_order
 
 OURS = "ringjax"
@@ -77,7 +75,6 @@ class Program:
       strategy: ours, one word for each axis; empty for what is written by hand.
       variant: of a strategy, in its name too: not what a call does by itself.
       sizes: of the axes of the mesh.
-      options: of the compiler.
     """
 
     name: str
@@ -88,7 +85,6 @@ class Program:
     strategy: tuple[str, ...] = ()
     variant: str = ""
     sizes: tuple[int, ...] = ()
-    options: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def num_devices(self) -> int:
@@ -166,13 +162,7 @@ def _ours(
         ring = max((n for word, n in zip(words, sizes, strict=True) if word == "ring"), default=1)
         # With two devices both ways lead to the same one, and under a window blocks take the shorter way in any case.
         ways = ("forward", "both") if ring > 2 and problem.window is None else ("forward",)
-        options = ring_options(devices[0].device_kind, ring, os.environ.get("XLA_FLAGS", ""))
-        for way in ways:
-            program = _strategy(problem, devices, words, sizes, way, config, name, options)
-            found.append(program)
-            if options:  # the same function, so that it is traced once
-                variant = f"{program.variant}, XLA's defaults"
-                found.append(dataclasses.replace(program, name=name + variant, variant=variant, options={}))
+        found += [_strategy(problem, devices, words, sizes, way, config, name) for way in ways]
     return found, left
 
 
@@ -184,7 +174,6 @@ def _strategy(
     direction: str,
     config: ringjax.RingConfig,
     name: str,
-    options: dict[str, int],
 ) -> Program:
     axes = ("sp",) if len(sizes) == 1 else ("outer", "inner")
     mesh = Mesh(np.asarray(devices).reshape(sizes), axes)
@@ -208,7 +197,6 @@ def _strategy(
         strategy=words,
         variant=variant,
         sizes=sizes,
-        options=options,
     )
 
 

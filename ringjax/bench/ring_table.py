@@ -32,8 +32,8 @@ class Row:
       difference, largest_difference: of the results from those of the first program, relative to its norm and its
         largest entry. None: not compared.
       same_as: the earlier one of ours that compiles to the same program, and whose time this is.
-      plan: of the planner's choice, this time over that of the fastest of ours on the same mesh, one direction and one
-        set of flags alike, which are not the planner's to choose; None: it chose another.
+      plan: of the planner's choice, this time over that of the fastest of ours on the same mesh, one direction alike,
+        which is not the planner's to choose; None: it chose another.
       rounds: the times.
     """
 
@@ -131,7 +131,7 @@ def conclude(
 
 
 def _is_chosen(program: Program, chosen: Sequence[tuple[tuple[int, ...], tuple[str, ...]]]) -> bool:
-    """The plan says neither a direction nor flags: those that the call takes without being told."""
+    """The plan says no direction: that which the call takes without being told."""
     return (program.sizes, program.strategy) in chosen and not program.variant
 
 

@@ -5,16 +5,12 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from ..hopper import COMBINE, COMBINE_BYTES, is_hopper
 from ..planner import documents
 from ..units import size, table
 from .cycles import base_name
-from .gpus import Hosts
 from .order import Done, Launch, Loop, Order, Start
 from .program import Program
 from .report import RANK, Payload, Report, carries
-
-_FLAG = f"--{COMBINE}"
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -115,11 +111,6 @@ def _order(report: Report) -> Iterator[str]:
         names = sorted(f"{name} ({times} x {size(num)})" for (name, times), num in sent.items())
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         yield f"no kernel runs behind {', '.join(names[:6])}{more}"
-    where = report.program.slice
-    # On an A100 fewer hide with the flag.
-    if sync and isinstance(where, Hosts) and is_hopper(where.gpu.kind) and _FLAG not in report.compiled.flags:
-        yield "this compiler lets one operation run behind a kernel, and sends small arrays alone in one: to make it"
-        yield f"send large ones so too, set XLA_FLAGS={_FLAG}={COMBINE_BYTES}"
     issued = "issued: " + _abridged(list(_issued(report.order, report)))
     yield from textwrap.wrap(issued, 112, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     counts: dict[str, int] = {}

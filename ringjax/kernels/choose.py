@@ -5,6 +5,7 @@ A new backend is a folder beside this file, with ``kernel.py`` in it, and an ent
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 
 from .._compat import tpu_interpreter_is_forced
 from ..config import RingConfig
-from ..hopper import is_hopper
 from .base import Kernel
+
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in the names that JAX gives devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,9 @@ def _anything(target: Target) -> bool:
     return True
 
 
-def _is_hopper(target: Target) -> bool:
-    return is_hopper(target.device_kind)
+def is_hopper(target: Target) -> bool:
+    """Whether it is a GPU of NVIDIA's Hopper generation."""
+    return _HOPPER.search(target.device_kind) is not None
 
 
 def _is_ampere_or_later(target: Target) -> bool:
@@ -77,7 +80,7 @@ BACKENDS = (
     Backend(name="pallas_tpu", module="tpu.kernel", platform="tpu", dtypes=_UP_TO_32, interpretable=True),
     Backend(
         name="pallas_gpu", module="mosaic.kernel", platform="gpu", dtypes=_HALF, largest_head=256,
-        runs_on=_is_hopper, devices="Hopper GPUs (H100, H200)",
+        runs_on=is_hopper, devices="Hopper GPUs (H100, H200)",
     ),
     Backend(
         name="pallas_triton", module="triton.kernel", platform="gpu", dtypes=_UP_TO_32, interpretable=True,

@@ -145,10 +145,6 @@ class _Run:
             *self.steps.batches.notes,
             *([f"held out: {_amount(held_out.corpus)}"] if held_out is not None else []),
             *([f"data: these files are empty: {corpus.empty}"] if corpus.empty else []),
-            *(
-                f"compiled with {name}={value}, so that permutes hide behind kernels; XLA_FLAGS may name another value"
-                for name, value in functions.compiler_options.items()
-            ),
         ]
 
     def go(self, start: Start, console: Console, leader: bool) -> Outcome:

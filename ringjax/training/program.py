@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import ringjax
-from ringjax.hopper import ring_options
 from ringjax.nnx import Decoder, DecoderConfig, param_shardings
 
 from .config import NUM_BYTES, Config, Optimizer
@@ -69,14 +67,6 @@ class Functions:
         """Sequences that run at a time, over all devices."""
         return self.part["tokens"].shape[0]
 
-    @property
-    def compiler_options(self) -> dict[str, int]:
-        """XLA's options for the step alone, beside XLA_FLAGS; none for an abstract mesh: nothing is compiled for it."""
-        if not isinstance(self.mesh, Mesh):
-            return {}
-        kind = self.mesh.devices.flat[0].device_kind
-        return ring_options(kind, size_of(self.mesh, self.config.axis_name), os.environ.get("XLA_FLAGS", ""))
-
     def jit_init(self) -> Any:
         """Creates each parameter in place, sharded; none ever exists whole."""
         return jax.jit(self.init, out_shardings=self.state_shardings)
@@ -122,7 +112,7 @@ class Functions:
         Raises:
           ConfigError: as trace_step.
         """
-        return self.trace_step().lower().compile(compiler_options=self.compiler_options or None)
+        return self.trace_step().lower().compile()
 
     def compile_measure(self) -> Any:
         """`measure`, compiled; takes `params` of the state and a `part`."""
@@ -131,8 +121,7 @@ class Functions:
         run = jax.jit(
             self.measure, in_shardings=(self.state_shardings.params, parts), out_shardings=(everywhere, everywhere)
         )
-        lowered: Any = run.trace(self.state.params, self.part).lower()
-        return lowered.compile(compiler_options=self.compiler_options or None)
+        return run.trace(self.state.params, self.part).lower().compile()
 
 
 def build(
