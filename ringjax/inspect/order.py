@@ -151,7 +151,7 @@ class _Reader:
         return tuple(events)
 
     def _sent(self, op: Op, scope: Scope) -> Iterator[tuple[Op, Scope]]:
-        """The collectives that this op issues, and their scopes: itself, or those of an asynchronous call or a fusion."""
+        """The collectives that this op issues, and their scopes: itself, or those of an asynchronous call or fusion."""
         if op.opcode.removesuffix("-start") in _KINDS:
             yield op, scope
         elif op.opcode == "async-start" or _is_scatter(op):
