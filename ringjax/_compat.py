@@ -120,12 +120,13 @@ def in_one_operation(collectives: Callable[[T], T]) -> Callable[[T], T]:
     Args:
       collectives: does nothing else, and has a result for every argument, in their order.
     """
-    try:
-        from jax.experimental.xla_metadata import xla_metadata_call
-    except ImportError:
+    from jax.experimental import xla_metadata
+
+    call: Any = getattr(xla_metadata, "xla_metadata_call", None)
+    if call is None:
         return collectives
     # XLA inlines other calls before it looks for groups.
-    return xla_metadata_call(collectives, _collectives_group="", inlineable="false")
+    return call(collectives, _collectives_group="", inlineable="false")
 
 
 def tpu_interpreter_is_forced() -> bool:

@@ -42,6 +42,7 @@ class Call:
     unroll: int
     platform: str
     device_kind: str
+    one_operation: bool  # what travels at the same time is sent in one
     interpreted: bool  # the kernel runs in Pallas' interpreter
     cycles: tuple[tuple[int, ...], ...] = ()  # of ranks, for config.rings of more than one
     # Of the whole sequences, where they were padded: what lies beyond is absent.
@@ -220,7 +221,7 @@ def ring_spec(
         unroll=call.unroll,
         dkv_dtype=config.dkv_dtype,
         # An axis of vmap sends nothing.
-        one_operation=call.platform == "gpu" and set(axis_names) <= set(_compat.manual_axes()),
+        one_operation=call.one_operation and set(axis_names) <= set(_compat.manual_axes()),
     )
 
 

@@ -315,13 +315,14 @@ def _walk(
         if len(streams) > 1 and hop.inner is None and sums.strand is not None and not last:
             return in_turns(index, here, state, sums)
         # Issued before the kernel, used after it: the next block, and the sums of the previous hop.
-        moves, leaving = [], [] if sums.strand is None else departures(hops[index - 1], hop, sums.strand)
+        moves, source = [], here
+        leaving = [] if sums.strand is None else departures(hops[index - 1], hop, sums.strand)
         if not last:
             from_home = hops[index + 1].first
             source, keys = (home, held) if from_home else (here, hop.keys or held)
             moves.append(moving(source, keys, hops[index + 1]))
         arrived = rotate([*moves, *(one.move for one in leaving)])
-        arriving = here if last else _Place(arrived.pop(0), owners_after(source, hops[index + 1]))
+        arriving = _Place(arrived.pop(0), owners_after(source, hops[index + 1])) if moves else here
         if leaving:
             sums = sums._replace(strand=None)
         for one, strand in zip(leaving, arrived, strict=True):
@@ -406,8 +407,9 @@ def _rotate(
     """Move every device's view of each stream, along its route. Blocks, dK and dV alike, all of them at once."""
 
     def run(trees: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        ways = [stream.route for stream in streams]
         return [
-            tuple(rotate(tree, axis_name, shift, size, stream.route) for tree, stream in zip(each, streams, strict=True))
+            tuple(rotate(tree, axis_name, shift, size, way) for tree, way in zip(each, ways, strict=True))
             for each, shift in zip(trees, shifts, strict=True)
         ]
 

@@ -15,7 +15,9 @@ from .._compat import tpu_interpreter_is_forced
 from ..config import RingConfig
 from .base import Kernel
 
-_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in the names that JAX gives devices
+# In the names that JAX gives devices.
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+_BLACKWELL = re.compile(r"\bG?B(100|200|300)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,18 @@ def _anything(target: Target) -> bool:
 def is_hopper(target: Target) -> bool:
     """Whether it is a GPU of NVIDIA's Hopper generation."""
     return _HOPPER.search(target.device_kind) is not None
+
+
+def in_one_operation(target: Target) -> bool:
+    """Whether what travels at the same time is sent in one operation, see ringjax._compat.in_one_operation.
+
+    On Hopper and Blackwell all of a hop hides then. On an A100 XLA awaits most such operations before the kernel.
+    """
+    if target.platform != "gpu" or not target.device_kind.startswith("NVIDIA"):
+        return False
+    if target.capability is not None:
+        return float(target.capability) >= 9
+    return is_hopper(target) or _BLACKWELL.search(target.device_kind) is not None
 
 
 def _is_ampere_or_later(target: Target) -> bool:
