@@ -57,14 +57,16 @@ def _run(
     carry: Any = None
     for number, block in enumerate(blocks):
         carry = forward(block, carry, finish=number == 1)
-    out, lse, saved, *_ = carry
-    delta = jnp.sum(out * heads["dout"], axis=-1) - heads["dlse"]
+    out, lse, saved, rest, _ = carry
+    wide_out = out.astype(lse.dtype) + (0.0 if rest is None else rest.astype(lse.dtype))
+    delta = jnp.sum(wide_out * heads["dout"].astype(lse.dtype), axis=-1) - heads["dlse"]
     dq, sums = None, []
     for block in blocks:
         dq, dk, dv = backward(block, Upstream(heads["dout"], lse, delta, saved), dq)
         sums.append((dk, dv))
     dk, dv = (jnp.concatenate(parts, axis=2) for parts in zip(*sums, strict=True))
-    return {"out": out, "lse": lse, "dquery": dq, "dkey": dk, "dvalue": dv}
+    grads = {"dquery": dq, "dkey": dk, "dvalue": dv}
+    return {"out": out, "lse": lse, **{name: x.astype(out.dtype) for name, x in grads.items()}}
 
 
 def mask_of(case: cases.Case, segments: Any, start: int, stop: int) -> Mask:

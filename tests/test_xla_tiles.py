@@ -21,15 +21,16 @@ def params_of(case: cases.Case, **options: Any) -> KernelParams:
     return KernelParams(case.head_size**-0.5, case.soft_cap, device_kind=GPU, **options)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("name", "most"), [(name, 2**26) for name in hops.LARGE] + [("full, whole tiles", 2**17)])
-def test_many_heads_at_a_time(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And where memory leaves room for one."""
+def test_many_heads_at_a_time(name: str, most: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where memory leaves room for one. Weights of 16-bit arrays are rounded, as dense attention rounds them."""
     monkeypatch.setattr(xla, "_LOGITS", most)
     case = hops.LARGE[name]
     params = params_of(case, block_q=128, block_kv=256)
     result = hops.in_two_hops(
         case,
-        inputs := cases.make_inputs(case),
+        inputs := cases.make_inputs(case, dtype),
         lambda block, carry, *, finish: xla.forward(block, params, carry, finish=finish),
         lambda block, upstream, carry: xla.backward(block, upstream, params, carry, finish=False),
     )
@@ -44,23 +45,27 @@ def block(batch: int, heads: int, kv_heads: int, lengths: tuple[int, int], of_ke
 
 
 @pytest.mark.parametrize(
-    ("given", "tiles"),
+    ("given", "full", "masked"),
     [
         # (batch, heads, K/V heads, (queries, keys)): rows and K/V heads in a tile, its queries and keys
-        ((1, 32, 8, (4096, 4096)), (1, 8, 1024, 1024)),
-        ((8, 32, 8, (4096, 4096)), (2, 8, 1024, 1024)),
-        ((8, 32, 8, (1, 131072)), (8, 8, 1, 131072)),
-        ((1, 256, 128, (4096, 4096)), (1, 32, 1024, 1024)),
-        ((3, 12, 12, (700, 1400)), (3, 12, 700, 1400)),
+        ((1, 32, 8, (4096, 4096)), (1, 4, 1024, 4096), (1, 8, 1024, 1024)),
+        ((8, 32, 8, (4096, 4096)), (1, 4, 1024, 4096), (2, 8, 1024, 1024)),
+        ((8, 32, 8, (1, 131072)), (8, 8, 1, 131072), (8, 8, 1, 131072)),
+        ((1, 256, 128, (4096, 4096)), (1, 8, 1024, 4096), (1, 32, 1024, 1024)),
+        ((1, 128, 1, (4096, 4096)), (1, 1, 1024, 512), (1, 1, 1024, 512)),
+        ((3, 12, 12, (700, 1400)), (3, 12, 700, 1400), (3, 12, 700, 1400)),
     ],
 )
-def test_a_tile_is_as_large_as_memory_allows(given: Any, tiles: tuple[int, ...]) -> None:
-    found = xla._tiling(block(*given), KernelParams(1.0, device_kind=GPU))
-    assert (found.rows, found.heads, found.block_q, found.block_kv) == tiles
-    assert found.rows * found.heads * found.group * found.block_q * found.block_kv <= xla._LOGITS
-    for kind in ("cpu", "TPU v5 lite"):
-        one = xla._tiling(block(*given), KernelParams(1.0, device_kind=kind))
-        assert (one.rows, one.heads) == (1, 1) and max(one.block_q, one.block_kv) <= 256
+def test_a_tile_is_as_large_as_memory_allows(given: Any, full: tuple[int, ...], masked: tuple[int, ...]) -> None:
+    """Under a mask smaller ones, of which more can be left out."""
+    for of_keys, tiles in ((None, full), (jnp.full((1,), 700, jnp.int32), masked)):
+        asked = block(*given, of_keys)
+        found = xla._tiling(asked, KernelParams(1.0, device_kind=GPU))
+        assert (found.rows, found.heads, found.block_q, found.block_kv) == tiles
+        assert found.rows * found.heads * found.group * found.block_q * found.block_kv <= xla._LOGITS
+        for kind in ("cpu", "TPU v5 lite"):
+            one = xla._tiling(asked, KernelParams(1.0, device_kind=kind))
+            assert (one.rows, one.heads) == (1, 1) and max(one.block_q, one.block_kv) <= 256
 
 
 def test_rows_of_several_masks_are_worked_on_one_by_one() -> None:

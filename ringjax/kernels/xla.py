@@ -5,6 +5,10 @@ predicate, then PARTIAL ones with it. A tile is of one K/V head on CPUs and TPUs
 and of as many heads and batch rows as memory allows on GPUs, where every step costs a launch. FlashAttention-2's
 recurrences, Dao 2023, arXiv:2307.08691. float32 is multiplied in full on every platform: by default XLA would take TF32
 on a GPU, where logits that share an offset lose their digits.
+
+Of 16-bit arrays, weights and their gradients stay wide on CPUs and TPUs: rounded, the sum of ds over the keys would not
+be 0 any more, and what keys share would multiply it. On GPUs they are rounded, as in the kernels there and in dense
+attention: products of float32 take twenty times as long.
 """
 
 from collections.abc import Callable
@@ -25,8 +29,9 @@ TOKEN_MAJOR = False  # see ringjax.kernels.base.Kernel
 # 256 x 256 float32 logits (256 KiB) stay in a core's cache, and fewer PARTIAL tiles than with larger ones; see
 # docs/optimisation-log.md.
 _DEFAULT_TILE = 256
-# On GPUs: logits of a head in a tile, queries at most, and logits in a tile, 256 MiB.
-_AREA, _QUERIES, _LOGITS = 2**20, 1024, 2**26
+# On GPUs: logits of a head in a tile, with a mask and without; queries at most; and logits in a tile, 256 MiB. With a
+# mask smaller tiles leave more out.
+_AREA, _FULL_AREA, _QUERIES, _LOGITS = 2**20, 2**22, 1024, 2**26
 
 
 class _Tiles(NamedTuple):
@@ -41,6 +46,7 @@ class _Tiles(NamedTuple):
     block_kv: int
     num_q: int
     num_kv: int
+    weights: Any  # the dtype in which weights and their gradients are multiplied
 
     def steps(self, num_tiles: int) -> int:
         return self.batch // self.rows * (self.kv_heads // self.heads) * num_tiles
@@ -97,7 +103,7 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
             if masked:
                 allowed = tile_mask.allowed(b, i, j, tiles)
                 s = jnp.where(allowed, s, NO_LOGIT)
-            return _fold(running, s, v_tile, allowed, params)
+            return _fold(running, s, v_tile, allowed, params, tiles)
 
         running = Partial(*(_query_tile(x, b, head, i, tiles) for x in state))
         running = _visit(visits, b, i, tiles.num_kv, column, running)
@@ -152,13 +158,13 @@ def backward(
             if masked:
                 allowed = tile_mask.allowed(b, i, j, tiles)
                 p, ds = jnp.where(allowed, p, 0.0), jnp.where(allowed, ds, 0.0)
-            # An attended NaN or Inf in q or k is in ds already, one that is masked out must not meet ds = 0. ds stays
-            # wide: rounded to 16 bits its sum over the keys would not be 0 any more, which what keys share multiplies.
-            q_clean, k_clean = ((_finite(x) if masked else x).astype(dtype) for x in (q_tile, k_tile))
+            # An attended NaN or Inf in q or k is in ds already, one that is masked out must not meet ds = 0.
+            q_clean, k_clean = ((_finite(x) if masked else x).astype(tiles.weights) for x in (q_tile, k_tile))
+            ds = ds.astype(tiles.weights)
             dq_tile = _query_tile(dq, b, head, i, tiles) + _dot(ds, k_clean, (1, 0), dtype)
             dq = _put_query_tile(dq, dq_tile, b, head, i, tiles)
             dk_tile = dk_tile + _dot(ds, q_clean, (0, 0), dtype)
-            return dq, dk_tile, dv_tile + _weigh(p, dout_tile, allowed, 0)
+            return dq, dk_tile, dv_tile + _weigh(p, dout_tile, allowed, 0, tiles)
 
         dq, dk, dv = grads
         zeros = (jnp.zeros_like(k_tile, dtype), jnp.zeros_like(v_tile, dtype))
@@ -172,7 +178,7 @@ def backward(
 
 
 def _fold(
-    running: Partial, s: Array, values: Array, allowed: Bool[Array, "R S"] | None, params: KernelParams
+    running: Partial, s: Array, values: Array, allowed: Bool[Array, "R S"] | None, params: KernelParams, tiles: _Tiles
 ) -> Partial:
     """One step of the online softmax for a tile of R queries, given the scores."""
     top = jnp.maximum(running.max, s.max(axis=-1))
@@ -180,17 +186,17 @@ def _fold(
     if allowed is not None:
         p = jnp.where(allowed, p, 0.0)  # where nothing was attended yet, exp(NO_LOGIT - NO_LOGIT) is 1
     rescale = weights(running.max, Normaliser(top), params)
-    acc = running.acc * rescale[..., None] + _weigh(p, values, allowed, 1)
+    acc = running.acc * rescale[..., None] + _weigh(p, values, allowed, 1, tiles)
     return Partial(acc, top, running.sum * rescale + p.sum(axis=-1))
 
 
-def _weigh(p: Array, values: Array, allowed: Bool[Array, "R S"] | None, axis: int) -> Array:
+def _weigh(p: Array, values: Array, allowed: Bool[Array, "R S"] | None, axis: int, tiles: _Tiles) -> Array:
     """Contract ``axis`` of p with axis 0 of values; a NaN or Inf in values reaches only results that may see it.
 
     0 * NaN is NaN, so values that are masked out for some rows are set to zero, and NaN is put back where attended.
     """
-    values = values.astype(p.dtype)
-    product = lambda weights, x: _dot(weights, x, (axis, 0), p.dtype)  # noqa: E731
+    dtype, p, values = p.dtype, p.astype(tiles.weights), values.astype(tiles.weights)
+    product = lambda weights, x: _dot(weights, x, (axis, 0), dtype)  # noqa: E731
     if allowed is None:
         return product(p, values)
     clean = product(p, _finite(values))
@@ -246,8 +252,9 @@ def _tiling(block: Block, params: KernelParams) -> _Tiles:
     one_head = params.device_kind in ("", "cpu") or params.device_kind.startswith("TPU")
     most_q = _DEFAULT_TILE if one_head else _QUERIES
     block_q = _tile(q_length, params.block_q, most_q)
-    block_kv = _tile(k_length, params.block_kv, _DEFAULT_TILE if one_head else _AREA // min(block_q, _QUERIES))
     group, rows, together = heads // kv_heads, 1, 1
+    area = min(_FULL_AREA if block.mask.is_full else _AREA, _LOGITS // group)
+    block_kv = _tile(k_length, params.block_kv, _DEFAULT_TILE if one_head else area // min(block_q, _QUERIES))
     if not one_head:
         logits = group * block_q * block_kv
         together = _divisor(kv_heads, _LOGITS // logits)
@@ -264,6 +271,7 @@ def _tiling(block: Block, params: KernelParams) -> _Tiles:
         block_kv=block_kv,
         num_q=-(-q_length // block_q),
         num_kv=-(-k_length // block_kv),
+        weights=wide(block.q.dtype) if one_head else block.q.dtype,
     )
 
 
