@@ -126,26 +126,38 @@ def column(x: MaskArrays, b: Array, row: Array, t: Array) -> Array:
 
 
 def allowed(
-    rule: Rule, x: MaskArrays, b: Array, *, q_start: Array, k_start: Array, shape: tuple[int, int], q_axis: int = 0
-) -> Array:
-    """Who may attend to whom in a matrix of this shape, queries along ``q_axis`` from token ``q_start`` on."""
-    queries = query_side(rule, x, b, q_start, shape, q_axis)
-    return attends(queries, key_side(rule, x, b, k_start, shape, 1 - q_axis))
+    rule: Rule, x: MaskArrays, b: Array, *, q_start: Array, k_start: Array, shape: tuple[int, int], q_axis: int = 0,
+    queries: Vectors | None = None, keys: Vectors | None = None,
+) -> Array:  # fmt: skip
+    """Who may attend to whom in a matrix of this shape, queries along ``q_axis`` from token ``q_start`` on.
+
+    ``queries`` and ``keys``: their vectors, already loaded; None: load them from GMEM, which takes its time.
+    """
+    of_queries = query_side(rule, x, b, q_start, shape, q_axis, queries)
+    return attends(of_queries, key_side(rule, x, b, k_start, shape, 1 - q_axis, keys))
 
 
-def query_side(rule: Rule, x: MaskArrays, b: Array, start: Array, shape: tuple[int, int], axis: int) -> QuerySide:
+def query_side(
+    rule: Rule, x: MaskArrays, b: Array, start: Array, shape: tuple[int, int], axis: int, loaded: Vectors | None = None
+) -> QuerySide:
     """The queries from token ``start`` on, repeated to a matrix that has them along ``axis``."""
     side, numbers = _in_one_run(rule.queries, _Numbers(x, b), start, shape[axis])
     rule = dataclasses.replace(rule, queries=side)
-    found = rule.of_queries(_loaded(x.queries, b, start, shape, axis), numbers, _index(start, shape, axis))
+    if loaded is None:
+        loaded = load_vectors(x.queries, b, start, shape[axis], axis)
+    found = rule.of_queries(loaded, numbers, _index(start, shape, axis))
     return jax.tree.map(lambda values: jax.lax.broadcast_in_dim(values, shape, [axis]), found)
 
 
-def key_side(rule: Rule, x: MaskArrays, b: Array, start: Array, shape: tuple[int, int], axis: int) -> KeySide:
+def key_side(
+    rule: Rule, x: MaskArrays, b: Array, start: Array, shape: tuple[int, int], axis: int, loaded: Vectors | None = None
+) -> KeySide:
     """The same of keys."""
     side, numbers = _in_one_run(rule.keys, _Numbers(x, b, 3), start, shape[axis])
     rule = dataclasses.replace(rule, keys=side)
-    found = rule.of_keys(_loaded(x.keys, b, start, shape, axis), numbers, _index(start, shape, axis))
+    if loaded is None:
+        loaded = load_vectors(x.keys, b, start, shape[axis], axis)
+    found = rule.of_keys(loaded, numbers, _index(start, shape, axis))
     return jax.tree.map(lambda values: jax.lax.broadcast_in_dim(values, shape, [axis]), found)
 
 
@@ -180,9 +192,11 @@ def _index(start: Array, shape: tuple[int, int], axis: int) -> Array:
     return start + plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=(ROWS, COLUMNS)[axis])
 
 
-def _loaded(vectors: Vectors, b: Array, start: Array, shape: tuple[int, int], axis: int) -> Vectors:
+def load_vectors(vectors: Vectors, b: Array, start: Array, length: int, axis: int) -> Vectors:
+    """From GMEM, as a matrix needs them that has these tokens along ``axis``."""
+
     def load(x_gmem: Any) -> Array:
-        values_gmem = x_gmem.at[batch_row(x_gmem, b), pl.ds(start, shape[axis])]
+        values_gmem = x_gmem.at[batch_row(x_gmem, b), pl.ds(start, length)]
         return gpu_load(values_gmem, (ROWS, COLUMNS)[axis], optimized=False)
 
     return jax.tree.map(load, vectors)

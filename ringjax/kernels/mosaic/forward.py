@@ -28,16 +28,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..._compat import GPU_CONCATENATES, gpu_kernel, shape_like
+from ...mask import Vectors
 from ...partial import Partial
 from ..base import Block, Finished, KernelParams
 from . import common
 from . import tiles as tile_sizes
 from .common import COLUMN_BLOCK
-from .forward_common import Inputs, Scratch, Static, Work, column, walk
+from .forward_common import COLUMN, POISONED, Inputs, Scratch, Static, Work, column, only_vector, walk
 from .forward_compute import Compute
 from .forward_poison import look
 from .signals import signals
-from .tiles import FLAGS, SMEM_BYTES, WARPGROUP_ROWS, TileSizes, head_size
+from .tiles import SMEM_BYTES, WARPGROUP_ROWS, TileSizes, head_size
 
 
 def forward(
@@ -110,7 +111,7 @@ def launch(static: Static, inputs: Inputs, updated: tuple[Array, ...], result: A
     """Runs the kernel: what it changed in place, and its other results, which are of the types ``result``."""
     tiles = static.tiles
     kernel = _Kernel(static, jax.tree.structure(inputs), len(updated), len(result))
-    scratch = kernel.scratch(inputs.q.shape[3], inputs.v.shape[3], inputs.q.dtype)
+    scratch = kernel.scratch(inputs.q.shape[3], inputs.v.shape[3], inputs.q.dtype, inputs.mask.keys)
     kernel = dataclasses.replace(kernel, allocated=jax.tree.structure(scratch, is_leaf=_is_type))
     return gpu_kernel(
         kernel,
@@ -124,7 +125,9 @@ def launch(static: Static, inputs: Inputs, updated: tuple[Array, ...], result: A
         thread_name="warpgroup",
         kernel_name="ringjax_decode" if static.splits else "ringjax_forward",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=512
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=512 if static.params.interpret else 0,  # rows are summed within a warp
         ),
     )
 
@@ -158,11 +161,12 @@ class _Kernel:
     num_results: int
     allocated: Any = None
 
-    def scratch(self, size: int, v_size: int, dtype: Any) -> Scratch:
+    def scratch(self, size: int, v_size: int, dtype: Any, of_keys: Vectors) -> Scratch:
         """What to allocate; None: nothing."""
         static, tiles = self.static, self.static.tiles
         queries = (tiles.compute, WARPGROUP_ROWS)
         out = acc = carried = left = turn = None
+        rows = 0 if only_vector(of_keys) is None else tiles.stages
         if static.params.interpret:
             left = plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.stages)
             turn = plgpu.Barrier(num_barriers=tiles.compute)
@@ -189,7 +193,8 @@ class _Kernel:
             turn=turn,
             met=plgpu.Barrier(num_arrivals=tiles.compute),
             v_landed=plgpu.Barrier(num_barriers=tiles.stages) if static.masked else None,
-            flags_smem=plgpu.SMEM((tiles.stages, FLAGS), jnp.float32) if static.masked else None,
+            marks_smem=plgpu.SMEM((rows + 1, tiles.block_kv), jnp.int32) if static.masked else None,
+            marked=plgpu.Barrier(num_arrivals=1 + (rows > 0), num_barriers=tiles.stages) if static.masked else None,
         )
 
     def __call__(self, *refs: Any) -> None:
@@ -217,14 +222,16 @@ class _Kernel:
 
 def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
     """The loading warpgroup: keys and values into the ring as slots come free, queries behind the first of them."""
-    tiles, signal = static.tiles, signals(static.tiles, scratch)
+    tiles, signal, vector = static.tiles, signals(static.tiles, scratch), only_vector(x.mask.keys)
 
     def one(work: Work, count: Array) -> Array:
         kv_head = jax.lax.div(work.n, static.heads // static.kv_heads)
 
         def tile(t: Array, count: Array) -> Array:
             slot = jax.lax.rem(count, tiles.stages)
-            at = (work.b, pl.ds(column(static, x, work, t) * tiles.block_kv, tiles.block_kv), kv_head)
+            number = column(static, x, work, t)
+            keys = pl.ds(number * tiles.block_kv, tiles.block_kv)
+            at = (work.b, keys, kv_head)
             signal.k_free.wait(slot)
             plgpu.copy_gmem_to_smem(x.k.at[at], scratch.k_smem.at[slot], scratch.k_ready.at[slot])
 
@@ -247,9 +254,14 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
 
             @pl.when(t >= work.full)
             def _() -> None:
+                scratch.marks_smem[scratch.flag(slot, COLUMN)] = number
+                if vector is not None:
+                    of_keys = vector.at[common.batch_row(vector, work.b), keys]
+                    plgpu.copy_gmem_to_smem(of_keys, scratch.marks_smem.at[slot], scratch.marked.at[slot])
+                plgpu.barrier_arrive(scratch.marked.at[slot])
                 plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_landed.at[slot])
                 plgpu.barrier_wait(scratch.v_landed.at[slot])
-                look(static, v_smem, scratch.flags_smem.at[slot], signal.look)
+                scratch.marks_smem[scratch.flag(slot, POISONED)] = look(static, v_smem, signal.look)
                 plgpu.barrier_arrive(scratch.v_ready.at[slot])
 
             return count + 1

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ...mask import Rule
+from ...mask import Rule, Vectors
 from ..base import KernelParams
 from . import common
 from .common import MaskArrays
 from .tiles import WARPGROUP_ROWS, TileSizes
+
+# Flags of a slot: not 0 where its values hold NaN or Inf, and which column of tiles it is.
+POISONED, COLUMN, NUM_FLAGS = 0, 1, 2
 
 
 class Inputs(NamedTuple):
@@ -47,7 +50,14 @@ class Scratch(NamedTuple):
     turn: Any
     met: Any  # all multiplying warpgroups have come here
     v_landed: Any  # as v_ready, but for the loading warpgroup, which looks through the values of PARTIAL tiles; or None
-    flags_smem: Any  # [stages, FLAGS] float32: the first is not 0 where the slot's values hold NaN or Inf; or None
+    # Of PARTIAL tiles, int32: flags of all slots in the last row, before it for each slot its part of the mask's vector
+    # of keys, if there is one. A single array, since each takes a whole KiB. None: there are no such tiles.
+    marks_smem: Any
+    marked: Any  # the vector is there, and COLUMN
+
+    def flag(self, slot: Array, which: int) -> Any:
+        """Where in marks_smem a flag is."""
+        return self.marks_smem.shape[0] - 1, slot * NUM_FLAGS + which
 
 
 class Work(NamedTuple):
@@ -59,6 +69,7 @@ class Work(NamedTuple):
     first: Array | int  # of the row's visits
     full: Array  # of the visits from there on
     visit: Array
+    queries: Any = None  # what a multiplying warpgroup has loaded of the mask's vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +110,12 @@ class Static:
     def reads_carry(self, work: Work) -> Array:
         """A carry that goes on is left as it is where there is nothing to visit."""
         return (work.visit > 0) | self.finish
+
+
+def only_vector(vectors: Vectors) -> Any:
+    """What the mask knows of the keys, if it is one vector: there is SMEM for one. None: it is loaded from GMEM."""
+    found = jax.tree.leaves(vectors)
+    return found[0] if len(found) == 1 else None
 
 
 def column(static: Static, x: Inputs, work: Work, t: Array) -> Array:

@@ -17,8 +17,8 @@ from jaxtyping import Array
 from ..._compat import gpu_load
 from ...partial import NO_LOGIT, close
 from . import common, ptx
-from .common import COLUMN_BLOCK, LN_2, MATRIX, ROWS, full, row_matrix, zeros
-from .forward_common import Inputs, Scratch, Static, Work, column, invariant, walk
+from .common import COLUMN_BLOCK, COLUMNS, LN_2, MATRIX, ROWS, full, row_matrix, zeros
+from .forward_common import COLUMN, Inputs, Scratch, Static, Work, invariant, only_vector, walk
 from .forward_poison import contain
 from .signals import Signals, signals
 from .tiles import WARPGROUP_ROWS
@@ -147,6 +147,10 @@ class Compute:
 
     def attend(self, work: Work, count: Array, acc: Array, top: Array, total: Array) -> tuple[Array, Array, Array]:
         """acc, max and sum over the tiles of one row."""
+        if self.static.masked:  # this early, since GMEM takes its time
+            q_start = self.static.first_query(work, self.warpgroup)
+            queries = common.load_vectors(self.x.mask.queries, work.b, q_start, WARPGROUP_ROWS, 0)
+            work = work._replace(queries=jax.tree.map(invariant, queries))
         plgpu.barrier_wait(self.scratch.q_ready.at[self.warpgroup])
         if self.guesses:  # a sum of its own for every column of a block: they are added up at the end of the row
             total = row_matrix(total * (1.0 / COLUMN_BLOCK), zeros((WARPGROUP_ROWS, COLUMN_BLOCK)))
@@ -219,13 +223,13 @@ class Compute:
         else:
             release_keys()
             if masked:
-                s = jnp.where(self.allowed(work, t), s, -jnp.inf)
+                s = jnp.where(self.allowed(work, slot), s, -jnp.inf)
             p, top, total, rescale = self.softmax(s, top, total)
             acc = acc * row_matrix(rescale, acc)
         p = p.astype(scratch.q_smem.dtype)
         plgpu.barrier_wait(scratch.v_ready.at[slot])
         if masked:
-            acc = self.contain_poison(work, t, slot, acc)
+            acc = self.contain_poison(work, slot, acc)
         acc = self.add_values(acc, p, slot)
         self.signals.v_free.give(slot)
         return acc, top, total
@@ -240,17 +244,13 @@ class Compute:
         self.signals.k_free.give(slot)
         s = common.scores(s, self.static.params)
         if self.static.masked:
-            s = jax.lax.cond(
-                work.full > 0, lambda s: s, lambda s: jnp.where(self.allowed(work, jnp.int32(0)), s, -jnp.inf), s
-            )
+            s = jax.lax.cond(work.full > 0, lambda s: s, lambda s: jnp.where(self.allowed(work, slot), s, -jnp.inf), s)
         p, top, total, rescale = self.softmax(s, top, total)
         if self.static.carried and not self.static.carry_in_smem:
             acc = acc * row_matrix(rescale, acc)
         if self.static.masked:
             plgpu.barrier_wait(self.scratch.v_ready.at[slot])
-            acc = jax.lax.cond(
-                work.full > 0, lambda acc: acc, lambda acc: self.contain_poison(work, jnp.int32(0), slot, acc), acc
-            )
+            acc = jax.lax.cond(work.full > 0, lambda acc: acc, lambda acc: self.contain_poison(work, slot, acc), acc)
         return Running(acc, top, total, p.astype(self.scratch.q_smem.dtype))
 
     def step(self, work: Work, count: Array, t: Array, running: Running, *, masked: bool) -> Running:
@@ -280,7 +280,7 @@ class Compute:
                 self.signals.k_free.give(slot)
             s = common.scores(s, self.static.params)
             if masked:
-                s = jnp.where(self.allowed(work, t), s, -jnp.inf)
+                s = jnp.where(self.allowed(work, slot), s, -jnp.inf)
             # These two keep the compiler from putting the softmax behind the wait for p v, which it is to overlap.
             # Where weights are guessed the question does too: it needs all of them.
             if guesses:
@@ -313,7 +313,7 @@ class Compute:
         self.signals.v_free.give(before)
         running = Running(acc * row_matrix(rescale, acc), top, total, p.astype(scratch.q_smem.dtype))
         if masked:
-            running = running._replace(acc=self.contain_poison(work, t, slot, running.acc))
+            running = running._replace(acc=self.contain_poison(work, slot, running.acc))
         return running
 
     def own(self, tiles_smem: Any, slot: Array) -> Any:
@@ -322,9 +322,9 @@ class Compute:
             return tiles_smem.at[slot]
         return tiles_smem.at[slot, pl.ds(self.warpgroup * self.static.own_keys, self.static.own_keys)]
 
-    def first_key(self, work: Work, t: Array) -> Array:
-        """Where the keys of tile t that this warpgroup multiplies with start."""
-        start = column(self.static, self.x, work, t) * self.static.tiles.block_kv
+    def first_key(self, slot: Array) -> Array:
+        """Where the keys of a PARTIAL tile that this warpgroup multiplies with start."""
+        start = self.scratch.marks_smem[self.scratch.flag(slot, COLUMN)] * self.static.tiles.block_kv
         return (
             start
             if self.static.own_keys == self.static.tiles.block_kv
@@ -400,14 +400,27 @@ class Compute:
         p, top, total, rescale = self.softmax(s, top, total, least)
         return acc * row_matrix(rescale, acc), top, total, p
 
-    def allowed(self, work: Work, t: Array) -> Array:
-        """The predicate of tile t for this warpgroup's queries."""
+    def allowed(self, work: Work, slot: Array) -> Array:
+        """The predicate of a slot's tile for this warpgroup's queries."""
         rule = self.static.rule
         assert rule is not None
-        q_start, k_start = self.static.first_query(work, self.warpgroup), self.first_key(work, t)
-        return common.allowed(rule, self.x.mask, work.b, q_start=q_start, k_start=k_start, shape=self.tile_shape)
+        plgpu.barrier_wait(self.scratch.marked.at[slot])
+        keys = None
+        if only_vector(self.x.mask.keys) is not None:
+            vector = gpu_load(self.own(self.scratch.marks_smem, slot), COLUMNS, optimized=False)
+            keys = jax.tree.map(lambda _: vector, self.x.mask.keys)
+        return common.allowed(
+            rule,
+            self.x.mask,
+            work.b,
+            q_start=self.static.first_query(work, self.warpgroup),
+            k_start=self.first_key(slot),
+            shape=self.tile_shape,
+            queries=work.queries,
+            keys=keys,
+        )
 
-    def contain_poison(self, work: Work, t: Array, slot: Array, acc: Array) -> Array:
+    def contain_poison(self, work: Work, slot: Array, acc: Array) -> Array:
         """See :mod:`ringjax.kernels.mosaic.forward_poison`."""
         return contain(
             self.static,
@@ -417,7 +430,7 @@ class Compute:
             acc,
             warpgroup=self.warpgroup,
             slot=slot,
-            first_key=self.first_key(work, t),
+            first_key=self.first_key(slot),
             meet=self.meet,
         )
 

@@ -17,18 +17,16 @@ from ..._compat import gpu_load
 from ...mask import attends
 from . import common, ptx
 from .common import COLUMNS, MATRIX, column_matrix, is_finite, swizzled
-from .forward_common import Inputs, Scratch, Static, Work
+from .forward_common import POISONED, Inputs, Scratch, Static, Work
 from .tiles import WARPGROUP_ROWS
 
 
-def look(static: Static, v_smem: Any, flag_smem: Any, barrier: int) -> None:
-    """flag[0] = 1 if a tile of values holds NaN or Inf, otherwise 0."""
+def look(static: Static, v_smem: Any, barrier: int) -> Array:
+    """1 if a tile of values holds NaN or Inf, otherwise 0."""
     if static.params.interpret:
         values = gpu_load(v_smem, MATRIX, optimized=False)
-        found = jnp.max(jnp.where(is_finite(values.astype(jnp.float32)), 0.0, 1.0))
-    else:
-        found = ptx.any_not_finite_in_smem(v_smem, swizzled(v_smem.dtype), barrier).astype(jnp.float32)
-    flag_smem[0] = found
+        return jnp.max(jnp.where(is_finite(values.astype(jnp.float32)), 0.0, 1.0)).astype(jnp.int32)
+    return ptx.any_not_finite_in_smem(v_smem, swizzled(v_smem.dtype), barrier).astype(jnp.int32)
 
 
 def contain(
@@ -82,4 +80,4 @@ def contain(
         meet()
         return acc
 
-    return jax.lax.cond(scratch.flags_smem[slot, 0] == 0.0, lambda acc: acc, marked, acc)
+    return jax.lax.cond(scratch.marks_smem[scratch.flag(slot, POISONED)] == 0, lambda acc: acc, marked, acc)

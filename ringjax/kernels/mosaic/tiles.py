@@ -23,7 +23,6 @@ HEAD_SIZES = (64, 128, 256)
 MULTIPROCESSORS = 132
 
 NAMED_BARRIERS = 16  # of a block of threads
-FLAGS = 4  # float32 numbers in a row of flags, of which the first counts
 
 SMEM_BYTES = 227 * 1024  # what a block of threads may have
 # Registers of a thread of each warpgroup, summed over warpgroups, that a block of so many multiplying ones starts
@@ -85,7 +84,7 @@ class TileSizes:
         """What a forward call takes for heads of these native sizes, without the carry, which need not be in SMEM."""
         out = v_size if finish and self.has_out_smem(size, v_size) else 0
         numbers = self.block_q * (size + out) + self.stages * self.block_kv * (size + v_size)
-        small = 2048 + self.stages * FLAGS * 4  # barriers and reductions, and flags of each stage
+        small = 3072  # barriers, and of PARTIAL tiles what the mask wants
         return 2 * numbers + small
 
     def refusal(self, size: int) -> str | None:
