@@ -11,6 +11,7 @@ from typing import Any
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -94,3 +95,22 @@ def test_the_same_numbers(name: str, token_major: bool, monkeypatch: pytest.Monk
     inputs = cases.make_inputs(case)
     result = cases.run_ring(case, inputs, layout=layout, num_shards=num_shards, program=program)
     cases.assert_matches(case, inputs, result)
+
+
+def test_under_transformations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rematerialised, in a loop over layers, over one more axis: gradients as where everything travels by itself."""
+    mesh = cases.mesh_of(4)
+    arrays = [jax.random.normal(jax.random.key(n), (2, 1, 16, 2, 8)) for n in range(3)]
+
+    def gradients() -> Any:
+        attend = lambda q, k, v: ringjax.ring_attention(q, k, v, mesh=mesh, axis_name="sp", is_causal=True)  # noqa: E731
+
+        def loss(q: Any, k: Any, v: Any) -> Any:
+            layer = jax.checkpoint(lambda x, scale: (x + attend(x, scale * k, v), None))
+            return jnp.sum(jnp.sin(jax.lax.scan(layer, q, jnp.arange(1.0, 3.0))[0]))
+
+        return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))(*arrays)
+
+    alone = gradients()
+    monkeypatch.setattr("ringjax.attention.in_one_operation", lambda target: True)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), alone, gradients())
