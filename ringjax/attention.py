@@ -19,7 +19,7 @@ from .arguments import (
     check_window,
 )
 from .config import RingConfig
-from .kernels.choose import choose, in_one_operation, interprets
+from .kernels.choose import choose, interprets, wants_one_operation
 from .layout import Layout, as_layout
 from .local import Call, attend, hops_per_iteration, refuse_interpreter
 from .promises import Promise, hold_against
@@ -221,7 +221,7 @@ def ring_attention(
         unroll=hops_per_iteration(config, axes, inside, target.platform),
         platform=target.platform,
         device_kind=target.device_kind,
-        one_operation=in_one_operation(target),
+        one_operation=wants_one_operation(target),
         interpreted=interpreted,
         max_segment_length=max_segment_length,
         shared_length=shared,

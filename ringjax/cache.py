@@ -29,7 +29,7 @@ from .arguments import (
 )
 from .cached import Cached, Shards, Way, append_shard, attend_cached, fill_shard
 from .config import RingConfig
-from .kernels.choose import choose, in_one_operation, interprets
+from .kernels.choose import choose, interprets, wants_one_operation
 from .layout import Layout, Striped, as_layout
 from .local import Call, hops_per_iteration, refuse_interpreter
 from .sharded import AxisNames, find_mesh, reshard, target_of
@@ -449,7 +449,7 @@ def cached_attention(
         unroll=hops_per_iteration(config, (axis,), inside, target.platform),
         platform=target.platform,
         device_kind=target.device_kind,
-        one_operation=in_one_operation(target),
+        one_operation=wants_one_operation(target),
         interpreted=backend.interpretable and interprets(config),
     )
     way: Way = "merge" if not dealt else travels or _lighter(query, key, value, total, slots)

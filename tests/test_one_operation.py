@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import ringjax
 from ringjax.kernels import xla
-from ringjax.kernels.choose import Target, in_one_operation
+from ringjax.kernels.choose import Target, wants_one_operation
 
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 KNOWN = jax.__version_info__ >= (0, 11)
@@ -33,7 +33,7 @@ KNOWN = jax.__version_info__ >= (0, 11)
     ],
 )  # fmt: skip
 def test_who_sends_so(platform: str, kind: str, capability: str | None, together: bool) -> None:
-    assert in_one_operation(Target(platform=platform, device_kind=kind, capability=capability)) is together
+    assert wants_one_operation(Target(platform=platform, device_kind=kind, capability=capability)) is together
 
 
 def lowered(kind: str) -> str:
@@ -87,7 +87,7 @@ RINGS = {
 def test_the_same_numbers(name: str, token_major: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations give back what each array asked for, in whatever order its kernel wants it in memory."""
     case, layout, num_shards, config = RINGS[name]
-    monkeypatch.setattr("ringjax.attention.in_one_operation", lambda target: True)
+    monkeypatch.setattr("ringjax.attention.wants_one_operation", lambda target: True)
     monkeypatch.setattr(xla, "TOKEN_MAJOR", token_major)
     # No call is like another, so that nothing is traced already. The cache of programs knows nothing of all this.
     options = tuple({**config, "unroll": 2 if token_major else 3}.items())
@@ -112,5 +112,5 @@ def test_under_transformations(monkeypatch: pytest.MonkeyPatch) -> None:
         return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))(*arrays)
 
     alone = gradients()
-    monkeypatch.setattr("ringjax.attention.in_one_operation", lambda target: True)
+    monkeypatch.setattr("ringjax.attention.wants_one_operation", lambda target: True)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), alone, gradients())

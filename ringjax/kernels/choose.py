@@ -39,7 +39,7 @@ def is_hopper(target: Target) -> bool:
     return _HOPPER.search(target.device_kind) is not None
 
 
-def in_one_operation(target: Target) -> bool:
+def wants_one_operation(target: Target) -> bool:
     """Whether what travels at the same time is sent in one operation, see ringjax._compat.in_one_operation.
 
     On Hopper and Blackwell all of a hop hides then. On an A100 XLA awaits most such operations before the kernel.
