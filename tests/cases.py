@@ -147,6 +147,19 @@ def make_inputs(case: Case, dtype: Any = jnp.float32, seed: int = 0) -> Inputs:
     return Inputs(arrays, _draw_masks(case, rng))
 
 
+def with_offset(case: Case, inputs: Inputs, offset: float) -> Inputs:
+    """Logits = offset + small: queries and keys have a quarter of their features in common, and large."""
+    common = max(case.head_size // 4, 1)
+    size = np.sqrt(offset * case.head_size**0.5 / common)
+    arrays = dict(inputs.arrays)
+    for name in ("query", "key"):
+        arrays[name] = arrays[name].copy()
+        arrays[name][..., :common] = size
+    if case.sinks:
+        arrays["sinks"] = (arrays["sinks"].astype(np.float64) + offset).astype(arrays["sinks"].dtype)
+    return dataclasses.replace(inputs, arrays=arrays)
+
+
 def _draw_masks(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     b, t, s = case.batch, case.query_length, case.key_length
     masks: dict[str, Any] = {}

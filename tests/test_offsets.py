@@ -6,13 +6,11 @@ forward did is as large as the last digit of the offset, while the difference of
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import cases
 import hypothesis
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -32,21 +30,8 @@ CASES = {
 }
 
 
-def with_offset(case: cases.Case, inputs: cases.Inputs, offset: float) -> cases.Inputs:
-    """Logits = offset + small: queries and keys have a quarter of their features in common, and large."""
-    common = max(case.head_size // 4, 1)
-    size = np.sqrt(offset * case.head_size**0.5 / common)
-    arrays = dict(inputs.arrays)
-    for name in ("query", "key"):
-        arrays[name] = arrays[name].copy()
-        arrays[name][..., :common] = size
-    if case.sinks:
-        arrays["sinks"] = (arrays["sinks"].astype(np.float64) + offset).astype(arrays["sinks"].dtype)
-    return dataclasses.replace(inputs, arrays=arrays)
-
-
 def check(case: cases.Case, dtype: Any, offset: float, seed: int = 0, **ring: Any) -> None:
-    inputs = with_offset(case, cases.make_inputs(case, dtype, seed), offset)
+    inputs = cases.with_offset(case, cases.make_inputs(case, dtype, seed), offset)
     program = cases.ring_program(case, as_users=True, **ring)
     result = cases.run_ring(case, inputs, layout=ring["layout"], num_shards=ring["num_shards"], program=program)
     cases.assert_matches(case, inputs, result, as_users=True)

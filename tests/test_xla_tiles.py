@@ -26,11 +26,20 @@ def params_of(case: cases.Case, **options: Any) -> KernelParams:
 def test_many_heads_at_a_time(name: str, most: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And where memory leaves room for one. Weights of 16-bit arrays are rounded, as dense attention rounds them."""
     monkeypatch.setattr(xla, "_LOGITS", most)
+    check(hops.LARGE[name], cases.make_inputs(hops.LARGE[name], dtype))
+
+
+@pytest.mark.parametrize("name", ["full, whole tiles", "ranges"])
+def test_rounded_weights_cost_no_more_than_in_dense_attention_where_logits_share_an_offset(name: str) -> None:
     case = hops.LARGE[name]
+    check(case, cases.with_offset(case, cases.make_inputs(case, jnp.bfloat16), 9000.0))
+
+
+def check(case: cases.Case, inputs: cases.Inputs) -> None:
     params = params_of(case, block_q=128, block_kv=256)
     result = hops.in_two_hops(
         case,
-        inputs := cases.make_inputs(case, dtype),
+        inputs,
         lambda block, carry, *, finish: xla.forward(block, params, carry, finish=finish),
         lambda block, upstream, carry: xla.backward(block, upstream, params, carry, finish=False),
     )
