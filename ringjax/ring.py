@@ -345,14 +345,14 @@ def _walk(
     def departures(before: Hop, hop: Hop, strand: Any) -> list[_Departure]:
         """How the sums of a hop leave it: to where ``hop`` needs them, or home, those of keys that go no further."""
         if hop.first:
-            return [_Departure(_Move(strand, before.homeward), True, before.keys)]
+            return [_Departure(move=_Move(strand, before.homeward), comes_home=True, keys=before.keys)]
         if before.keys == hop.keys:
-            return [_Departure(_Move(strand, hop.shift), False, hop.keys)]
+            return [_Departure(move=_Move(strand, hop.shift), comes_home=False, keys=hop.keys)]
         of = lambda keys: tuple(_part(x, before.keys or held, keys) for x in strand)  # noqa: E731
         gone = _beyond(before.keys or held, hop.keys, home.blocks[0].k.shape[2])
         return [
-            *(_Departure(_Move(of(keys), before.homeward), True, keys) for keys in gone),
-            _Departure(_Move(of(hop.keys), hop.shift), False, hop.keys),
+            *(_Departure(move=_Move(of(keys), before.homeward), comes_home=True, keys=keys) for keys in gone),
+            _Departure(move=_Move(of(hop.keys), hop.shift), comes_home=False, keys=hop.keys),
         ]
 
     def land(landed: Any, strand: Any, keys: Keys | None) -> Any:

@@ -102,15 +102,17 @@ def test_under_transformations(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = cases.mesh_of(4)
     arrays = [jax.random.normal(jax.random.key(n), (2, 1, 16, 2, 8)) for n in range(3)]
 
-    def gradients() -> Any:
+    def gradients(marked: bool) -> Any:
         attend = lambda q, k, v: ringjax.ring_attention(q, k, v, mesh=mesh, axis_name="sp", is_causal=True)  # noqa: E731
 
         def loss(q: Any, k: Any, v: Any) -> Any:
             layer = jax.checkpoint(lambda x, scale: (x + attend(x, scale * k, v), None))
             return jnp.sum(jnp.sin(jax.lax.scan(layer, q, jnp.arange(1.0, 3.0))[0]))
 
-        return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))(*arrays)
+        run = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2)))).lower(*arrays)
+        assert ("_collectives_group" in run.as_text()) is marked
+        return run.compile()(*arrays)
 
-    alone = gradients()
+    alone = gradients(marked=False)
     monkeypatch.setattr("ringjax.attention.wants_one_operation", lambda target: True)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), alone, gradients())
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), alone, gradients(marked=KNOWN))
