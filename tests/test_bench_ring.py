@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import ringjax
-from ringjax.bench import ring, ring_measure, ring_peers, ring_table, ring_torch
+from ringjax.bench import ring, ring_documents, ring_measure, ring_peers, ring_table, ring_torch
 from ringjax.bench.ring_measure import Measured
 from ringjax.bench.ring_peers import Peer
 from ringjax.bench.ring_programs import OURS, Left, Problem, Program, factors, programs, strategies_for
@@ -78,6 +78,58 @@ def test_strategies_and_peers_on_four_devices_compute_the_same(tmp_path):
     assert all(row["difference"] < 1e-5 for row in group["rows"])
     layouts = {row["name"]: row["layout"] for row in group["rows"]}
     assert [name for name, layout in layouts.items() if layout == "contiguous"] == ["all_to_all", *plain[1:]]
+
+
+@pytest.mark.parametrize(("mask", "direction"), [("causal", "backward"), ("full", "forward"), ("9", "forward")])
+def test_packed_documents_compute_the_same_as_they_come_and_dealt(tmp_path, mask, direction):
+    figures = tmp_path / "figures.json"
+    shape = ["--shape", "1,192,4,2,16", "--dtype", "float32", "--rounds", "1", "--seconds-per-row", "0.001"]
+    chosen = [x for word in ("ring", "all_to_all", "ring,all_gather") for x in ("--strategy", word)]
+    flags = ["--devices", "4", "--mask", mask, "--pass", direction, "--documents", "lognormal:20:1.2:90", "--plan"]
+    result = invoke(*shape, *chosen, *flags, "--json", figures)
+    assert result.exit_code == 0, result.output
+    (group,) = json.loads(figures.read_text(encoding="utf-8"))["groups"]
+    assert group["mask"].endswith(", 6 documents of up to 90")
+    names = {(row["name"], row["kernel"]) for row in group["rows"]}
+    dealt = {("ring, dealt", OURS), ("ring 2 x all_gather 2, dealt", OURS)}
+    by_hand = {("plain all-gather", "XLA"), ("plain Ulysses", "XLA"), ("one device", "XLA")}
+    assert dealt | by_hand | {("all_to_all", OURS), ("one device", OURS), ("plain Ulysses", OURS)} <= names
+    assert ("all_to_all, dealt", OURS) not in names and ("plain all-gather", OURS) not in names
+    assert all(row["difference"] < 1e-5 for row in group["rows"]), "all attend to the same documents"
+    (plan,) = group["left"]
+    assert plan["name"] == "the plan" and "not told of documents" in plan["reason"]
+
+
+def test_documents_of_a_rank():
+    """Two documents of 5 and 6 tokens, one place of padding, three ranks: each has its parts, and their keys."""
+    documents = ring_documents.Documents(lengths=np.array([5, 6]), dealt=None, order=np.arange(12), shared_length=0)
+    assert documents.starts.tolist() == [0, 5, 11, 12]
+    assert documents.segment_ids.tolist() == [0] * 5 + [1] * 6 + [2]
+    causal, full = (
+        [[x.tolist() for x in documents.of_rank(rank, 3, is_causal=each)] for rank in range(3)]
+        for each in (True, False)
+    )
+    # Queries of nobody before and behind; then the documents that the rank has a part of.
+    assert causal[0] == [[0, 0, 4, 4], [0, 0, 4, 12]] and full[0] == [[0, 0, 4, 4], [0, 0, 5, 12]]
+    assert causal[1] == [[0, 0, 1, 4, 4], [0, 0, 5, 8, 12]] and full[1] == [[0, 0, 1, 4, 4], [0, 0, 5, 11, 12]]
+    assert causal[2] == [[0, 0, 3, 4, 4], [0, 5, 11, 12, 12]] == full[2]
+
+
+def test_documents_count_their_own_pairs_and_lie_as_they_are_dealt():
+    shape = Shape(1, 240, 4, 2, 16)
+    documents = ring_documents.deal([100] * 2 + [37] * 10, shape, 4, is_causal=True, window=None)
+    lengths, dealt = documents.lengths, documents.dealt
+    assert documents.tokens == lengths.sum() == (dealt.document >= 0).sum() and documents.longest == 100
+    natural = documents.segment_ids[documents.order]
+    same = natural[:, None] == natural
+    assert (same == (dealt.segment_ids[:, None] == dealt.segment_ids)).all(), "the same tokens share a document"
+    assert sorted(documents.order) == list(range(240))
+    problem = Problem(shape, is_causal=False, documents=documents)
+    assert problem.flops("fwd") == 4 * 4 * 16 * (lengths**2).sum()
+    window = dataclasses.replace(problem, is_causal=True, window=36)  # within every document
+    (i, j), ids = np.indices((240, 240)), documents.segment_ids
+    seen = (ids[i] == ids[j]) & (j <= i) & (i - j <= 36) & (i < documents.tokens)
+    assert window.flops("fwd") == 4 * 4 * 16 * seen.sum()
 
 
 def test_heads_that_do_not_divide_are_named():
@@ -300,6 +352,10 @@ raise ValueError("after one result")
         (["--shape", "1,66,4,2,16"], "--shape: T must be a multiple of 16 on 8 devices. Got 1 x 66 x 4/2 x 16."),
         (["--mask", "0"], "--mask must be full, causal or W, a number of keys above 0: causal with that window."),
         (["--mask", "square"], "causal with that window. Got 'square'."),
+        (["--documents", "equal:0"], "--documents must be equal:LENGTH, positive integers. Got 'equal:0'."),
+        (["--documents", "equal:9", "--shape", "2,64,4,2,16"], "B must be 1 with --documents, which are those of one"),
+        (["--documents", "equal:99", "--shape", "1,64,4,2,16"], "--documents: lengths"),
+        (["--documents", "absent.txt"], "and the file one that can be read. Got 'absent.txt'."),
         (["--strategy", "halo"], "--strategy must be WORD or WORD,WORD, outermost first, of ring, all_to_all,"),
         (["--strategy", "ring,ring,ring"], "of ring, all_to_all, all_gather. Got 'ring,ring,ring'."),
         (["--strategy", "ring,ring", "--devices", "3", "--shape", "1,36,4,2,16"], "each above 1. Got 3 devices."),

@@ -116,6 +116,18 @@ def test_lowers_under_vmap() -> None:
     assert "output_operand_alias" in lower(jax.vmap(run), stacked)
 
 
+@pytest.mark.parametrize(
+    ("kv_heads", "tiles", "together"), [(8, 32, 8), (8, 64, 4), (6, 64, 6), (16, 128, 2), (8, 256, 1), (1, 1, 1)]
+)
+def test_every_tile_of_every_head_has_a_program(kv_heads: int, tiles: int, together: int) -> None:
+    assert backward_common.heads_together(kv_heads, tiles) == together
+    heads, programs = jnp.indices((kv_heads // together, tiles * together), jnp.int32).reshape(2, -1)
+    head, tile = map(np.asarray, backward_common.head_and_tile(heads, programs, together))
+    assert sorted(zip(head, tile, strict=True)) == [(h, t) for h in range(kv_heads) for t in range(tiles)]
+    side_by_side = head[: tiles * together]
+    assert set(side_by_side) == set(range(together)) and (np.diff(tile[: tiles * together]) >= 0).all()
+
+
 def test_dq_comes_back_in_order() -> None:
     """Where a thread holds which number of a product, as PTX has it: see wgmma, register fragments of D."""
     want = np.arange(2 * 64 * 64, dtype=np.float32).reshape(2, 64, 64)

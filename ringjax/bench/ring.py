@@ -21,6 +21,7 @@ import ringjax
 from ringjax.bench import document, ring_peers, ring_torch
 from ringjax.bench.cpu import PASSES
 from ringjax.bench.gpu import parse_shape
+from ringjax.bench.ring_documents import deal
 from ringjax.bench.ring_measure import Data, measure, reason_of
 from ringjax.bench.ring_programs import OURS, Left, Problem, factors, programs, strategies_for
 from ringjax.bench.ring_table import (
@@ -71,6 +72,7 @@ class Request:
       time_limit: seconds after which no further problem is begun; None: no limit.
       torch: whether PyTorch's context parallelism is timed too.
       plan: whether the planner's choice is marked.
+      documents: that are packed in each sequence, as :func:`ringjax.plan` takes them; None: a sequence is one.
     """
 
     problems: tuple[Problem, ...]
@@ -86,6 +88,7 @@ class Request:
     time_limit: float | None = None
     torch: bool = False
     plan: bool = False
+    documents: str | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -149,6 +152,13 @@ def find_devices(request: Request) -> list[Any]:
     return devices
 
 
+def _packed(request: Request, problem: Problem, num_devices: int) -> Problem:
+    if request.documents is None:
+        return problem
+    mask = {"is_causal": problem.is_causal, "window": problem.window}
+    return dataclasses.replace(problem, documents=deal(request.documents, problem.shape, num_devices, **mask))
+
+
 def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All measurements, as they go to the JSON file.
 
@@ -161,6 +171,7 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
     # Before JAX takes the memory of the GPUs.
     by_torch, no_torch = _by_torch(request) if request.torch else ({}, "")
     devices = find_devices(request)
+    problems = [_packed(request, problem, len(devices)) for problem in request.problems]
     dtype = jnp.dtype(request.dtype)
     names = request.peers or ring_peers.PEERS[: None if devices[0].platform == "cpu" else -1]
     peers = [ring_peers.find(name, devices[0], request.flash_attention) for name in names]
@@ -194,7 +205,7 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
         return True
 
     strategies = request.strategies or strategies_for(len(devices))
-    for problem in request.problems:
+    for problem in problems:
         if is_late(str(problem.shape), problem.mask):
             continue
         data = Data(problem, devices, dtype)
@@ -242,6 +253,8 @@ def _by_torch(request: Request) -> tuple[dict[tuple[Problem, str], list[ring_tor
     """PyTorch's results by problem and pass, and why some are missing."""
     if request.devices is not None:
         return {}, "needs NVIDIA GPUs, and --devices simulates CPU devices"
+    if request.documents is not None:
+        return {}, "its ring has no documents"
     problems = [problem for problem in request.problems if problem.window is None]
     windowed = len(problems) < len(request.problems)
     work = [

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import ringjax
 from ringjax.bench.gpu import directed
-from ringjax.bench.ring_programs import Left, Problem, Program
+from ringjax.bench.ring_programs import DEALT, Left, Problem, Program
 from ringjax.bench.timing import Timed
 
 # Two kernels that round the same numbers differently: of the norm of an array, and of its largest entry.
@@ -47,6 +47,7 @@ class Data:
         shape = problem.shape
         heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
         sizes = [(shape.batch, shape.length, n, shape.head_size) for n in heads]
+        self._documents = problem.documents
 
         def draw() -> tuple[jax.Array, ...]:
             keys = jax.random.split(jax.random.key(0), len(sizes))
@@ -56,22 +57,32 @@ class Data:
         self._placed: dict[tuple[str, Sharding], tuple[jax.Array, ...]] = {}
 
     def of(self, program: Program) -> tuple[jax.Array, ...]:
-        """Query, key, value and cotangent."""
+        """Query, key, value and cotangent, and what else it takes."""
         key = program.layout, program.sharding
         if key not in self._placed:
             arrays = self._permuted(self._natural, program.layout, ringjax.to_ring_order)
             self._placed[key] = tuple(jax.device_put(x, program.sharding) for x in arrays)
-        return self._placed[key]
+        return (*self._placed[key], *program.rest)
 
     def natural(self, program: Program, results: Any) -> tuple[jax.Array, ...]:
-        """Results of a program in the order of the tokens, sharded alike."""
+        """Results of a program in the order of the tokens, sharded alike; 0 where there is padding."""
         placed = tuple(jax.device_put(x, self._whole) for x in jax.tree.leaves(results))
-        return self._permuted(placed, program.layout, ringjax.from_ring_order)
+        found = self._permuted(placed, program.layout, ringjax.from_ring_order)
+        if self._documents is None:
+            return found
+        present = (jnp.arange(self._documents.places) < self._documents.tokens)[:, None, None]
+        return jax.jit(lambda *xs: tuple(jnp.where(present, x, 0) for x in xs), out_shardings=self._whole)(*found)
 
     def _permuted(self, arrays: tuple[jax.Array, ...], layout: str, order: Callable[..., Any]) -> tuple[jax.Array, ...]:
         if layout == "contiguous":
             return arrays
-        permute = functools.partial(order, layout=layout, num_shards=self._count)
+        if layout == DEALT:
+            assert self._documents is not None
+            there = self._documents.order
+            places = jnp.asarray(there if order is ringjax.to_ring_order else np.argsort(there))
+            permute: Callable[..., Any] = lambda arrays: tuple(x[:, places] for x in arrays)  # noqa: E731
+        else:
+            permute = functools.partial(order, layout=layout, num_shards=self._count)
         return jax.jit(permute, out_shardings=self._whole)(arrays)
 
 

@@ -2,6 +2,10 @@
 
 Every kernel has one face: ``attend(q, k, v, offset=, window=)``. Query i stands at position i + offset of the keys and
 attends to itself, and to the keys before it, at most ``window`` of them; offset None: to all keys.
+
+Packed documents are told by ``attend(q, k, v, q_starts, k_starts, offset=, window=, longest=)``: where each begins
+among the queries and among the keys, and where the last one ends, int32 [documents + 1]; ``longest``, tokens of the
+longest. Any offset but None is a causal mask, aligned with the last query and key of each document.
 """
 
 from __future__ import annotations
@@ -67,7 +71,12 @@ def _of_jax(q: Any, k: Any, v: Any, **options: Any) -> jax.Array:
     return attend(q, k, v, **options)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int | None, window: int | None) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array, offset: int | None, window: int | None,
+    longest: int | None = None,
+) -> jax.Array:  # fmt: skip
+    if starts:
+        raise Refused("jax.nn.dot_product_attention takes packed documents as a mask of T x S only")
     if offset:
         raise Refused(
             "its causal mask starts at the first key, and jax.nn.dot_product_attention takes no offset: causal "
@@ -77,11 +86,37 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int | None, wind
     return _of_jax(q, k, v, is_causal=offset is not None, local_window_size=sides, implementation="cudnn")
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int | None, window: int | None) -> jax.Array:
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array, offset: int | None, window: int | None,
+    longest: int | None = None,
+) -> jax.Array:  # fmt: skip
+    if starts:
+        return _of_jax(q, k, v, mask=_mask((q.shape[1], k.shape[1]), starts, offset, window), implementation="xla")
     if offset is None:
         return _of_jax(q, k, v, implementation="xla")
     left = k.shape[1] if window is None else window - offset
     return _of_jax(q, k, v, local_window_size=(left, offset), implementation="xla")
+
+
+def _mask(
+    lengths: tuple[int, int], starts_of: tuple[jax.Array, ...], offset: int | None, window: int | None
+) -> jax.Array:
+    """Of documents: bool [T, S]. ``starts_of``: those among the queries and those among the keys."""
+    places = [jnp.arange(n, dtype=jnp.int32) for n in lengths]
+    next_start = [
+        jnp.searchsorted(starts, at, side="right").astype(jnp.int32)
+        for starts, at in zip(starts_of, places, strict=True)
+    ]
+    mask = next_start[0][:, None] == next_start[1][None]
+    if offset is None:
+        return mask
+    # Before the end of the document, where a causal mask is aligned.
+    before, key_before = (
+        starts[following] - at for starts, following, at in zip(starts_of, next_start, places, strict=True)
+    )
+    behind = key_before[None] - before[:, None]
+    mask &= behind >= 0
+    return mask if window is None else mask & (behind <= window)
 
 
 def _flash_attention_3(device: Any, library: Path | None) -> Peer:
@@ -121,7 +156,7 @@ def _register(file: Path) -> None:
             raise
         ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
         found = ctypes.CDLL(str(file.resolve()))
-    for what in ("fwd", "bwd"):
+    for what in ("fwd", "bwd", "varlen_fwd", "varlen_bwd"):
         target = jax.ffi.pycapsule(getattr(found, f"dew_flash3_mha_{what}"))
         jax.ffi.register_ffi_target(f"ringjax_bench_flash_attention_3_{what}", target, platform="CUDA")
 
@@ -131,11 +166,18 @@ def _nvidia_folders() -> list[str]:
     return [] if spec is None else list(spec.submodule_search_locations or ())
 
 
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int | None, window: int | None) -> jax.Array:
+def _flash(
+    q: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array, offset: int | None, window: int | None,
+    longest: int | None = None,
+) -> jax.Array:  # fmt: skip
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise Refused(f"needs bfloat16 or float16. Got {q.dtype.name}")
     if q.shape[-1] not in (64, 128, 192, 256):
         raise Refused(f"needs heads of 64, 128, 192 or 256. Got {q.shape[-1]}")
+    if starts:
+        assert longest is not None
+        packed: Any = _flash_packed
+        return packed(q[0], k[0], v[0], *starts, offset is not None, window, longest)[None]
     if offset is not None and offset != k.shape[1] - q.shape[1]:
         raise Refused("its causal mask is aligned with the last key")
     return _flash_call(q, k, v, offset is not None, window)
@@ -181,3 +223,44 @@ def _flash_backward(causal: bool, window: int | None, saved: Any, dout: jax.Arra
 
 
 _flash_call.defvjp(_flash_forward, _flash_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _flash_packed(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_starts: jax.Array, k_starts: jax.Array, causal: bool,
+    window: int | None, longest: int,
+) -> jax.Array:  # fmt: skip
+    """Documents one after another, [T, N, D]. One without queries has gradients of 0."""
+    return _packed_forward(q, k, v, q_starts, k_starts, causal, window, longest)[0]
+
+
+def _packed_options(q: jax.Array, causal: bool, window: int | None, longest: int) -> dict[str, Any]:
+    lengths = {"max_seqlen": np.int64(longest), "max_seqlen_k": np.int64(longest)}
+    return _flash_options(q, causal, window) | lengths
+
+
+def _packed_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_starts: jax.Array, k_starts: jax.Array, causal: bool,
+    window: int | None, longest: int,
+) -> tuple[Any, Any]:  # fmt: skip
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    length, heads, _ = q.shape
+    results = (_like(q), float32((heads, length)), float32((1, 1, 1, 1)), float32((1, 1, 1)))
+    call = jax.ffi.ffi_call("ringjax_bench_flash_attention_3_varlen_fwd", results)
+    out, lse, *_ = call(q, k, v, q_starts, k_starts, **_packed_options(q, causal, window, longest))
+    return out, (q, k, v, out, lse, q_starts, k_starts)
+
+
+def _packed_backward(causal: bool, window: int | None, longest: int, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
+    q, k, v, out, lse, q_starts, k_starts = saved
+    length, heads, _ = q.shape
+    rows = jax.ShapeDtypeStruct((heads * (length + 128 * q_starts.shape[0]),), jnp.float32)
+    results = (_like(q), _like(k), _like(v), rows, rows)
+    call = jax.ffi.ffi_call("ringjax_bench_flash_attention_3_varlen_bwd", results)
+    options = _packed_options(q, causal, window, longest)
+    dq, dk, dv, *_ = call(dout, q, k, v, out, lse, q_starts, k_starts, **options)
+    nothing = np.zeros(q_starts.shape, jax.dtypes.float0)
+    return dq, dk, dv, nothing, nothing
+
+
+_flash_packed.defvjp(_packed_forward, _packed_backward)

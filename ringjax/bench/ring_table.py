@@ -181,6 +181,8 @@ def plan_of(
     itemsize: int,
 ) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
     """What the planner chooses on each mesh, told what a call knows at trace time: lengths are a shard's."""
+    if problem.documents is not None:
+        raise ValueError("at trace time it is not told of documents; see ringjax plan --documents")
     shape = problem.shape
     return [
         (

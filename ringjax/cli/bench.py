@@ -224,6 +224,14 @@ def ring(
         float | None, typer.Option(parser=number, metavar="S", help="Begin no further problem after so many seconds.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Also mark the strategy that the planner chooses.")] = False,
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME:NUMBERS",
+            help="Lengths of documents, as in ringjax plan. The first sequence that ringjax.pack makes of them is "
+            "timed, its documents one after another, and dealt.",
+        ),
+    ] = None,
     json: JsonFile = None,
     write_docs: WriteDocs = None,
 ) -> None:
@@ -249,6 +257,7 @@ def ring(
             seconds=seconds_per_row,
             time_limit=time_limit,
             plan=plan,
+            documents=documents,
         )
         command.main(request, json_file=json, docs=write_docs)
 

@@ -20,7 +20,7 @@ from ...partial import NO_LOGIT
 from ..base import KernelParams
 from . import common, ptx
 from .common import COLUMNS, LOG2_E, MaskArrays, batch_row, column_matrix, is_finite
-from .tiles import WARPGROUP_ROWS, WARPGROUP_THREADS
+from .tiles import MULTIPROCESSORS, WARPGROUP_ROWS, WARPGROUP_THREADS
 
 COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = 2
@@ -28,9 +28,10 @@ BLOCK_KV = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 # Named barriers, see ringjax.kernels.mosaic.ptx: where the compute warpgroups meet, and where each meets itself.
 _COMPUTE_BARRIER, _OWN_BARRIER = 8, 9
 
-# The last one runs fastest: programs of one head share in the cache what passes by.
-GRID_NAMES = ("batch", "head", "tile")
-_MOST_PROGRAMS = 65_535  # along any other axis of CUDA's than the last
+# The last one runs fastest. Of ``heads`` that start side by side, see heads_together, each has a program in turn.
+GRID_NAMES = ("batch", "heads", "program")
+
+_ENOUGH = 3 * MULTIPROCESSORS // 2  # programs of heads side by side
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
@@ -182,10 +183,29 @@ def visit(
     return state
 
 
-def run_program(memory: Callable[[Place], None], compute: Callable[[Place], None]) -> None:
-    """The memory warpgroup and the compute warpgroups of one program."""
+def heads_together(kv_heads: int, tiles: int) -> int:
+    """How many K/V heads start side by side, the first keys of each first, so many tiles as a head has.
+
+    The first keys of a causal mask have the most queries: of all heads side by side, the last programs to start are
+    short ones. But programs of one head share in the cache what passes by. So as few as make half as many programs
+    again as there are multiprocessors.
+    """
+    return min(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == kv_heads or n * tiles >= _ENOUGH))
+
+
+def head_and_tile(heads: Any, program: Any, together: int) -> tuple[Any, Any]:
+    """Which head and tile a program of so many heads works on."""
+    if together == 1:
+        return heads, program
+    number = jnp.int32(together)
+    return heads * number + jax.lax.rem(program, number), jax.lax.div(program, number)
+
+
+def run_program(memory: Callable[[Place], None], compute: Callable[[Place], None], together: int = 1) -> None:
+    """The memory warpgroup and the compute warpgroups of one program; ``together``: see :func:`heads_together`."""
     warpgroup = jax.lax.axis_index("warpgroup")
-    batch, head, tile = (jax.lax.axis_index(name) for name in GRID_NAMES)
+    batch, heads, program = (jax.lax.axis_index(name) for name in GRID_NAMES)
+    head, tile = head_and_tile(heads, program, together)
     pl.when(warpgroup == MEMORY_WARPGROUP)(lambda: memory(Place(batch, head, tile, MEMORY_WARPGROUP)))
     # Compiled once for each, so that addresses are constants: they would not fit into the registers otherwise.
     for w in range(COMPUTE_WARPGROUPS):
@@ -211,21 +231,18 @@ def run_over_keys(
         dq_gmem, dk_gmem, dv_gmem, *rest = (None, *given) if dq is None else given
         there = Operands(*rest[: len(operands)])
         compute = kernel(static, inputs, dq_gmem, dk_gmem, dv_gmem, there, *rest[len(operands) :]).compute
-        run_program(lambda place: _load(static, inputs, there, place), compute)
+        run_program(lambda place: _load(static, inputs, there, place), compute, together)
 
     batch, k_length, kv_heads, _ = x.k.shape
     tiles = -(-k_length // static.block_kv)
-    grid = dict(zip(GRID_NAMES, (batch, kv_heads, tiles), strict=True))
-    if static.masked and tiles <= _MOST_PROGRAMS:
-        # The first keys of all heads first: of a causal mask they have the most queries.
-        grid = {"batch": batch, "tile": tiles, "head": kv_heads}
+    together = heads_together(kv_heads, tiles) if static.masked else 1
     added, (dk, dv) = gpu_kernel(
         body,
         leaves,
         () if dq is None else (dq,),
         out_type=[dk, dv],
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid=(batch, kv_heads // together, tiles * together),
+        grid_names=GRID_NAMES,
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=(*operands, *scratch),
