@@ -255,6 +255,12 @@ _HOPPER_RATES = {
 }
 
 
+# In backward two hops take longer than one call over the keys of both, by some 10 readings of dq: each ends with
+# multiprocessors that wait for the last ones. On one H200, the hops of two ranks, 32/8 heads of 128, 4,096 and 8,192
+# tokens each; dq itself is read once and written once.
+_HOPPER_BACKWARD_PASSES = 12.0
+
+
 def _triton_rates(rate: float) -> dict[int, Rate]:
     """One rate for all, less by what another Triton kernel loses in backward and under a causal mask."""
     both = 0.85 * rate
@@ -300,6 +306,7 @@ _H100 = _gpu(
     l2_bytes=50 * _MIB,
     shared_bytes=228 * 1024,
     block_shared_bytes=227 * 1024,
+    backward_carry_passes=_HOPPER_BACKWARD_PASSES,
 )
 _H200 = dataclasses.replace(
     _H100,
@@ -311,6 +318,7 @@ _H200 = dataclasses.replace(
 _B200 = dataclasses.replace(
     _H100,
     name="b200",
+    backward_carry_passes=2.0,
     kind="NVIDIA B200",
     memory_bytes=191_514_411_008,
     bandwidth=7_672_320_000_000,
