@@ -43,6 +43,12 @@ class RingSpec:
     routes: tuple[Route, ...] = (Route(),)  # a part of every block takes each of them
     one_operation: bool = False  # what travels at the same time is sent in one, see _compat.in_one_operation
 
+    @property
+    def narrow_home(self) -> bool:
+        """Whether sums of dK and dV come home in the dtype of K and V: of one full ring, where they are complete."""
+        one_ring = self.schedule is not None and self.schedule.is_full and self.schedule.hops[0].inner is None
+        return one_ring and not any(self.gather.gathered)
+
 
 class ShardMask(Protocol):
     """The mask of this rank's queries, whatever it is made of. A pytree of arrays that need no gradient."""
@@ -380,7 +386,13 @@ def _walk(
             (here, state, sums), _ = jax.lax.scan(body, (here, state, sums), length=len(indices), unroll=spec.unroll)
     if sums.strand is None or not come_home:
         return state, sums.strand
-    (strand,) = rotate([_Move(sums.strand, hops[-1].homeward)])
+    strand = sums.strand
+    if spec.narrow_home:  # no kernel hides this trip
+        strand = tuple(
+            (_narrowed(dk, block.k.dtype), _narrowed(dv, block.v.dtype))
+            for (dk, dv), block in zip(strand, home.blocks, strict=True)
+        )
+    (strand,) = rotate([_Move(strand, hops[-1].homeward)])
     inner = hops[-1].inner if schedule.is_full else None
     for name in spec.axis_names[len(home.owners[0]) :]:
         if inner is not None:
@@ -481,6 +493,10 @@ def _cast(spec: RingSpec, dtype: Any, sums: Any) -> Any:
     """As they are summed and travel."""
     dkv_dtype = wide(dtype) if spec.dkv_dtype == "float32" else jnp.dtype(spec.dkv_dtype)
     return jax.tree.map(lambda x: x.astype(dkv_dtype), sums)
+
+
+def _narrowed(x: Array, dtype: Any) -> Array:
+    return x.astype(dtype) if dtype.itemsize < x.dtype.itemsize else x
 
 
 def _is_last(stream: _Stream, streams: tuple[_Stream, ...]) -> bool:

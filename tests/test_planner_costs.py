@@ -49,8 +49,8 @@ MI = 2**20
     ("named", "sizes", "forward", "backward"),
     [
         # 1,024 tokens per device, 32 heads on 8, D = 128, bfloat16: K and V are 2 x 2 MiB, their float32 sums 8 MiB.
-        # A ring of 8 moves K and V seven times each way, the sums eight times.
-        (("ring",), (8,), 7 * 4 * MI, 7 * 4 * MI + 8 * 8 * MI),
+        # A ring of 8 moves K and V seven times each way, the sums eight times, the last time home in bfloat16.
+        (("ring",), (8,), 7 * 4 * MI, 7 * 4 * MI + 7 * 8 * MI + 4 * MI),
         # Gathered: seven others; again in backward, and seven eighths of 64 MiB of sums come back.
         (("all_gather",), (8,), 7 * 4 * MI, 7 * 4 * MI + 7 * 8 * MI),
         # Exchanged: 7/8 of q and out, 8 MiB each, and of K and V; backward dout and dq, dk, dv.
@@ -60,7 +60,7 @@ MI = 2**20
         # Exchanged over 4: 4,096 tokens of 2 K/V heads, as large a block, on a ring of 16.
         (
             ("ring", "all_to_all"), (16, 4),
-            3 * 20 * MI // 4 + 15 * 4 * MI, 3 * 20 * MI // 4 + 15 * 4 * MI + 16 * 8 * MI,
+            3 * 20 * MI // 4 + 15 * 4 * MI, 3 * 20 * MI // 4 + 15 * 4 * MI + 15 * 8 * MI + 4 * MI,
         ),
         # Gathered over 4: blocks four times as large on a ring of 2.
         (("ring", "all_gather"), (2, 4), 3 * 4 * MI + 16 * MI, 3 * (4 + 8) * MI + 16 * MI + 2 * 32 * MI),

@@ -72,8 +72,10 @@ def test_only_what_is_shared_travels(shared: int) -> None:
     plan = ringjax.plan(**GIVEN, shared_length=shared)
     ring = best(plan, "ring")
     key = 2 * 2 * 64
-    # Seven hops, there and again in backward, with ids and positions; the sums of the own block move with a whole ring.
-    assert ring.cost.wire_bytes["ring"] == shared * (7 * 2 * (key * 2 + 8) + (8 if shared == 8192 else 7) * key * 4)
+    # Seven hops, there and again in backward, with ids and positions; the sums of the own block move with a whole ring,
+    # and then come home in bfloat16.
+    sums = 7 * key * 4 + (key * 2 if shared == 8192 else 0)
+    assert ring.cost.wire_bytes["ring"] == shared * (7 * 2 * (key * 2 + 8) + sums)
     assert {c.way.layout for c in plan.candidates} == {ringjax.Contiguous()}
     assert ("shared_length" in plan.config) and plan.to_json()["shared_length"] == shared
     if shared == 0:  # each device has one document of its own shard at the most

@@ -56,6 +56,9 @@ class Chip:
         is read once and written once.
       backward_carry_passes: the same in backward, of the unfinished dq; whatever else a hop costs there that grows with
         the shard may be counted in it.
+      backward_wave: keys, counted once for each head and batch row, that the programs of the backward kernel own which
+        run at the same time; 0: not known. The last ones of a hop end one after another, and the next hop waits: on the
+        average for half of what a program takes.
       gather_links: links of a torus that a gather uses at most; None: all.
       lanes: a head takes memory in multiples of so many items.
       thrifty: the compiler keeps nothing of a ring beside what any program needs.
@@ -75,6 +78,7 @@ class Chip:
     peer_seconds: float
     carry_passes: float = 2.0
     backward_carry_passes: float = 2.0
+    backward_wave: int = 0
     gather_links: int | None = None
 
     def rate(self, head_size: int, *, backward: bool, is_causal: bool) -> float:
@@ -255,12 +259,6 @@ _HOPPER_RATES = {
 }
 
 
-# In backward two hops take longer than one call over the keys of both, by some 10 readings of dq: each ends with
-# multiprocessors that wait for the last ones. On one H200, the hops of two ranks, 32/8 heads of 128, 4,096 and 8,192
-# tokens each; dq itself is read once and written once.
-_HOPPER_BACKWARD_PASSES = 12.0
-
-
 def _triton_rates(rate: float) -> dict[int, Rate]:
     """One rate for all, less by what another Triton kernel loses in backward and under a causal mask."""
     both = 0.85 * rate
@@ -306,7 +304,7 @@ _H100 = _gpu(
     l2_bytes=50 * _MIB,
     shared_bytes=228 * 1024,
     block_shared_bytes=227 * 1024,
-    backward_carry_passes=_HOPPER_BACKWARD_PASSES,
+    backward_wave=132 * 128,  # a program on each multiprocessor owns 128 keys
 )
 _H200 = dataclasses.replace(
     _H100,
@@ -318,7 +316,7 @@ _H200 = dataclasses.replace(
 _B200 = dataclasses.replace(
     _H100,
     name="b200",
-    backward_carry_passes=2.0,
+    backward_wave=0,
     kind="NVIDIA B200",
     memory_bytes=191_514_411_008,
     bandwidth=7_672_320_000_000,

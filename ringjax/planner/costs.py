@@ -167,12 +167,22 @@ def token_gather_bytes(shard: Shard, size: int) -> int:
     return (size - 1) * shard.batch * (shard.queries + shard.keys) * shard.token_bytes
 
 
-def ring_bytes(shard: Shard, schedule: Schedule, *, backward: bool) -> tuple[int, ...]:
-    """What travels on the rings of a schedule, the outermost first. See :func:`travelled`."""
+def ring_bytes(shard: Shard, schedule: Schedule, *, backward: bool, gathers: bool) -> tuple[int, ...]:
+    """What travels on the rings of a schedule, the outermost first. See :func:`travelled`.
+
+    The sums of dK and dV come home in the dtype of K and V where nothing is added to them there: of one full ring.
+    ``gathers``: where a reduce_scatter follows, they are.
+    """
+    last = shard.keys if narrow_home(schedule, gathers) else 0
     return tuple(
-        shard.block_bytes(blocks) + (shard.sums_bytes(sums) if backward else 0)
+        shard.block_bytes(blocks) + ((shard.sums_bytes(sums - last) + shard.kv_bytes(last)) if backward else 0)
         for blocks, sums in travelled(schedule, shard.keys)
     )
+
+
+def narrow_home(schedule: Schedule, gathers: bool) -> bool:
+    """Whether sums of dK and dV come home in the dtype of K and V, see :class:`ringjax.ring.RingSpec`."""
+    return schedule.is_full and schedule.num_shards > 1 and schedule.hops[0].inner is None and not gathers
 
 
 def travelled(schedule: Schedule, length: int) -> tuple[tuple[int, int], ...]:

@@ -222,7 +222,8 @@ def received(problem: Problem, way: Way) -> dict[str, int]:
         shard = shard.gathered(size)
     if "ring" in sharing.way.words:
         found["ring"] = sum(
-            sum(costs.ring_bytes(shard, sharing.schedule, backward=backward)) for backward in backward_too
+            sum(costs.ring_bytes(shard, sharing.schedule, backward=backward, gathers=sharing.gathers))
+            for backward in backward_too
         )
     return found
 
@@ -245,6 +246,10 @@ class _Sharing:
     way: Way  # with the words that a window leaves
     schedule: Schedule
     both: bool
+
+    @property
+    def gathers(self) -> bool:
+        return "all_gather" in self.way.words
 
 
 @functools.lru_cache(maxsize=4096)
@@ -316,13 +321,20 @@ def _rings(
         carries = 1 if shard.kv_heads % streams == 0 else streams
         passes = chip.backward_carry_passes if backward else chip.carry_passes
         besides += (blocks - 1) * carries * passes * carry / chip.bandwidth
-    received = costs.ring_bytes(shard, schedule, backward=backward) if links else ()
+        if backward:
+            keys = _worked_keys(schedule, shard.keys) * shard.batch * shard.kv_heads
+            besides += (blocks - 1) * streams * compute / keys * chip.backward_wave / 2
+    received = costs.ring_bytes(shard, schedule, backward=backward, gathers=sharing.gathers) if links else ()
     for num_bytes, link, n in zip(received, links, ways, strict=True):
         spent.carry(link, num_bytes, link.hop * n)
     per_key = [1 / (link.hop * n) for link, n in zip(links, ways, strict=True)]
     wires = [(shard.kv_bytes(1) * each, shard.sums_bytes(1) * each if backward else 0.0) for each in per_key]
     keys = _worked_keys(schedule, shard.keys) if links else 1
-    took = _round(schedule, shard.keys, wires, (compute + besides) / keys) if links else compute + besides
+    took = compute + besides
+    if links:
+        took = _round(schedule, shard.keys, wires, took / keys)
+        if backward and costs.narrow_home(schedule, sharing.gathers):
+            took -= (shard.sums_bytes() - shard.kv_bytes()) * per_key[0]
     spent.compute += compute
     spent.overhead += besides
     spent.exposed += max(0.0, took - compute - besides)
