@@ -211,6 +211,21 @@ def test_attention_to_a_cache(name: str, head_size: int, implementation: str, dt
     cases.assert_matches(problem.case, inputs, run_cached(problem, inputs, as_users=True))
 
 
+@needs_hopper
+@pytest.mark.parametrize(("head_size", "together"), [(64, 1), (128, 1), (128, 2), (256, 2)])
+def test_heads_start_side_by_side_or_in_turn(monkeypatch: pytest.MonkeyPatch, head_size: int, together: int) -> None:
+    """In backward, as they do where sequences are so long that few heads give every multiprocessor enough to do."""
+    from ringjax.kernels.mosaic import backward_common
+
+    monkeypatch.setattr(backward_common, "heads_together", lambda kv_heads, tiles: together)
+    case = dataclasses.replace(enlarged(cases.BY_NAME["causal_gqa"], head_size), num_heads=8, num_kv_heads=4)
+    inputs = cases.make_inputs(case, BF16)
+    jax.clear_caches()  # the number is no part of what JAX compares
+    result = cases.stacked_ring(case, inputs, ringjax.RingConfig(), layout="zigzag", num_shards=2)
+    jax.clear_caches()
+    assert_as_good_as_dense(case, inputs, result, "pallas_gpu")
+
+
 @needs_gpu
 @pytest.mark.parametrize(("head_size", "implementation", "dtype"), on_kernels((64, BF16), (128, BF16)))
 def test_rows_with_nothing_to_attend_between_others(head_size: int, implementation: str, dtype: Any) -> None:

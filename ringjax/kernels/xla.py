@@ -83,11 +83,10 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
     q, k, v, mask, sinks = block
     dtype, length = wide(q.dtype), q.shape[2]
     tiles = _tiling(block, params)
-    visits = plan_visits(mask, length, k.shape[2], tiles.block_q, tiles.block_kv, rows="queries")
-    only_column = carry is None and visits is None and tiles.num_kv == 1
     if carry is None:
         nothing = identity(q.shape[:3], v.shape[3], dtype)
         carry = Partial(*(vary_like(x, q, k, v, *jax.tree.leaves(mask)) for x in nothing))
+    visits = plan_visits(mask, length, k.shape[2], tiles.block_q, tiles.block_kv, rows="queries")
     tile_mask = _tile_mask(block, tiles)
     q_tiles = _grouped(_pad(q, tiles.block_q), tiles)
     k, v = _pad(k, tiles.block_kv), _pad(v, tiles.block_kv)
@@ -97,7 +96,7 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
         b, head, i = tiles.at(index, tiles.num_q)
         q_tile = _query_tile(q_tiles, b, head, i, tiles)
 
-        def column(j: Array, running: Partial | None, masked: bool) -> Partial:
+        def column(j: Array, running: Partial, masked: bool) -> Partial:
             k_tile, v_tile = (_key_tile(x, b, head, j, tiles) for x in (k, v))
             s = scores(_dot(q_tile, k_tile, (1, 1), dtype), params)
             allowed = None
@@ -106,11 +105,8 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
                 s = jnp.where(allowed, s, NO_LOGIT)
             return _fold(running, s, v_tile, allowed, params, tiles)
 
-        if only_column:
-            running = column(jnp.int32(0), None, False)
-        else:
-            running = Partial(*(_query_tile(x, b, head, i, tiles) for x in state))
-            running = _visit(visits, b, i, tiles.num_kv, column, running)
+        running = Partial(*(_query_tile(x, b, head, i, tiles) for x in state))
+        running = _visit(visits, b, i, tiles.num_kv, column, running)
         return Partial(*(_put_query_tile(x, new, b, head, i, tiles) for x, new in zip(state, running, strict=True)))
 
     state = jax.lax.fori_loop(0, tiles.steps(tiles.num_q), row, state)
@@ -182,29 +178,16 @@ def backward(
 
 
 def _fold(
-    running: Partial | None,
-    s: Array,
-    values: Array,
-    allowed: Bool[Array, "R S"] | None,
-    params: KernelParams,
-    tiles: _Tiles,
+    running: Partial, s: Array, values: Array, allowed: Bool[Array, "R S"] | None, params: KernelParams, tiles: _Tiles
 ) -> Partial:
-    """One step of the online softmax for a tile of R queries, given the scores.
-
-    ``running`` None: the only step. XLA for GPUs then makes one kernel of the softmax.
-    """
-    if running is None:
-        top = jax.lax.reduce(s, jnp.asarray(NO_LOGIT, s.dtype), jax.lax.max, (s.ndim - 1,))
-    else:
-        top = jnp.maximum(running.max, s.max(axis=-1))
+    """One step of the online softmax for a tile of R queries, given the scores."""
+    top = jnp.maximum(running.max, s.max(axis=-1))
     p = weights(s, Normaliser(top[..., None]), params)
     if allowed is not None:
         p = jnp.where(allowed, p, 0.0)  # where nothing was attended yet, exp(NO_LOGIT - NO_LOGIT) is 1
-    acc, total = _weigh(p, values, allowed, 1, tiles), p.sum(axis=-1)
-    if running is None:
-        return Partial(acc, top, total)
     rescale = weights(running.max, Normaliser(top), params)
-    return Partial(running.acc * rescale[..., None] + acc, top, running.sum * rescale + total)
+    acc = running.acc * rescale[..., None] + _weigh(p, values, allowed, 1, tiles)
+    return Partial(acc, top, running.sum * rescale + p.sum(axis=-1))
 
 
 def _weigh(p: Array, values: Array, allowed: Bool[Array, "R S"] | None, axis: int, tiles: _Tiles) -> Array:
