@@ -391,10 +391,10 @@ def draw_time(axes, found, kernel, wire, title):
         if busy:
             axes.add_patch(Rectangle((time, 1.06), busy, 0.8, facecolor="#4477aa", edgecolor="white"))
             axes.text(time + busy / 2, 1.46, f"kernel {number}", ha="center", va="center", color="white", fontsize=9)
-        keys_and_values = size in (block, 3 * block)
+        keys_and_values = wire if runs and size in (block, 3 * block) else 0
         start = time
-        for present, length, colour in ((keys_and_values, wire, "#ee9944"), (size >= 2 * block, 2 * wire, "#aa4466")):
-            if present:
+        for length, colour in ((keys_and_values, "#ee9944"), (sent - keys_and_values, "#aa4466")):
+            if length:
                 axes.add_patch(Rectangle((start, 0.14), length, 0.8, facecolor=colour, edgecolor="white"))
                 start += length
         if sent > busy:
