@@ -38,7 +38,8 @@ class RingConfig:
       unroll: hops per iteration of the compiled loop. None chooses: 1 on CPU, where compile time counts, else 2,
         which spares the copies of K and V that a rolled loop makes. At least the number of hops: no loop.
       dkv_dtype: dtype in which dK and dV are summed and travel. "float32" loses nothing (float64 inputs stay in
-        float64); the 16-bit ones halve the bytes of these on the wire, and cost precision with every hop.
+        float64); the 16-bit ones halve the bytes of these on the wire, and cost precision with every hop. On the last
+        trip of one ring, home, where nothing is added, they have the dtype of the inputs if that is narrower.
       interpret: run the named Pallas kernel in JAX's interpreter, which any platform has: slow, to debug and to test.
       deterministic: the same bits on every run, also where that costs speed: "pallas_gpu" sums dQ in the order in which
         its programs arrive unless it is set. All else, and every other implementation, is deterministic anyway.

@@ -45,9 +45,8 @@ class RingSpec:
 
     @property
     def narrow_home(self) -> bool:
-        """Whether sums of dK and dV come home in the dtype of K and V: of one full ring, where they are complete."""
-        one_ring = self.schedule is not None and self.schedule.is_full and self.schedule.hops[0].inner is None
-        return one_ring and not any(self.gather.gathered)
+        """Whether sums of dK and dV come home in the dtype of K and V: where nothing is added to them any more."""
+        return self.schedule is not None and self.schedule.is_one_ring and not any(self.gather.gathered)
 
 
 class ShardMask(Protocol):

@@ -85,6 +85,11 @@ class Schedule:
         return whole and self.strands == (tuple(range(self.num_shards)),)
 
     @property
+    def is_one_ring(self) -> bool:
+        """Full, with no ring within: the sums of dK and dV are complete when they come home."""
+        return self.is_full and self.hops[0].inner is None
+
+    @property
     def num_rotations(self) -> int:
         """Rotations of K/V along this axis in the forward pass; the backward pass makes as many."""
         return sum(hop.shift != 0 for hop in self.hops)

@@ -182,7 +182,7 @@ def ring_bytes(shard: Shard, schedule: Schedule, *, backward: bool, gathers: boo
 
 def narrow_home(schedule: Schedule, gathers: bool) -> bool:
     """Whether sums of dK and dV come home in the dtype of K and V, see :class:`ringjax.ring.RingSpec`."""
-    return schedule.is_full and schedule.num_shards > 1 and schedule.hops[0].inner is None and not gathers
+    return schedule.is_one_ring and schedule.num_shards > 1 and not gathers
 
 
 def travelled(schedule: Schedule, length: int) -> tuple[tuple[int, int], ...]:
