@@ -83,6 +83,11 @@ def lower(run: Any, args: Any) -> str:
         ("everything", {"size": 80, "v_size": 128, "dtype": jnp.float16}, True),
         ("causal", {"size": 256, "v_size": 200}, False),
         ("everything", {"size": 256, "v_size": 200, "dtype": jnp.float16}, True),
+        # In parts.
+        ("full", {"size": 128, "v_size": 128, "lengths": (16384, 512)}, False),
+        ("zigzag", {"size": 128, "v_size": 128, "lengths": (16384, 512)}, True),
+        ("everything", {"size": 80, "v_size": 128, "lengths": (20000, 300), "dtype": jnp.float16}, False),
+        ("causal", {"size": 256, "v_size": 256, "lengths": (16384, 512)}, False),
     ],
 )
 def test_lowers(mask: str, options: dict[str, Any], deterministic: bool) -> None:
@@ -114,6 +119,30 @@ def test_lowers_under_vmap() -> None:
     args = (*shapes(), jax.eval_shape(run, *shapes(), None).dq)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), args)
     assert "output_operand_alias" in lower(jax.vmap(run), stacked)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kv_heads", "queries", "block_q", "group", "parts"),
+    [
+        (Mask(), 8, 32768, 64, 4, 8),  # half of a program in the end is 1/31 of all
+        (Mask(right=0), 4, 131072, 128, 4, 8),
+        (Mask(right=0), 16, 65536, 64, 1, 2),
+        (Mask(right=0), 32, 65536, 64, 1, 2),
+        (Mask(right=0), 64, 65536, 64, 1, 1),
+        (Mask(right=0), 8, 8192, 64, 4, 2),
+        (Mask(), 8, 8064, 64, 4, 1),  # each part would be short
+        (Mask(), 1, 64, 64, 1, 1),
+        (Mask(left=4096, right=0), 8, 65536, 64, 4, 1),  # as long as the window
+        (Mask(left=32768, right=0), 8, 65536, 64, 4, 5),
+        (Mask(queries=Tokens(segments=jnp.zeros((1, 32768), jnp.int32))), 8, 32768, 64, 4, 4),
+    ],
+)
+def test_programs_are_neither_long_nor_short(
+    mask: Mask, kv_heads: int, queries: int, block_q: int, group: int, parts: int
+) -> None:
+    of = functools.partial(backward_common.parts_of, mask, kv_heads * -(-queries // 128), queries, block_q, group)
+    assert of(deterministic=False) == parts
+    assert of(deterministic=True) == min(parts, 2)
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,23 @@ def test_a_carry_in_memory_costs_what_was_measured():
     assert 1.05 < 1 + carry / once < 1.10
 
 
+@pytest.mark.parametrize(("length", "cut"), [(4096, False), (32768, True)])
+def test_the_end_of_a_hop_is_half_of_its_last_programs(length: int, cut: bool):
+    """Of one that visits all queries that attend to 128 keys; of 256 tiles of 64 of them where there are more."""
+    chip = dataclasses.replace(GPUS["h100"], hop_seconds=0.0, backward_carry_passes=0, carry_passes=0)
+    way = Way(("ring",), (2,), "forward", ZIGZAG)
+    took = [
+        estimate(problem_of(length), way, each, links_of(likely_topology(chip, 2), (2,))).overhead_seconds
+        for each in (chip, dataclasses.replace(chip, backward_part=2**62))
+    ]
+    flops_per_second = chip.rate(128, backward=True, is_causal=True) / chip.multiprocessors
+    each_pair = 5 * 2 * 128 / flops_per_second
+    # Four heads share keys; half of the queries of a zigzag rank attend to one on the average.
+    assert took[1] == pytest.approx(128 * 4 * (length / 2) * each_pair / 2, rel=0.01)
+    assert (took[0] < took[1]) is cut
+    assert not cut or took[0] == pytest.approx(256 * 64 * 128 * each_pair / 2, rel=0.01)
+
+
 GB = 1e9
 
 

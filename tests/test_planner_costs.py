@@ -271,7 +271,7 @@ OTHERWISE = {
     "v6e:2x4-8-8-128-float32-ring 8-forward": 0.13,
     "v5e:2x4-24-4-64--ring 8-both": 0.13,
     "v5e:2x4-24-4-64--all_to_all 8-both": 0.25,
-    "h100:8-32-8-128--all_to_all 8-both": 0.20,
+    "h100:8-32-8-128--all_to_all 8-both": 0.22,
     "v5e:2x4-24-4-64--ring 2 x all_to_all 4-both": 0.27,
     "v6e:2x4-8-8-128-float32-ring 8-both": 0.06,
     "h100:8-32-8-128--ring 8-both": 0.06,

@@ -45,11 +45,30 @@ def visited(plan: visits.Visits, b: int, row: int) -> tuple[list[int], list[int]
     full, visit = int(plan.full[b, row]), int(plan.visit[b, row])
     if plan.order is not None:
         columns = np.asarray(plan.order[b, row, :visit]).tolist()
+    elif plan.full_start is None:
+        columns = [n + (0 if plan.start is None else int(plan.start[b, row])) for n in range(visit)]
     else:
-        assert plan.start is not None and plan.full_start is not None
+        assert plan.start is not None
         t = jnp.arange(visit, dtype=jnp.int32)
         columns = visits.nth_in_range(t, *(x[b, row] for x in (plan.full, plan.start, plan.full_start))).tolist()
     return columns[:full], columns[full:]
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(any_mask, st.sampled_from(BLOCKS), st.integers(1, 9))
+def test_parts_visit_together_what_the_row_does(mask: Mask, blocks: tuple[int, int], parts: int) -> None:
+    columns = -(-T // blocks[0])
+    plan = visits.plan_visits(mask, T, S, *blocks, rows="keys")
+    if plan is None:
+        plan = visits.all_visits(-(-S // blocks[1]), columns)
+    rows = plan.full.shape[1]
+    cut = visits.in_parts(plan, columns, parts)
+    assert cut.full.shape == cut.visit.shape == (plan.full.shape[0], parts * rows)
+    for b, row in np.ndindex(*plan.full.shape):
+        found = [visited(cut, b, part * rows + row) for part in range(parts)]
+        assert all(len(full) + len(partial) <= -(-columns // parts) for full, partial in found)
+        for whole, pieces in zip(visited(plan, b, row), zip(*found, strict=True), strict=True):
+            assert sorted(whole) == sorted(column for piece in pieces for column in piece)
 
 
 @hypothesis.settings(max_examples=40)

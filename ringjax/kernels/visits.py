@@ -22,7 +22,7 @@ class Visits(NamedTuple):
     """For every row of tiles those to visit: ``full`` FULL ones first, then PARTIAL ones, ``visit`` in all.
 
     They are a list (``order``), or a range from ``start`` on in which the FULL ones, from ``full_start`` on, are in a
-    row. What is None is absent.
+    row. What is None is absent: without ``full_start`` all of the range are FULL.
     """
 
     full: Int32[Array, "B1 rows"]
@@ -56,6 +56,41 @@ def plan_visits(mask: Mask, q_length: int, kv_length: int, block_q: int, block_k
     if by_queries:
         return _ranges(queries, keys, mask.left, mask.right, ragged_rows=mask.queries.length is not None)
     return _ranges(keys, queries, mask.right, mask.left, ragged_rows=True)
+
+
+def all_visits(rows: int, columns: int) -> Visits:
+    """Every column of every row, all FULL."""
+    every = jnp.full((1, rows), columns, jnp.int32)
+    return Visits(full=every, visit=every)
+
+
+def in_parts(visits: Visits, columns: int, parts: int) -> Visits:
+    """Cuts the visits of each row in parts of at most ``columns / parts``: the first parts of all rows, the second...
+
+    Parts of a list have so many of its tiles each. Those of ranges lie between the same columns in all rows.
+    """
+    if parts == 1:
+        return visits
+    most = -(-columns // parts)
+    low = (jnp.arange(parts, dtype=jnp.int32) * most)[None, :, None]
+    rows_last = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
+    within = lambda x: jnp.clip(x[:, None], low, low + most)  # noqa: E731
+    if visits.order is not None:
+        cut = jnp.pad(visits.order, ((0, 0), (0, 0), (0, parts * most - columns)))
+        cut = jnp.swapaxes(cut.reshape(*cut.shape[:2], parts, most), 1, 2)
+        full, visit = (rows_last(within(x) - low) for x in (visits.full, visits.visit))
+        return Visits(full=full, visit=visit, order=rows_last(cut))
+
+    def part(start: Array, count: Array) -> tuple[Array, Array]:
+        first = within(start)
+        return rows_last(within(start + count) - first), rows_last(first)
+
+    start = jnp.zeros_like(visits.visit) if visits.start is None else visits.start
+    visit, start = part(start, visits.visit)
+    if visits.full_start is None:
+        return Visits(full=visit, visit=visit, start=start)
+    full, full_start = part(visits.full_start, visits.full)
+    return Visits(full=full, visit=visit, start=start, full_start=full_start)
 
 
 class _Side(NamedTuple):

@@ -59,6 +59,8 @@ class Chip:
       backward_wave: keys, counted once for each head and batch row, that the programs of the backward kernel own which
         run at the same time; 0: not known. The last ones of a hop end one after another, and the next hop waits: on the
         average for half of what a program takes.
+      backward_part: attended pairs of a query and a key that those programs work on at most, all together: longer ones
+        are cut in parts.
       gather_links: links of a torus that a gather uses at most; None: all.
       lanes: a head takes memory in multiples of so many items.
       thrifty: the compiler keeps nothing of a ring beside what any program needs.
@@ -79,6 +81,7 @@ class Chip:
     carry_passes: float = 2.0
     backward_carry_passes: float = 2.0
     backward_wave: int = 0
+    backward_part: int = 0
     gather_links: int | None = None
 
     def rate(self, head_size: int, *, backward: bool, is_causal: bool) -> float:
@@ -305,6 +308,7 @@ _H100 = _gpu(
     shared_bytes=228 * 1024,
     block_shared_bytes=227 * 1024,
     backward_wave=132 * 128,  # a program on each multiprocessor owns 128 keys
+    backward_part=132 * 256 * 64 * 128,  # and visits 256 tiles of 64 queries
 )
 _H200 = dataclasses.replace(
     _H100,
@@ -317,6 +321,7 @@ _B200 = dataclasses.replace(
     _H100,
     name="b200",
     backward_wave=0,
+    backward_part=0,
     kind="NVIDIA B200",
     memory_bytes=191_514_411_008,
     bandwidth=7_672_320_000_000,

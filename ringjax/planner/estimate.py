@@ -323,7 +323,8 @@ def _rings(
         besides += (blocks - 1) * carries * passes * carry / chip.bandwidth
         if backward:
             keys = _worked_keys(schedule, shard.keys) * shard.batch * shard.kv_heads
-            besides += (blocks - 1) * streams * compute / keys * chip.backward_wave / 2
+            program = min(chip.backward_wave / keys, chip.backward_part / max(pairs, 1))
+            besides += (blocks - 1) * streams * compute * program / 2
     received = costs.ring_bytes(shard, schedule, backward=backward, gathers=sharing.gathers) if links else ()
     for num_bytes, link, n in zip(received, links, ways, strict=True):
         spent.carry(link, num_bytes, link.hop * n)

@@ -64,12 +64,12 @@ def _plan(
     *, rows: str, block_q: int = BLOCK_Q, block_kv: int = BLOCK_KV,
 ) -> tuple[Static, Inputs]:  # fmt: skip
     """Tiles of one kernel: rows are what its programs own."""
-    rule, arrays = prepare_mask(mask, lengths, (block_q, block_kv), rows=rows)
-    if arrays.counts is None:
-        num_q, num_kv = -(-lengths[0] // block_q), -(-lengths[1] // block_kv)
-        num_rows, num_columns = (num_q, num_kv) if rows == "queries" else (num_kv, num_q)
-        # From memory even where it is known: ptxas handles the registers of a loop of unknown length better.
-        arrays = arrays._replace(counts=jnp.full((1, 2, num_rows), num_columns, jnp.int32))
+    group, parts = 1, 1
+    if rows == "keys":
+        group = x.q.shape[2] // x.k.shape[2]
+        programs = x.k.shape[0] * x.k.shape[2] * -(-lengths[1] // block_kv)
+        parts = gpu.parts_of(mask, programs, lengths[0], block_q, group, deterministic=params.deterministic)
+    rule, arrays = prepare_mask(mask, lengths, (block_q, block_kv), rows=rows, parts=parts)
     size = x.q.shape[3]
     static = Static(
         params=params,
@@ -78,6 +78,7 @@ def _plan(
         block_kv=block_kv,
         stages=2 if size <= 128 or rows == "keys" else 1,
         size=size,
-        group=x.q.shape[2] // x.k.shape[2] if rows == "keys" else 1,
+        group=group,
+        parts=parts,
     )
     return static, x._replace(mask=arrays)

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..._compat import gpu_kernel, gpu_load
-from ...mask import Rule
+from ..._compat import gpu_kernel, gpu_load, vary_like
+from ...mask import Mask, Rule
 from ...partial import NO_LOGIT
 from ..base import KernelParams
 from . import common, ptx
@@ -32,6 +32,7 @@ _COMPUTE_BARRIER, _OWN_BARRIER = 8, 9
 GRID_NAMES = ("batch", "heads", "program")
 
 _ENOUGH = 3 * MULTIPROCESSORS // 2  # programs of heads side by side
+_PART = 256  # tiles of queries that a part has at least
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
@@ -70,6 +71,7 @@ class Place(NamedTuple):
     batch: Any
     head: Any  # K/V head of the kernel that owns keys, query head of the one that owns queries
     tile: Any
+    row: Any  # what the mask's arrays call it: one of the parts of what the tile visits
     warpgroup: int
 
     @property
@@ -99,6 +101,7 @@ class Static:
     stages: int
     size: int  # of a head, after padding
     group: int  # query heads that pass by
+    parts: int = 1  # of a tile's visits, each the work of a program
 
     @property
     def masked(self) -> bool:
@@ -139,12 +142,12 @@ def rows_of(lse: Array, delta: Array, scale: float, length: int) -> Array:
 def counts(x: Inputs, place: Place) -> tuple[Any, Any]:
     """How many columns of this row are FULL, and how many are visited."""
     b = batch_row(x.mask.counts, place.batch)
-    return x.mask.counts[b, 0, place.tile], x.mask.counts[b, 1, place.tile]
+    return x.mask.counts[b, 0, place.row], x.mask.counts[b, 1, place.row]
 
 
 def column(x: Inputs, place: Place, n: Any) -> Any:
     """The n-th column that this row visits."""
-    return common.column(x.mask, place.batch, place.tile, n)
+    return common.column(x.mask, place.batch, place.row, n)
 
 
 def allowed(
@@ -183,6 +186,29 @@ def visit(
     return state
 
 
+def parts_of(mask: Mask, programs: int, queries: int, block_q: int, group: int, *, deterministic: bool) -> int:
+    """In how many parts to visit the queries that attend to a tile of keys, each part by a program of its own.
+
+    The last programs of a call leave other multiprocessors without work: half of one on average, so that none should be
+    long. But each part adds to the sums of dk and dv in memory. Time is least for the root of what a program takes over
+    what all take on one multiprocessor (docs/optimisation-log.md), and for half as many parts where documents leave
+    most of them empty. Two sums are the same in either order; of more, the last bits depend on it.
+
+    Args:
+      mask: of the block.
+      programs: how many there are of one part.
+      queries: of the shard.
+      block_q: of a tile of them.
+      group: query heads that pass by.
+    """
+    if mask.left is not None and mask.right is not None:
+        queries = min(queries, mask.left + mask.right + BLOCK_KV)
+    tiles = -(-queries // block_q) * group
+    parts = math.isqrt(MULTIPROCESSORS * tiles // (2 * programs)) // (2 if mask.has_vectors else 1)
+    parts = max(1, min(parts, tiles // _PART))
+    return min(parts, 2) if deterministic else parts
+
+
 def heads_together(kv_heads: int, tiles: int) -> int:
     """How many K/V heads start side by side, the first keys of each first, so many tiles as a head has.
 
@@ -201,15 +227,13 @@ def head_and_tile(heads: Any, program: Any, together: int) -> tuple[Any, Any]:
     return heads * number + jax.lax.rem(program, number), jax.lax.div(program, number)
 
 
-def run_program(memory: Callable[[Place], None], compute: Callable[[Place], None], together: int = 1) -> None:
-    """The memory warpgroup and the compute warpgroups of one program; ``together``: see :func:`heads_together`."""
+def run_program(place: Place, memory: Callable[[Place], None], compute: Callable[[Place], None]) -> None:
+    """The memory warpgroup and the compute warpgroups of the program at ``place``."""
     warpgroup = jax.lax.axis_index("warpgroup")
-    batch, heads, program = (jax.lax.axis_index(name) for name in GRID_NAMES)
-    head, tile = head_and_tile(heads, program, together)
-    pl.when(warpgroup == MEMORY_WARPGROUP)(lambda: memory(Place(batch, head, tile, MEMORY_WARPGROUP)))
+    pl.when(warpgroup == MEMORY_WARPGROUP)(lambda: memory(place._replace(warpgroup=MEMORY_WARPGROUP)))
     # Compiled once for each, so that addresses are constants: they would not fit into the registers otherwise.
     for w in range(COMPUTE_WARPGROUPS):
-        pl.when(warpgroup == w)(lambda w=w: compute(Place(batch, head, tile, w)))
+        pl.when(warpgroup == w)(lambda w=w: compute(place._replace(warpgroup=w)))
 
 
 def run_over_keys(
@@ -222,6 +246,9 @@ def run_over_keys(
       dq: what is added to. None: not asked for.
       dk, dv: types.
     """
+    batch, k_length, kv_heads, _ = x.k.shape
+    tiles, parts = -(-k_length // static.block_kv), static.parts
+    together = heads_together(kv_heads, tiles) if static.masked else 1
     leaves, structure = jax.tree.flatten(x)
     operands = _operands(static, x)
 
@@ -231,17 +258,26 @@ def run_over_keys(
         dq_gmem, dk_gmem, dv_gmem, *rest = (None, *given) if dq is None else given
         there = Operands(*rest[: len(operands)])
         compute = kernel(static, inputs, dq_gmem, dk_gmem, dv_gmem, there, *rest[len(operands) :]).compute
-        run_program(lambda place: _load(static, inputs, there, place), compute, together)
+        batch_row, heads, program = (jax.lax.axis_index(name) for name in GRID_NAMES)
+        head, row = head_and_tile(heads, program, together)
+        place = Place(batch_row, head, row if parts == 1 else jax.lax.rem(row, jnp.int32(tiles)), row, 0)
+        work = lambda: run_program(place, lambda place: _load(static, inputs, there, place), compute)  # noqa: E731
+        if parts == 1:
+            work()
+        else:
+            pl.when(counts(inputs, place)[1] > 0)(work)
 
-    batch, k_length, kv_heads, _ = x.k.shape
-    tiles = -(-k_length // static.block_kv)
-    together = heads_together(kv_heads, tiles) if static.masked else 1
-    added, (dk, dv) = gpu_kernel(
+    summed = () if dq is None else (dq,)
+    if parts > 1:
+        # Not before all else is there: they would take memory for as long.
+        zero, summed, leaves = jax.lax.optimization_barrier((jnp.float32(0), summed, leaves))
+        summed += tuple(vary_like(jnp.full(t.shape, zero), *leaves) for t in (dk, dv))
+    added, written = gpu_kernel(
         body,
         leaves,
-        () if dq is None else (dq,),
-        out_type=[dk, dv],
-        grid=(batch, kv_heads // together, tiles * together),
+        summed,
+        out_type=[dk, dv] if parts == 1 else [],
+        grid=(batch, kv_heads // together, parts * tiles * together),
         grid_names=GRID_NAMES,
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -249,7 +285,8 @@ def run_over_keys(
         compiler_params=COMPILER_PARAMS,
         kernel_name=name,
     )
-    return (added[0] if added else None, dk, dv)
+    *added, of_keys, of_values = (*added, *written)
+    return (added[0] if added else None, of_keys.astype(dk.dtype), of_values.astype(dv.dtype))
 
 
 def _operands(static: Static, x: Inputs) -> Operands:
@@ -361,10 +398,10 @@ def without_scale(static: Static, dv: Array) -> Array:
     return dv * (1.0 / static.params.scale) if static.folds_scale else dv
 
 
-def store(total: Array, out_gmem: Any, free_smem: Any, sums_smem: Any) -> None:
-    """Rows of dk or dv of one warpgroup: 16 bits at once through SMEM that is free now, or float32."""
+def store(static: Static, total: Array, out_gmem: Any, free_smem: Any, sums_smem: Any) -> None:
+    """Rows of dk or dv of one warpgroup: 16 bits at once through SMEM that is free now, or float32, added if a part."""
     if out_gmem.dtype != free_smem.dtype:
-        store_float32(total, out_gmem, sums_smem)
+        store_float32(total, out_gmem, sums_smem, reduction_op=None if static.parts == 1 else "add")
         return
     free_smem[...] = total.astype(out_gmem.dtype)
     plgpu.commit_smem()

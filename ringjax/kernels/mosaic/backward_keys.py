@@ -84,8 +84,8 @@ class _Kernel(gpu.OverKeys):
             self._send_dq(place, total, state, self._tile_before(place, state))
         keys = (place.batch, pl.ds(place.tile * BLOCK_KV + place.own.start, WARPGROUP_ROWS), place.head)
         sums_smem = self.sums_smem.at[0, place.warpgroup]
-        gpu.store(state.dk, self.dk.at[keys], there.k_smem.at[place.own], sums_smem)
-        gpu.store(gpu.without_scale(static, state.dv), self.dv.at[keys], there.v_smem.at[place.own], sums_smem)
+        gpu.store(static, state.dk, self.dk.at[keys], there.k_smem.at[place.own], sums_smem)
+        gpu.store(static, gpu.without_scale(static, state.dv), self.dv.at[keys], there.v_smem.at[place.own], sums_smem)
         plgpu.wait_smem_to_gmem(0)
 
     def _add(self, now: Tile, place: Place, state: _State) -> _State:

@@ -84,7 +84,7 @@ class _Kernel(gpu.OverKeys):
         for turn in range(COMPUTE_WARPGROUPS):  # float32 goes through the SMEM of p, which has room for one at a time
             gpu.join_compute_warpgroups()  # nobody multiplies by these keys and values any more
             if turn == place.warpgroup:
-                gpu.store(total, out_gmem.at[gpu.keys(static, place)], free_smem, self.p_smem)
+                gpu.store(static, total, out_gmem.at[gpu.keys(static, place)], free_smem, self.p_smem)
                 plgpu.wait_smem_to_gmem(0)
 
     def _ahead(self, place: Place) -> bool:

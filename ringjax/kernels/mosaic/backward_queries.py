@@ -41,7 +41,8 @@ def run(static: Static, x: Inputs, dq: Array) -> Array:
     def body(*refs: Any) -> None:
         inputs = jax.tree.unflatten(structure, refs[: len(leaves)])
         program = _Kernel(static, inputs, refs[len(leaves)], _Scratch(*refs[len(leaves) + 1 :]))
-        gpu.run_program(program.memory, program.compute)
+        batch, head, tile = (jax.lax.axis_index(name) for name in gpu.GRID_NAMES)
+        gpu.run_program(Place(batch, head, tile, tile, 0), program.memory, program.compute)
 
     dtype, size, stages = x.q.dtype, static.size, static.stages
     each_stage = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)  # noqa: E731

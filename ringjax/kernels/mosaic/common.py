@@ -21,7 +21,7 @@ from ...mask import KeySide, Mask, QuerySide, Rule, SideRule, Vectors, attends
 from .. import softmax
 from ..base import KernelParams
 from ..softmax import LOG2_E as LOG2_E
-from ..visits import nth_in_range, plan_visits
+from ..visits import all_visits, in_parts, nth_in_range, plan_visits
 
 LN_2 = math.log(2.0)
 
@@ -70,14 +70,14 @@ class MaskArrays(NamedTuple):
     queries: Vectors = Vectors(None, None)  # of [B1, Tp]
     keys: Vectors = Vectors(None, None)  # of [B1, Sp]
     numbers: Any = None  # [B1, 6], see Mask.numbers
-    # [B1, 2, rows]: how many tiles are FULL, how many are visited; of ranges [B1, 4, rows]: also where they start, and
-    # where the FULL ones do. One array, so that XLA makes one kernel of it.
+    # [B1, 2, rows]: how many tiles are FULL, how many are visited; of ranges [B1, 3 or 4, rows]: also where they start,
+    # and where the FULL ones do, if not all are. One array, so that XLA makes one kernel of it.
     counts: Any = None
     order: Any = None  # [B1, rows, columns]: the tiles, where they are a list
 
 
 def prepare_mask(
-    mask: Mask, lengths: tuple[int, int], blocks: tuple[int, int], *, rows: str
+    mask: Mask, lengths: tuple[int, int], blocks: tuple[int, int], *, rows: str, parts: int | None = None
 ) -> tuple[Rule | None, MaskArrays]:
     """The rule for PARTIAL tiles and the arrays; without a rule every row visits every column, and all are FULL.
 
@@ -85,23 +85,27 @@ def prepare_mask(
       lengths: of the shards of queries and of keys.
       blocks: tiles of queries and of keys.
       rows: which of them are the rows, "queries" or "keys".
+      parts: of what a row visits, each a row of the arrays, see :func:`ringjax.kernels.visits.in_parts`. None: one, and
+        no arrays without a rule.
     """
-    visits = plan_visits(mask, *lengths, *blocks, rows=rows)
-    if visits is None:
+    num_tiles = [-(-length // block) for length, block in zip(lengths, blocks, strict=True)]
+    num_rows, columns = num_tiles if rows == "queries" else reversed(num_tiles)
+    planned = plan_visits(mask, *lengths, *blocks, rows=rows)
+    if planned is None and parts is None:
         return None, MaskArrays()
-    totals = [-(-length // block) * block for length, block in zip(lengths, blocks, strict=True)]
+    visits = in_parts(planned or all_visits(num_rows, columns), columns, parts or 1)
+    # From memory even where they are known: ptxas handles the registers of a loop of unknown length better.
+    counts = [x for x in (visits.full, visits.visit, visits.start, visits.full_start) if x is not None]
+    arrays = MaskArrays(counts=jnp.stack(counts, axis=1), order=visits.order)
+    if planned is None:
+        return None, arrays
+    totals = [count * block for count, block in zip(num_tiles, blocks, strict=True)]
     # Rows of queries that do not exist are not written: nothing need keep them out.
     ragged_q, ragged_kv = (total != length for total, length in zip(totals, lengths, strict=True))
     rule = mask.rule(*lengths, ragged_q=ragged_q and rows == "keys", ragged_kv=ragged_kv)
     queries, keys = mask.vectors(*totals)
-    counts = [x for x in (visits.full, visits.visit, visits.start, visits.full_start) if x is not None]
-    return rule, MaskArrays(
-        queries=queries,
-        keys=keys,
-        numbers=mask.numbers(*lengths) if rule.needs_numbers else None,
-        counts=jnp.stack(counts, axis=1),
-        order=visits.order,
-    )
+    numbers = mask.numbers(*lengths) if rule.needs_numbers else None
+    return rule, arrays._replace(queries=queries, keys=keys, numbers=numbers)
 
 
 # ------------------------------------------------------------------------------------------ the mask, inside a kernel
@@ -121,6 +125,8 @@ def column(x: MaskArrays, b: Array, row: Array, t: Array) -> Array:
         return x.order[batch_row(x.order, b), row, t]
     if x.counts is None or x.counts.shape[1] == 2:
         return t
+    if x.counts.shape[1] == 3:
+        return t + x.counts[batch_row(x.counts, b), 2, row]
     full, start, full_start = (x.counts[batch_row(x.counts, b), n, row] for n in (0, 2, 3))
     return nth_in_range(t, full, start, full_start)
 
