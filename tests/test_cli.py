@@ -20,7 +20,18 @@ from ringjax.inspect.program import DEVICE_ORDERS, DTYPES
 from ringjax.tune import space
 
 ROOT = tiny_run.ROOT
-COMMANDS = ["train", "demo", "bench cpu", "bench gpu", "bench ring", "bench tpu-static", "tune", "plan", "inspect"]
+COMMANDS = [
+    "train",
+    "demo",
+    "bench cpu",
+    "bench gpu",
+    "bench hops",
+    "bench ring",
+    "bench tpu-static",
+    "tune",
+    "plan",
+    "inspect",
+]
 
 
 def invoke(*arguments: object) -> Result:
@@ -43,7 +54,7 @@ def test_help_names_the_commands():
     """Each in one line that is not cut off."""
     for group, names in (
         ((), ["train", "generate", "eval", "demo", "bench", "tune", "plan", "inspect"]),
-        (("bench",), ["cpu", "gpu", "ring", "tpu-static"]),
+        (("bench",), ["cpu", "gpu", "hops", "ring", "tpu-static"]),
     ):
         result = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"})
         assert result.exit_code == 0
@@ -232,6 +243,7 @@ FUNCTIONS: dict[str, Any] = {
     "demo": cli.demo.demo,
     "bench cpu": cli.bench.cpu,
     "bench gpu": cli.bench.gpu,
+    "bench hops": cli.bench.hops,
     "bench ring": cli.bench.ring,
     "bench tpu-static": cli.bench.tpu_static,
     "tune": cli.tune.tune,

@@ -1,4 +1,4 @@
-"""`ringjax bench cpu|gpu|ring|tpu-static`."""
+"""`ringjax bench cpu|gpu|hops|ring|tpu-static`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +66,25 @@ class PeerName(Choice):
 class Generation(Choice):
     v5e = "v5e"
     v6e = "v6e"
+
+
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="B,T,N,K,H",
+        help="Sequences, tokens, query heads, key/value heads, size of a head. Repeatable; default, if no mask is "
+        "given either: seven shapes with a mask each.",
+    ),
+]
+Masks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mask",
+        metavar="full|causal|W",
+        help="Which keys a query attends to; W: at most W before it, causal. Repeatable; default: full and causal.",
+    ),
+]
 
 
 @app.command()
@@ -170,22 +189,53 @@ def gpu(
 
 
 @app.command()
+def hops(
+    shape: Shapes = None,
+    mask: Masks = None,
+    passes: Annotated[
+        list[PassName] | None,
+        typer.Option("--pass", help="backward: the gradients alone. Repeatable; default: both."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(parser=integer, metavar="C", help="Of the ring, all on this device.")] = 2,
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME:NUMBERS",
+            help="Lengths of documents, as in ringjax plan; the first sequence that ringjax.pack makes of them.",
+        ),
+    ] = None,
+    dtype: Dtype = DtypeName.bfloat16,
+    implementation: Annotated[
+        RingImplementation | None, typer.Option(help="Our block kernel. Default: the best one.")
+    ] = None,
+    rounds: Rounds = 4,
+    json: JsonFile = None,
+) -> None:
+    """Times the block kernel of every hop of a ring by itself.
+
+    On one device and without a wire, beside one call over the whole sequence, in turns; a figure is the median over the
+    rounds. So one device shows whether ranks have equal work, hop by hop, and what the kernel loses in pieces.
+    """
+    from ..bench import hops as command
+    from ..bench.ring import parse_problems
+
+    with refusals():
+        request = command.Request(
+            problems=parse_problems(shape or (), mask or ()),
+            num_ranks=ranks,
+            passes=tuple(passes or PassName),
+            documents=documents,
+            dtype=dtype,
+            implementation=implementation,
+            rounds=rounds,
+        )
+        command.main(request, json_file=json)
+
+
+@app.command()
 def ring(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="B,T,N,K,H",
-            help="Sequences, tokens, query heads, key/value heads, size of a head. Repeatable; default, if no mask is "
-            "given either: seven shapes with a mask each.",
-        ),
-    ] = None,
-    mask: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="full|causal|W",
-            help="Which keys a query attends to; W: at most W before it, causal. Repeatable; default: full and causal.",
-        ),
-    ] = None,
+    shape: Shapes = None,
+    mask: Masks = None,
     passes: Annotated[
         list[PassName] | None,
         typer.Option("--pass", help="backward: forward and all gradients in one program. Repeatable; default: both."),
