@@ -41,8 +41,9 @@ class RingConfig:
         float64); the 16-bit ones halve the bytes of these on the wire, and cost precision with every hop. On the last
         trip of one ring, home, where nothing is added, they have the dtype of the inputs if that is narrower.
       interpret: run the named Pallas kernel in JAX's interpreter, which any platform has: slow, to debug and to test.
-      deterministic: the same bits on every run, also where that costs speed: "pallas_gpu" sums dQ in the order in which
-        its programs arrive unless it is set. All else, and every other implementation, is deterministic anyway.
+      deterministic: the same bits on every run, also where that costs speed: "pallas_gpu" sums dQ, and dK and dV of
+        long sequences, in the order in which its programs arrive unless it is set. All else, and every other
+        implementation, is deterministic anyway.
 
     Raises:
       ValueError: for a field that is not what it must be, naming it, what is required and what was given.

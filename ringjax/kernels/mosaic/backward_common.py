@@ -189,10 +189,11 @@ def visit(
 def parts_of(mask: Mask, programs: int, queries: int, block_q: int, group: int, *, deterministic: bool) -> int:
     """In how many parts to visit the queries that attend to a tile of keys, each part by a program of its own.
 
-    The last programs of a call leave other multiprocessors without work: half of one on average, so that none should be
-    long. But each part adds to the sums of dk and dv in memory. Time is least for the root of what a program takes over
-    what all take on one multiprocessor (docs/optimisation-log.md), and for half as many parts where documents leave
-    most of them empty. Two sums are the same in either order; of more, the last bits depend on it.
+    At the end of a call multiprocessors wait for the last programs, on the average for half of one: none should be long.
+    But each part adds its dk and dv to sums in memory. If that takes as long as one tile of queries, the time is least
+    for the root of half of a program's tiles over the programs of a multiprocessor (docs/optimisation-log.md). Documents
+    leave most parts empty, so there are half as many. Sums of two are the same in either order; of more, the last bits
+    depend on it.
 
     Args:
       mask: of the block.
