@@ -1,9 +1,9 @@
 """The backward block kernel for Hopper GPUs: tile sizes, padding, and which kernels run.
 
 One kernel that owns keys computes all in five products per tile, but sums dq in whatever order its programs arrive, and
-dk and dv as well where the queries of long sequences are visited in several parts.
-Where the same bits are wanted on every run it leaves dq to a second one that owns queries: seven products. Heads above
-128 have a kernel of their own that owns keys, which divides the work otherwise between its warpgroups.
+dk and dv as well where many queries are visited in several parts. Where the same bits are wanted on every run it leaves
+dq to a second one that owns queries: seven products. Heads above 128 have a kernel of their own that owns keys, which
+divides the work otherwise between its warpgroups.
 """
 
 import functools

@@ -189,9 +189,9 @@ def visit(
 def parts_of(mask: Mask, programs: int, queries: int, block_q: int, group: int, *, deterministic: bool) -> int:
     """In how many parts to visit the queries that attend to a tile of keys, each part by a program of its own.
 
-    At the end of a call multiprocessors wait for the last programs, on the average for half of one: none should be long.
-    But each part adds its dk and dv to sums in memory. If that takes as long as one tile of queries, the time is least
-    for the root of half of a program's tiles over the programs of a multiprocessor (docs/optimisation-log.md). Documents
+    At the end of a call multiprocessors wait for the last programs, half of one on average: none should be long. But
+    each part adds its dk and dv to sums in memory. If that takes as long as one tile of queries, the time is least for
+    the root of half of a program's tiles over the programs of a multiprocessor (docs/optimisation-log.md). Documents
     leave most parts empty, so there are half as many. Sums of two are the same in either order; of more, the last bits
     depend on it.
 

@@ -1,10 +1,11 @@
 """The backward kernel that owns keys: dk and dv of a tile, and dq on the way. Hopper GPUs, five products per tile.
 
 A program owns 128 keys of one K/V head: 64 each for two compute warpgroups, which keep their rows of dk and dv in
-registers while the queries that attend to them pass by, or a part of these, brought by a memory warpgroup. Logits are worked on transposed,
-keys along rows: then p^T and ds^T lie in registers as dv = p^T dout and dk = ds^T q want their left operands, and only
-dq = ds k takes ds through SMEM. It sums over the keys of both warpgroups; each computes one half of it and has TMA add
-it to dq in GMEM. Those sums come in the order in which programs get there: dq differs in its last bits from run to run.
+registers while the queries that attend to them pass by, or a part of these, brought by a memory warpgroup. Logits are
+worked on transposed, keys along rows: then p^T and ds^T lie in registers as dv = p^T dout and dk = ds^T q want their
+left operands, and only dq = ds k takes ds through SMEM. It sums over the keys of both warpgroups; each computes one
+half of it and has TMA add it to dq in GMEM. Those sums come in the order in which programs get there: dq differs in its
+last bits from run to run.
 
 The tensor cores should never wait, and SMEM is as busy as they are, least under dv and dk, whose left operands it need
 not bring. So exponentials are taken under v dout^T, ds under p^T dout; dq is stored under ds^T q, and, registers
