@@ -48,6 +48,7 @@ class Request:
       documents: that are packed in each sequence, as :func:`ringjax.plan` takes them; None: a sequence is one.
       dtype: of query, key and value.
       implementation: the block kernel; None: the best one.
+      deterministic: as in RingConfig.
       rounds: in which all programs of a problem and pass are timed.
     """
 
@@ -57,6 +58,7 @@ class Request:
     documents: str | None = None
     dtype: str = "bfloat16"
     implementation: str | None = None
+    deterministic: bool = False
     rounds: int = 4
 
     def __post_init__(self) -> None:
@@ -192,10 +194,13 @@ def _program(kernel: Kernel, params: KernelParams, direction: str) -> Callable[.
     return run
 
 
-def measure(problem: Problem, kernel: Kernel, direction: str, *, dtype: Any, num_ranks: int) -> Measurement:
+def measure(
+    problem: Problem, kernel: Kernel, direction: str, *, dtype: Any, num_ranks: int, deterministic: bool = False
+) -> Measurement:
     """One call over the sequence, and every hop of every rank."""
     shape, tokens = problem.shape, _Tokens(problem, num_ranks)
-    params = KernelParams(shape.head_size**-0.5, device_kind=jax.devices()[0].device_kind)
+    kind = jax.devices()[0].device_kind
+    params = KernelParams(shape.head_size**-0.5, device_kind=kind, deterministic=deterministic)
 
     def arrays(length: int, keys: int) -> tuple[jax.Array, ...]:
         q, k, v, dout = draw(dataclasses.replace(shape, length=length), dtype)
@@ -254,15 +259,16 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
     problems = [_packed(request, problem) for problem in request.problems]
     names = ", ".join(dict.fromkeys(backend.name for backend in backends))
     title = (
-        f"{device.device_kind}, JAX {jax.__version__}, {request.dtype}: implementation {names}; medians of "
-        f"{request.rounds} rounds"
+        f"{device.device_kind}, JAX {jax.__version__}, {request.dtype}: implementation {names}"
+        f"{', deterministic' * request.deterministic}; medians of {request.rounds} rounds"
     )
     say(title)
     say(_aligned(COLUMNS))
     record: dict[str, Any] = {"title": title, "hops": []}
     for problem, backend in zip(problems, backends, strict=True):
         for name in request.passes:
-            one = measure(problem, backend.load(), DIRECTIONS[name], dtype=dtype, num_ranks=request.num_ranks)
+            options: dict[str, Any] = {"num_ranks": request.num_ranks, "deterministic": request.deterministic}
+            one = measure(problem, backend.load(), DIRECTIONS[name], dtype=dtype, **options)
             (compiled,) = compile_measurements([one])
             found: Hops = compiled.result(request.rounds)
             for cells in found.cells():

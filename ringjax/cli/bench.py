@@ -208,6 +208,9 @@ def hops(
     implementation: Annotated[
         RingImplementation | None, typer.Option(help="Our block kernel. Default: the best one.")
     ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="As ringjax train does: the same bits on every run.")
+    ] = False,
     rounds: Rounds = 4,
     json: JsonFile = None,
 ) -> None:
@@ -227,6 +230,7 @@ def hops(
             documents=documents,
             dtype=dtype,
             implementation=implementation,
+            deterministic=deterministic,
             rounds=rounds,
         )
         command.main(request, json_file=json)
