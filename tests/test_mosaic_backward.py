@@ -114,11 +114,14 @@ def test_lowers(mask: str, options: dict[str, Any], deterministic: bool) -> None
     assert [(x.shape, x.dtype) for x in results] == wanted
 
 
-def test_lowers_under_vmap() -> None:
+@pytest.mark.parametrize("lengths", [(256, 256), (32768, 512)], ids=["whole", "in parts"])
+def test_lowers_under_vmap(lengths: tuple[int, int]) -> None:
     run = program("causal", KernelParams(scale=0.1), finish=False)
-    args = (*shapes(), jax.eval_shape(run, *shapes(), None).dq)
+    given = shapes(lengths=lengths)
+    args = (*given, jax.eval_shape(run, *given, None).dq)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), args)
     assert "output_operand_alias" in lower(jax.vmap(run), stacked)
+    assert jax.eval_shape(jax.vmap(run), *stacked).dk.shape == (3, *given[0].k.shape)
 
 
 @pytest.mark.parametrize(
