@@ -107,7 +107,7 @@ def test_lowers(mask: str, options: dict[str, Any], deterministic: bool) -> None
     text = lower(hop, args)
     assert ("ringjax_backward_queries" in text) is deterministic
     assert ("ringjax_backward_long" in text) is (h == 256)
-    assert "output_operand_alias" in text
+    assert text.count("output_operand_alias<") == (3 if t > 16000 else 1), "dq, and in parts dk and dv"
     assert jax.eval_shape(hop, *args).dq == carry, "the same on every hop"
     results = jax.eval_shape(last, *args)
     wanted = [(x.shape, jnp.float32) for x in (block.q, block.k, block.v)]
@@ -120,7 +120,7 @@ def test_lowers_under_vmap(lengths: tuple[int, int]) -> None:
     given = shapes(lengths=lengths)
     args = (*given, jax.eval_shape(run, *given, None).dq)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), args)
-    assert "output_operand_alias" in lower(jax.vmap(run), stacked)
+    assert lower(jax.vmap(run), stacked).count("output_operand_alias<") == (3 if lengths[0] > 16000 else 1)
     assert jax.eval_shape(jax.vmap(run), *stacked).dk.shape == (3, *given[0].k.shape)
 
 
