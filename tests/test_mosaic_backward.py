@@ -48,6 +48,7 @@ def mask_of(kind: str, start: Any, q_length: int, k_length: int) -> Mask:
             "zigzag": Tokens(positions=runs(2)),
             "striped": Tokens(positions=runs(length)),
             "lengths": Tokens(length=jnp.stack([start])),
+            "documents": Tokens(positions=index, segments=index // 5000),
             "everything": Tokens(positions=index, segments=index // 100, length=jnp.stack([start])),
         }[kind]
 
@@ -86,7 +87,7 @@ def lower(run: Any, args: Any) -> str:
         # In parts.
         ("full", {"size": 128, "v_size": 128, "lengths": (16384, 512)}, False),
         ("zigzag", {"size": 128, "v_size": 128, "lengths": (16384, 512)}, True),
-        ("everything", {"size": 80, "v_size": 128, "lengths": (20000, 300), "dtype": jnp.float16}, False),
+        ("documents", {"size": 80, "v_size": 128, "lengths": (20000, 300), "dtype": jnp.float16}, False),
         ("causal", {"size": 256, "v_size": 256, "lengths": (16384, 512)}, False),
     ],
 )
