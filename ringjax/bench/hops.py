@@ -21,16 +21,15 @@ from rich.console import Console
 
 import ringjax
 from ringjax.bench import document
-from ringjax.bench.cpu import PASSES
 from ringjax.bench.gpu import draw
-from ringjax.bench.ring import PROBLEMS
-from ringjax.bench.ring_documents import deal
+from ringjax.bench.ring import PROBLEMS, packed
 from ringjax.bench.ring_programs import DEALT, Problem
 from ringjax.bench.timing import Measurement, Timed, compile_measurements
 from ringjax.kernels.base import Block, Kernel, KernelParams, Upstream
-from ringjax.kernels.choose import Target, choose
+from ringjax.kernels.choose import choose
 from ringjax.layout import Contiguous, Runs, as_layout
 from ringjax.mask import Mask, Tokens
+from ringjax.sharded import target_of
 from ringjax.usage import UsageError, check_at_least_one
 
 COLUMNS = ("shape", "mask", "order", "pass", "queries of rank", "keys of rank", "ms", "TFLOP/s")
@@ -54,7 +53,7 @@ class Request:
 
     problems: tuple[Problem, ...] = PROBLEMS
     num_ranks: int = 2
-    passes: tuple[str, ...] = tuple(PASSES)
+    passes: tuple[str, ...] = tuple(DIRECTIONS)
     documents: str | None = None
     dtype: str = "bfloat16"
     implementation: str | None = None
@@ -121,7 +120,7 @@ class Hops:
 
 
 class _Tokens:
-    """Which tokens a rank has: of documents that ringjax.pack dealt, or of one sequence in the balancing layout."""
+    """The tokens of each rank: of documents as ringjax.pack deals them, or of one sequence in the balancing layout."""
 
     def __init__(self, problem: Problem, num_ranks: int) -> None:
         self.problem, self.num_ranks = problem, num_ranks
@@ -208,7 +207,7 @@ def measure(
         lse = jnp.full((shape.batch, shape.heads, length), np.log(shape.length) + 0.5, jnp.float32)
         return q, k[:, :keys], v[:, :keys], dout, lse
 
-    runs = functools.cache(lambda keys, own: _program(kernel, params, direction))
+    runs = functools.cache(lambda keys: _program(kernel, params, direction))
     given = functools.cache(arrays)
     whole = tokens.whole()
     one = (*given(shape.length, shape.length), tokens.mask(whole, whole))
@@ -218,7 +217,7 @@ def measure(
     for rank, owner in places:
         keys = tokens.keys_length(rank, owner)
         mask = tokens.mask(tokens.of(rank, tokens.shard), tokens.of(owner, keys))
-        programs.append(Timed(runs(keys, rank == owner), (*given(tokens.shard, keys), mask)))
+        programs.append(Timed(runs(keys), (*given(tokens.shard, keys), mask)))
         pairs.append(tokens.pairs(rank, owner))
     pairs[0] = sum(pairs)
     conclude = functools.partial(_conclude, problem, tokens.order, direction, [(None, None), *places], pairs)
@@ -250,13 +249,12 @@ def _conclude(
 def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All measurements, as they go to the JSON file; ``say`` and ``keep`` as in :func:`ringjax.bench.ring.run`."""
     dtype, device = jnp.dtype(request.dtype), jax.devices()[0]
-    target = Target(platform=device.platform, device_kind=device.device_kind)
     config = ringjax.RingConfig(implementation=request.implementation)
     try:
-        backends = [choose(config, target, dtype, problem.shape.head_size) for problem in request.problems]
+        backends = [choose(config, target_of(None), dtype, problem.shape.head_size) for problem in request.problems]
     except (ValueError, NotImplementedError) as error:  # which begin with config.implementation
         raise UsageError(f"--{str(error).removeprefix('config.')}") from error
-    problems = [_packed(request, problem) for problem in request.problems]
+    problems = [packed(problem, request.documents, request.num_ranks) for problem in request.problems]
     names = ", ".join(dict.fromkeys(backend.name for backend in backends))
     title = (
         f"{device.device_kind}, JAX {jax.__version__}, {request.dtype}: implementation {names}"
@@ -277,13 +275,6 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
             record["hops"].append(dataclasses.asdict(found))
             keep(record)
     return record
-
-
-def _packed(request: Request, problem: Problem) -> Problem:
-    if request.documents is None:
-        return problem
-    mask: dict[str, Any] = {"is_causal": problem.is_causal, "window": problem.window}
-    return dataclasses.replace(problem, documents=deal(request.documents, problem.shape, request.num_ranks, **mask))
 
 
 def _aligned(cells: Sequence[str]) -> str:

@@ -152,11 +152,12 @@ def find_devices(request: Request) -> list[Any]:
     return devices
 
 
-def _packed(request: Request, problem: Problem, num_devices: int) -> Problem:
-    if request.documents is None:
+def packed(problem: Problem, documents: str | None, num_devices: int) -> Problem:
+    """The problem with documents of these lengths, see :func:`ringjax.bench.ring_documents.deal`; None: as it is."""
+    if documents is None:
         return problem
     mask = {"is_causal": problem.is_causal, "window": problem.window}
-    return dataclasses.replace(problem, documents=deal(request.documents, problem.shape, num_devices, **mask))
+    return dataclasses.replace(problem, documents=deal(documents, problem.shape, num_devices, **mask))
 
 
 def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
     # Before JAX takes the memory of the GPUs.
     by_torch, no_torch = _by_torch(request) if request.torch else ({}, "")
     devices = find_devices(request)
-    problems = [_packed(request, problem, len(devices)) for problem in request.problems]
+    problems = [packed(problem, request.documents, len(devices)) for problem in request.problems]
     dtype = jnp.dtype(request.dtype)
     names = request.peers or ring_peers.PEERS[: None if devices[0].platform == "cpu" else -1]
     peers = [ring_peers.find(name, devices[0], request.flash_attention) for name in names]
