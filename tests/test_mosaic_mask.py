@@ -96,14 +96,16 @@ def test_what_tiles_visit_and_allow_is_the_mask(name: str, rows: str, block: int
     assert rule is not None
     counts = [-(-length // size) for length, size in zip(lengths, blocks, strict=True)]
     num_rows, num_columns = counts if q_axis == 0 else counts[::-1]
+    if arrays.order is not None:
+        assert (np.diff(arrays.counts[:, 1], axis=1) <= 0).all(), "who visits most starts first"
     leaves, structure = jax.tree.flatten(arrays)
     shape = (64, block)
 
     def body(*refs: Any) -> None:
         x, out_gmem = jax.tree.unflatten(structure, refs[:-1]), refs[-1]
-        b, row = jax.lax.axis_index("batch"), jax.lax.axis_index("row")
-        at = common.batch_row(x.counts, b)
-        full, visit = x.counts[at, 0, row], x.counts[at, 1, row]
+        b, turn = jax.lax.axis_index("batch"), jax.lax.axis_index("turn")
+        at, row = common.batch_row(x.counts, b), common.row_of(x, b, turn)
+        full, visit = x.counts[at, 0, turn], x.counts[at, 1, turn]
         constant = lambda value: common.full(shape, float(value), common.MATRIX)  # noqa: E731
 
         def write(column: Any, values: Any) -> None:
@@ -129,7 +131,7 @@ def test_what_tiles_visit_and_allow_is_the_mask(name: str, rows: str, block: int
         body,
         out_type=jax.ShapeDtypeStruct((2, parts * num_rows, num_columns, *shape), jnp.float32),
         grid=(2, parts * num_rows),
-        grid_names=("batch", "row"),
+        grid_names=("batch", "turn"),
         num_threads=1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

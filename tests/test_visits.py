@@ -71,6 +71,21 @@ def test_parts_visit_together_what_the_row_does(mask: Mask, blocks: tuple[int, i
             assert sorted(whole) == sorted(column for piece in pieces for column in piece)
 
 
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(st.lists(st.lists(st.integers(0, 2), min_size=7, max_size=7), min_size=1, max_size=9))
+def test_longest_first_counts_every_row_once_and_equals_in_turn(kinds: list[list[int]]) -> None:
+    plan = visits.list_visits(jnp.asarray([kinds, kinds[::-1]], jnp.int32))
+    ordered = visits.longest_first(plan)
+    assert ordered.row is not None
+    for b in range(2):
+        row = np.asarray(ordered.row[b])
+        expected = sorted(range(len(kinds)), key=lambda n: -int(plan.visit[b, n]))
+        np.testing.assert_array_equal(row, expected)
+        np.testing.assert_array_equal(ordered.visit[b], plan.visit[b, row])
+        np.testing.assert_array_equal(ordered.full[b], plan.full[b, row])
+    assert ordered.order is plan.order
+
+
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(any_mask, st.sampled_from(BLOCKS), st.sampled_from(("queries", "keys")))
 def test_rows_visit_every_pair_once_and_full_tiles_are_full(mask: Mask, blocks: tuple[int, int], rows: str) -> None:

@@ -22,7 +22,8 @@ class Visits(NamedTuple):
     """For every row of tiles those to visit: ``full`` FULL ones first, then PARTIAL ones, ``visit`` in all.
 
     They are a list (``order``), or a range from ``start`` on in which the FULL ones, from ``full_start`` on, are in a
-    row. What is None is absent: without ``full_start`` all of the range are FULL.
+    row. What is None is absent: without ``full_start`` all of the range are FULL. Of lists, counts may be in another
+    order than the rows of ``order``: the n-th are then those of ``row[n]``.
     """
 
     full: Int32[Array, "B1 rows"]
@@ -30,6 +31,7 @@ class Visits(NamedTuple):
     order: Int32[Array, "B1 rows columns"] | None = None
     start: Int32[Array, "B1 rows"] | None = None
     full_start: Int32[Array, "B1 rows"] | None = None
+    row: Int32[Array, "B1 rows"] | None = None
 
 
 def nth_in_range(t: Array, full: Array, start: Array, full_start: Array) -> Array:
@@ -91,6 +93,16 @@ def in_parts(visits: Visits, columns: int, parts: int) -> Visits:
         return Visits(full=visit, visit=visit, start=start)
     full, full_start = part(visits.full_start, visits.full)
     return Visits(full=full, visit=visit, start=start, full_start=full_start)
+
+
+def longest_first(visits: Visits) -> Visits:
+    """The counts of a list from the row that visits most to the one that visits least; equals as they were.
+
+    Who starts last then has least to do, so that all end at about the same time.
+    """
+    rows = jax.lax.broadcasted_iota(jnp.int32, visits.visit.shape, 1)
+    fewest, full, row = jax.lax.sort((-visits.visit, visits.full, rows), num_keys=1, is_stable=True)
+    return visits._replace(full=full, visit=-fewest, row=row)
 
 
 class _Side(NamedTuple):

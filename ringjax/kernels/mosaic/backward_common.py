@@ -72,6 +72,7 @@ class Place(NamedTuple):
     head: Any  # K/V head of the kernel that owns keys, query head of the one that owns queries
     tile: Any
     row: Any  # what the mask's arrays call it: one of the parts of what the tile visits
+    turn: Any  # where its counts are
     warpgroup: int
 
     @property
@@ -142,7 +143,7 @@ def rows_of(lse: Array, delta: Array, scale: float, length: int) -> Array:
 def counts(x: Inputs, place: Place) -> tuple[Any, Any]:
     """How many columns of this row are FULL, and how many are visited."""
     b = batch_row(x.mask.counts, place.batch)
-    return x.mask.counts[b, 0, place.row], x.mask.counts[b, 1, place.row]
+    return x.mask.counts[b, 0, place.turn], x.mask.counts[b, 1, place.turn]
 
 
 def column(x: Inputs, place: Place, n: Any) -> Any:
@@ -228,6 +229,13 @@ def head_and_tile(heads: Any, program: Any, together: int) -> tuple[Any, Any]:
     return heads * number + jax.lax.rem(program, number), jax.lax.div(program, number)
 
 
+def place_of(x: Inputs, batch: Any, head: Any, turn: Any, tiles: int | None = None) -> Place:
+    """Of the program whose counts are the ``turn``-th. ``tiles``: how many there are, if each is several rows."""
+    row = common.row_of(x.mask, batch, turn)
+    tile = row if tiles is None else jax.lax.rem(row, jnp.int32(tiles))
+    return Place(batch=batch, head=head, tile=tile, row=row, turn=turn, warpgroup=0)
+
+
 def run_program(place: Place, memory: Callable[[Place], None], compute: Callable[[Place], None]) -> None:
     """The memory warpgroup and the compute warpgroups of the program at ``place``."""
     warpgroup = jax.lax.axis_index("warpgroup")
@@ -260,8 +268,7 @@ def run_over_keys(
         there = Operands(*rest[: len(operands)])
         compute = kernel(static, inputs, dq_gmem, dk_gmem, dv_gmem, there, *rest[len(operands) :]).compute
         batch_row, heads, program = (jax.lax.axis_index(name) for name in GRID_NAMES)
-        head, row = head_and_tile(heads, program, together)
-        place = Place(batch_row, head, row if parts == 1 else jax.lax.rem(row, jnp.int32(tiles)), row, 0)
+        place = place_of(inputs, batch_row, *head_and_tile(heads, program, together), None if parts == 1 else tiles)
         work = lambda: run_program(place, lambda place: _load(static, inputs, there, place), compute)  # noqa: E731
         if parts == 1:
             work()

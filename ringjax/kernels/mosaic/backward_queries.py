@@ -37,22 +37,25 @@ class _Scratch(NamedTuple):
 def run(static: Static, x: Inputs, dq: Array) -> Array:
     """``dq`` with the share of these keys added: once to each element."""
     leaves, structure = jax.tree.flatten(x)
+    batch, q_length, heads, _ = x.q.shape
+    tiles = -(-q_length // BLOCK_Q)
 
     def body(*refs: Any) -> None:
         inputs = jax.tree.unflatten(structure, refs[: len(leaves)])
         program = _Kernel(static, inputs, refs[len(leaves)], _Scratch(*refs[len(leaves) + 1 :]))
-        batch, head, tile = (jax.lax.axis_index(name) for name in gpu.GRID_NAMES)
-        gpu.run_program(Place(batch, head, tile, tile, 0), program.memory, program.compute)
+        batch, head, turn = (jax.lax.axis_index(name) for name in gpu.GRID_NAMES)
+        if inputs.mask.order is None:  # the last queries of a causal mask have the most keys: they start first
+            turn = tiles - 1 - turn
+        gpu.run_program(gpu.place_of(inputs, batch, head, turn), program.memory, program.compute)
 
     dtype, size, stages = x.q.dtype, static.size, static.stages
     each_stage = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)  # noqa: E731
-    batch, q_length, heads, _ = x.q.shape
     (added,), _ = gpu_kernel(
         body,
         leaves,
         (dq,),
         out_type=(),
-        grid=(batch, heads, -(-q_length // BLOCK_Q)),
+        grid=(batch, heads, tiles),
         grid_names=gpu.GRID_NAMES,
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",

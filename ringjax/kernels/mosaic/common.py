@@ -21,7 +21,7 @@ from ...mask import KeySide, Mask, QuerySide, Rule, SideRule, Vectors, attends
 from .. import softmax
 from ..base import KernelParams
 from ..softmax import LOG2_E as LOG2_E
-from ..visits import all_visits, in_parts, nth_in_range, plan_visits
+from ..visits import all_visits, in_parts, longest_first, nth_in_range, plan_visits
 
 LN_2 = math.log(2.0)
 
@@ -71,7 +71,8 @@ class MaskArrays(NamedTuple):
     keys: Vectors = Vectors(None, None)  # of [B1, Sp]
     numbers: Any = None  # [B1, 6], see Mask.numbers
     # [B1, 2, rows]: how many tiles are FULL, how many are visited; of ranges [B1, 3 or 4, rows]: also where they start,
-    # and where the FULL ones do, if not all are. One array, so that XLA makes one kernel of it.
+    # and where the FULL ones do, if not all are. One array, so that XLA makes one kernel of it. Of lists [B1, 3, rows],
+    # longest first: also of which row.
     counts: Any = None
     order: Any = None  # [B1, rows, columns]: the tiles, where they are a list
 
@@ -94,8 +95,10 @@ def prepare_mask(
     if planned is None and parts is None:
         return None, MaskArrays()
     visits = in_parts(planned or all_visits(num_rows, columns), columns, parts or 1)
+    if visits.order is not None:
+        visits = longest_first(visits)
     # From memory even where they are known: ptxas handles the registers of a loop of unknown length better.
-    counts = [x for x in (visits.full, visits.visit, visits.start, visits.full_start) if x is not None]
+    counts = [x for x in (visits.full, visits.visit, visits.row, visits.start, visits.full_start) if x is not None]
     arrays = MaskArrays(counts=jnp.stack(counts, axis=1), order=visits.order)
     if planned is None:
         return None, arrays
@@ -114,6 +117,11 @@ def prepare_mask(
 def batch_row(x: Any, b: Array) -> Array:
     """The row of a mask's array that belongs to batch row b."""
     return b if x.shape[0] > 1 else jnp.int32(0)
+
+
+def row_of(x: MaskArrays, b: Array, n: Array) -> Array:
+    """Of which row the n-th counts are."""
+    return n if x.order is None else x.counts[batch_row(x.counts, b), 2, n]
 
 
 def column(x: MaskArrays, b: Array, row: Array, t: Array) -> Array:

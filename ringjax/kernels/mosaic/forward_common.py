@@ -128,8 +128,8 @@ def column(static: Static, x: Inputs, work: Work, t: Array) -> Array:
 def walk(static: Static, x: Inputs, body: Any) -> None:
     """``body(work, count) -> count`` for all that this block of threads works on; count is of tiles of keys so far.
 
-    Rows of tiles that come last have most to do under a causal mask, so they come first; of a group of heads all have
-    their turn before the next row. Every other round goes backwards: what is left for each block is even.
+    Rows that have most to do come first: the last ones under a causal mask, of lists as they are counted. Of a group of
+    heads all have their turn before the next row. Every other round goes backwards: what is left for each block is even.
     """
     block = jax.lax.axis_index("block")
     num_items = static.batch * static.heads * static.num_q
@@ -138,12 +138,16 @@ def walk(static: Static, x: Inputs, body: Any) -> None:
     def work(index: Array) -> Work:
         rest = jax.lax.rem(index, section)
         row = jax.lax.div(index, section) * static.group_heads + jax.lax.rem(rest, static.group_heads)
-        i = static.num_q - 1 - jax.lax.div(rest, static.group_heads)
+        i = jax.lax.div(rest, static.group_heads)
+        if x.mask.order is None:
+            i = static.num_q - 1 - i
         b, n = jax.lax.div(row, static.heads), jax.lax.rem(row, static.heads)
         full = visit = jnp.int32(static.num_kv)
         if static.masked:
             counts, row = x.mask.counts, jnp.int32(0) if static.splits else i
             full, visit = (invariant(counts[common.batch_row(counts, b), which, row]) for which in range(2))
+            if not static.splits:
+                i = invariant(common.row_of(x.mask, b, i))
         first: Any = 0
         if static.splits:
             first, end = (jax.lax.div(visit * n, jnp.int32(static.splits)) for n in (i, i + 1))
