@@ -360,13 +360,13 @@ def transposed_softmax(
     k_start: Any,
 ) -> tuple[Array, Array | float | None]:  # fmt: skip
     """The same of k q^T, keys along rows, under the mask of this tile of queries."""
+    if now.masked:
+        # A NaN or Inf in dout is taken out later on. It has left its trace in delta: NaN to all that it reaches.
+        lse = jnp.where(is_finite(gpu_load(delta_smem, COLUMNS)), lse, jnp.nan)
     p, slope = softmax(static, products, column_matrix(lse, products))
     if now.masked:
         q_start = tile * static.block_q
         may = allowed(static, x, place, q_start=q_start, k_start=k_start, shape=(p.shape[0], p.shape[1]), q_axis=1)
-        # A NaN or Inf in dout is taken out later on. It has left its trace in delta: NaN to all that it reaches.
-        delta = gpu_load(delta_smem, COLUMNS)
-        p = jnp.where(column_matrix(is_finite(delta), p), p, jnp.nan)
         p = jnp.where(may, p, 0.0)
     return p, slope
 
@@ -436,8 +436,7 @@ def clean(place: Place, *tiles_smem: Any, rows_smem: Any = None) -> None:
     """
     suspect = None
     if rows_smem is not None:
-        lse, delta = (gpu_load(rows_smem.at[n], COLUMNS) for n in range(2))
-        suspect = (lse - delta, COLUMNS, _OWN_BARRIER + place.warpgroup)
+        suspect = (rows_smem, _OWN_BARRIER + place.warpgroup)
     meet = (_COMPUTE_BARRIER, WARPGROUP_THREADS * COMPUTE_WARPGROUPS)
     ptx.clean(tiles_smem, common.swizzled(tiles_smem[0].dtype), place.warpgroup, meet, suspect)
 

@@ -15,8 +15,8 @@ from ..base import Block, Finished, KernelParams
 from ..fold import fold, rows_of, unfold
 from . import common
 from .forward import launch
-from .forward_common import Inputs, Static
-from .tiles import MULTIPROCESSORS, WARPGROUP_ROWS, TileSizes, head_size
+from .forward_common import Inputs, Static, marks
+from .tiles import MULTIPROCESSORS, SMEM_BYTES, WARPGROUP_ROWS, TileSizes, head_size
 
 
 def suits(block: Block, params: KernelParams) -> bool:
@@ -54,6 +54,7 @@ def forward(block: Block, params: KernelParams, tiles: TileSizes) -> Finished:
         rows_total=parts * WARPGROUP_ROWS,
         splits=splits,
         rows_out=rows_out,
+        marks=marks(tiles, of_mask.keys, SMEM_BYTES),
     )
     size = v.shape[3]
     result = (

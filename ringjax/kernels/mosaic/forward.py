@@ -27,14 +27,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..._compat import GPU_CONCATENATES, gpu_kernel, shape_like
-from ...mask import Vectors
+from ..._compat import GPU_CONCATENATES, gpu_kernel, shape_like, vary_like
 from ...partial import Partial
 from ..base import Block, Finished, KernelParams
-from . import common
+from . import common, ptx
 from . import tiles as tile_sizes
 from .common import COLUMN_BLOCK
-from .forward_common import COLUMN, POISONED, Inputs, Scratch, Static, Work, column, only_vector, walk
+from .forward_common import COLUMN, DRAWS, POISONED, Inputs, Scratch, Static, Work, column, marks, walk
 from .forward_compute import Compute
 from .forward_poison import look
 from .signals import signals
@@ -55,6 +54,7 @@ def forward(
     carry_in_smem = _carry_in_smem(tiles, size, v_padded, carry is not None, finish)
     if carry is not None:
         carry_in_smem &= carry.acc.ndim == 4
+    taken = tiles.smem_bytes(size, v_padded, finish=finish) + carry_in_smem * _carry_bytes(tiles, v_padded)
     reference = q
     # A box of TMA should not be longer than the array.
     least = max(WARPGROUP_ROWS, tiles.block_kv)
@@ -90,6 +90,8 @@ def forward(
         carry_in_smem=carry_in_smem,
         rule=rule,
         rows_total=rows_total,
+        marks=marks(tiles, of_mask.keys, taken),
+        draws=of_mask.order is not None and num_blocks < num_items and not params.interpret,
     )
     row = shape_like((batch, heads, rows_total), jnp.float32, reference)
     if finish:
@@ -111,12 +113,13 @@ def launch(static: Static, inputs: Inputs, updated: tuple[Array, ...], result: A
     """Runs the kernel: what it changed in place, and its other results, which are of the types ``result``."""
     tiles = static.tiles
     kernel = _Kernel(static, jax.tree.structure(inputs), len(updated), len(result))
-    scratch = kernel.scratch(inputs.q.shape[3], inputs.v.shape[3], inputs.q.dtype, inputs.mask.keys)
+    counter = (vary_like(jnp.zeros((1,), jnp.int32), *jax.tree.leaves(inputs)),) if static.draws else ()
+    scratch = kernel.scratch(inputs.q.shape[3], inputs.v.shape[3], inputs.q.dtype)
     kernel = dataclasses.replace(kernel, allocated=jax.tree.structure(scratch, is_leaf=_is_type))
-    return gpu_kernel(
+    changed, results = gpu_kernel(
         kernel,
         jax.tree.leaves(inputs),
-        updated,
+        (*updated, *counter),
         out_type=result,
         scratch_types=jax.tree.leaves(scratch, is_leaf=_is_type),
         grid=(static.num_blocks,),
@@ -130,6 +133,7 @@ def launch(static: Static, inputs: Inputs, updated: tuple[Array, ...], result: A
             reduction_scratch_bytes=512 if static.params.interpret else 0,  # rows are summed within a warp
         ),
     )
+    return changed[: len(updated)], results
 
 
 def carry_shape(tiles: TileSizes, q_shape: tuple[int, ...], v_size: int) -> tuple[int, ...]:
@@ -147,8 +151,12 @@ def carry_shape(tiles: TileSizes, q_shape: tuple[int, ...], v_size: int) -> tupl
 
 def _carry_in_smem(tiles: TileSizes, size: int, v_size: int, carry: bool, finish: bool) -> bool:
     """Whether the carry comes and goes by TMA, behind the compute: where the SMEM has room for it."""
-    taken = tiles.smem_bytes(size, v_size, finish=finish) + tiles.block_q * v_size * 4
+    taken = tiles.smem_bytes(size, v_size, finish=finish) + _carry_bytes(tiles, v_size)
     return taken <= SMEM_BYTES and (carry or not finish)
+
+
+def _carry_bytes(tiles: TileSizes, v_size: int) -> int:
+    return tiles.block_q * v_size * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +169,12 @@ class _Kernel:
     num_results: int
     allocated: Any = None
 
-    def scratch(self, size: int, v_size: int, dtype: Any, of_keys: Vectors) -> Scratch:
+    def scratch(self, size: int, v_size: int, dtype: Any) -> Scratch:
         """What to allocate; None: nothing."""
         static, tiles = self.static, self.static.tiles
         queries = (tiles.compute, WARPGROUP_ROWS)
         out = acc = carried = left = turn = None
-        rows = 0 if only_vector(of_keys) is None else tiles.stages
+        rows = static.marks * tiles.stages + 1
         if static.params.interpret:
             left = plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.stages)
             turn = plgpu.Barrier(num_barriers=tiles.compute)
@@ -193,17 +201,21 @@ class _Kernel:
             turn=turn,
             met=plgpu.Barrier(num_arrivals=tiles.compute),
             v_landed=plgpu.Barrier(num_barriers=tiles.stages) if static.masked else None,
-            marks_smem=plgpu.SMEM((rows + 1, tiles.block_kv), jnp.int32) if static.masked else None,
-            marked=plgpu.Barrier(num_arrivals=1 + (rows > 0), num_barriers=tiles.stages) if static.masked else None,
+            marks_smem=plgpu.SMEM((rows, tiles.block_kv), jnp.int32) if static.masked else None,
+            marked=plgpu.Barrier(num_arrivals=1 + static.marks, num_barriers=tiles.stages) if static.masked else None,
+            drawn=plgpu.Barrier(num_barriers=DRAWS) if static.draws else None,
+            seen=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=DRAWS) if static.draws else None,
         )
 
     def __call__(self, *refs: Any) -> None:
         tiles = self.static.tiles
         x = jax.tree.unflatten(self.inputs, refs[: self.inputs.num_leaves])
         refs = refs[self.inputs.num_leaves :]
-        out, refs = refs[: self.num_updated + self.num_results], refs[self.num_updated + self.num_results :]
+        out, refs = refs[: self.num_updated], refs[self.num_updated :]
         if self.num_updated:
             x = x._replace(carry=out)
+        counter, refs = (refs[0], refs[1:]) if self.static.draws else (None, refs)
+        out, refs = (*out, *refs[: self.num_results]), refs[self.num_results :]
         scratch = jax.tree.unflatten(self.allocated, refs)
         warpgroup = jax.lax.axis_index("warpgroup")
 
@@ -217,12 +229,12 @@ class _Kernel:
         def _() -> None:
             if tiles.registers is not None:
                 plgpu.set_max_registers(tiles.registers[0], action="decrease")
-            _load(self.static, x, scratch)
+            _load(self.static, x, scratch, counter)
 
 
-def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
+def _load(static: Static, x: Inputs, scratch: Scratch, counter: Any) -> None:
     """The loading warpgroup: keys and values into the ring as slots come free, queries behind the first of them."""
-    tiles, signal, vector = static.tiles, signals(static.tiles, scratch), only_vector(x.mask.keys)
+    tiles, signal = static.tiles, signals(static.tiles, scratch)
 
     def one(work: Work, count: Array) -> Array:
         kv_head = jax.lax.div(work.n, static.heads // static.kv_heads)
@@ -255,9 +267,10 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
             @pl.when(t >= work.full)
             def _() -> None:
                 scratch.marks_smem[scratch.flag(slot, COLUMN)] = number
-                if vector is not None:
+                for n, vector in enumerate(jax.tree.leaves(x.mask.keys)[: static.marks]):
                     of_keys = vector.at[common.batch_row(vector, work.b), keys]
-                    plgpu.copy_gmem_to_smem(of_keys, scratch.marks_smem.at[slot], scratch.marked.at[slot])
+                    mark_smem = scratch.marks_smem.at[static.mark(slot, n)]
+                    plgpu.copy_gmem_to_smem(of_keys, mark_smem, scratch.marked.at[slot])
                 plgpu.barrier_arrive(scratch.marked.at[slot])
                 plgpu.copy_gmem_to_smem(x.v.at[at], v_smem, scratch.v_landed.at[slot])
                 plgpu.barrier_wait(scratch.v_landed.at[slot])
@@ -290,7 +303,14 @@ def _load(static: Static, x: Inputs, scratch: Scratch) -> None:
 
         return count
 
-    walk(static, x, one)
+    def draw(n: Array) -> Array:
+        place, place_smem = scratch.place(n)
+        pl.when(n >= DRAWS)(lambda: plgpu.barrier_wait(scratch.seen.at[place]))
+        item = ptx.draw(counter, place_smem, signal.look)
+        plgpu.barrier_arrive(scratch.drawn.at[place])
+        return static.num_blocks + item
+
+    walk(static, x, one, draw)
     if static.params.interpret:  # which wants every arrival to be waited for
         for slot in range(tiles.stages):
             signal.k_free.wait(slot)

@@ -4,20 +4,24 @@ See :mod:`ringjax.kernels.mosaic.forward`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ...mask import Rule, Vectors
 from ..base import KernelParams
 from . import common
 from .common import MaskArrays
-from .tiles import WARPGROUP_ROWS, TileSizes
+from .tiles import SMEM_BYTES, WARPGROUP_ROWS, TileSizes
 
 # Flags of a slot: not 0 where its values hold NaN or Inf, and which column of tiles it is.
 POISONED, COLUMN, NUM_FLAGS = 0, 1, 2
+# Work that is drawn waits in one of so many places, until all have seen it.
+DRAWS = 2
 
 
 class Inputs(NamedTuple):
@@ -50,14 +54,22 @@ class Scratch(NamedTuple):
     turn: Any
     met: Any  # all multiplying warpgroups have come here
     v_landed: Any  # as v_ready, but for the loading warpgroup, which looks through the values of PARTIAL tiles; or None
-    # Of PARTIAL tiles, int32: flags of all slots in the last row, before it for each slot its part of the mask's vector
-    # of keys, if there is one. A single array, since each takes a whole KiB. None: there are no such tiles.
+    # Of PARTIAL tiles, int32: flags of all slots in the last row, before it for each slot its part of Static.marks of
+    # the mask's vectors of keys. A single array, since each takes a whole KiB. None: there are no such tiles.
     marks_smem: Any
-    marked: Any  # the vector is there, and COLUMN
+    marked: Any  # the vectors are there, and COLUMN
+    # Where work is drawn, see Static.draws: it is there, and all that multiply have seen it. In the row of flags.
+    drawn: Any
+    seen: Any
 
     def flag(self, slot: Array, which: int) -> Any:
         """Where in marks_smem a flag is."""
         return self.marks_smem.shape[0] - 1, slot * NUM_FLAGS + which
+
+    def place(self, n: Array) -> tuple[Array, Any]:
+        """Of the n-th work drawn: the number of its place, and the place in marks_smem."""
+        place, (rows, columns) = jax.lax.rem(n, jnp.int32(DRAWS)), self.marks_smem.shape
+        return place, self.marks_smem.at[rows - 1, pl.ds(columns - DRAWS + place, 1)]
 
 
 class Work(NamedTuple):
@@ -90,6 +102,10 @@ class Static:
     rows_total: int  # queries in the carry and in lse
     splits: int = 0  # of the visits of the only tile of queries, see ringjax.kernels.mosaic.decode. 0: none
     rows_out: int = WARPGROUP_ROWS  # queries of a split that there are, in eights
+    marks: int = 0  # vectors of keys that come to SMEM, where threads have them at once; others are loaded from GMEM
+    # Whether a block of threads that has done its work draws the next from a counter in GMEM. Otherwise all is dealt
+    # out beforehand: rows that are ranges lie between the same lengths in even steps, those of documents do not.
+    draws: bool = False
 
     @property
     def masked(self) -> bool:
@@ -99,6 +115,10 @@ class Static:
     def own_keys(self) -> int:
         """Keys of a tile that one warpgroup multiplies with: all, or its part where all have the same queries."""
         return self.tiles.block_kv // self.tiles.compute if self.splits else self.tiles.block_kv
+
+    def mark(self, slot: Array, vector: int) -> Array:
+        """Where in marks_smem a slot's part of a vector of keys is."""
+        return slot + vector * self.tiles.stages
 
     def first_query(self, work: Work, warpgroup: Any) -> Any:
         return 0 if self.splits else (work.i * self.tiles.compute + warpgroup) * WARPGROUP_ROWS
@@ -112,10 +132,10 @@ class Static:
         return (work.visit > 0) | self.finish
 
 
-def only_vector(vectors: Vectors) -> Any:
-    """What the mask knows of the keys, if it is one vector: there is SMEM for one. None: it is loaded from GMEM."""
-    found = jax.tree.leaves(vectors)
-    return found[0] if len(found) == 1 else None
+def marks(tiles: TileSizes, of_keys: Vectors, taken: int) -> int:
+    """For how many of these vectors there is SMEM, beside ``taken`` bytes, which one is part of."""
+    another = -(-tiles.stages * tiles.block_kv * 4 // 1024) * 1024
+    return min(len(jax.tree.leaves(of_keys)), 1 + (SMEM_BYTES - taken) // another)
 
 
 def column(static: Static, x: Inputs, work: Work, t: Array) -> Array:
@@ -125,11 +145,14 @@ def column(static: Static, x: Inputs, work: Work, t: Array) -> Array:
     return common.column(x.mask, work.b, work.i, t)
 
 
-def walk(static: Static, x: Inputs, body: Any) -> None:
+def walk(static: Static, x: Inputs, body: Any, draw: Callable[[Array], Array]) -> None:
     """``body(work, count) -> count`` for all that this block of threads works on; count is of tiles of keys so far.
 
     Rows that have most to do come first: the last ones under a causal mask, of lists as they are counted. Of a group of
     heads all have their turn before the next row. Every other round goes backwards: what is left for each block is even.
+
+    Args:
+      draw: if ``static.draws``: the number of what to work on after the n-th, from 0 on.
     """
     block = jax.lax.axis_index("block")
     num_items = static.batch * static.heads * static.num_q
@@ -156,6 +179,15 @@ def walk(static: Static, x: Inputs, body: Any) -> None:
 
     if static.num_blocks == num_items:
         body(work(block), jnp.int32(0))
+        return
+    if static.draws:
+
+        def one(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            item, n, count = state
+            count = body(work(item), count)
+            return draw(n), n + 1, count
+
+        jax.lax.while_loop(lambda state: state[0] < num_items, one, (block, jnp.int32(0), jnp.int32(0)))
         return
     rounds, rest = divmod(num_items, static.num_blocks)
 

@@ -18,7 +18,7 @@ from ..._compat import gpu_load
 from ...partial import NO_LOGIT, close
 from . import common, ptx
 from .common import COLUMN_BLOCK, COLUMNS, LN_2, MATRIX, ROWS, full, row_matrix, zeros
-from .forward_common import COLUMN, Inputs, Scratch, Static, Work, invariant, only_vector, walk
+from .forward_common import COLUMN, Inputs, Scratch, Static, Work, invariant, walk
 from .forward_poison import contain
 from .signals import Signals, signals
 from .tiles import WARPGROUP_ROWS
@@ -75,8 +75,16 @@ class Compute:
         plgpu.barrier_arrive(scratch.q_consumed.at[self.warpgroup])
         if tiles.turns != "none":
             pl.when(self.warpgroup == tiles.compute - 1)(lambda: self.signals.turn.give(0))
-        walk(self.static, self.x, self.one)
+        walk(self.static, self.x, self.one, self.drawn)
         plgpu.wait_smem_to_gmem(0)
+
+    def drawn(self, n: Array) -> Array:
+        """What the loading warpgroup has drawn."""
+        place, place_smem = self.scratch.place(n)
+        plgpu.barrier_wait(self.scratch.drawn.at[place])
+        item = place_smem[0]
+        plgpu.barrier_arrive(self.scratch.seen.at[place])
+        return self.static.num_blocks + item
 
     def one(self, work: Work, count: Array) -> Array:
         """One tile of queries; returns the count of tiles of keys so far."""
@@ -405,10 +413,14 @@ class Compute:
         rule = self.static.rule
         assert rule is not None
         plgpu.barrier_wait(self.scratch.marked.at[slot])
-        keys = None
-        if only_vector(self.x.mask.keys) is not None:
-            vector = gpu_load(self.own(self.scratch.marks_smem, slot), COLUMNS, optimized=False)
-            keys = jax.tree.map(lambda _: vector, self.x.mask.keys)
+        vectors, structure = jax.tree.flatten(self.x.mask.keys)
+        b, own = work.b, pl.ds(self.first_key(slot), self.static.own_keys)
+        there = [
+            self.own(self.scratch.marks_smem, self.static.mark(slot, n)) if n < self.static.marks
+            else x_gmem.at[common.batch_row(x_gmem, b), own]
+            for n, x_gmem in enumerate(vectors)
+        ]  # fmt: skip
+        keys = jax.tree.unflatten(structure, [gpu_load(x, COLUMNS, optimized=False) for x in there])
         return common.allowed(
             rule,
             self.x.mask,

@@ -68,7 +68,7 @@ def clean(
     transforms: tuple[Any, ...],
     part: int,
     meet: tuple[int, int],
-    suspect: tuple[jax.Array, Any, int] | None = None,
+    suspect: tuple[Any, int] | None = None,
 ) -> None:
     """Zero in place of NaN and Inf in tiles of 16 bits each, by warpgroups that meet before and after.
 
@@ -79,11 +79,10 @@ def clean(
       transforms: how they lie.
       part: 0 or 1, the half of each that this warpgroup sees to.
       meet: named barrier, and how many threads come to it.
-      suspect: (float32 numbers that the warpgroup holds, their layout, its own named barrier): only if one of them is
-        NaN or Inf.
+      suspect: (float32 numbers in SMEM, the warpgroup's own named barrier): only if one of the numbers is NaN or Inf.
     """
     exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}[jnp.dtype(tiles_smem[0].dtype).name]
-    text = "{ .reg .pred bad, any, low, high; .reg .f32 sum; .reg .b32 at, thread, t, x<4>; mov.u32 thread, %tid.x; "
+    text = "{ .reg .pred bad, any, low, high; .reg .f32 sum, number; .reg .b32 at, thread, t, x<4>; mov.u32 thread, %tid.x; "
     text += f"and.b32 thread, thread, 127; mul.lo.u32 thread, thread, {_VECTOR_BYTES}; "
     barrier = f"fence.proxy.async.shared::cta; bar.sync {meet[0]}, {meet[1]}; "
 
@@ -116,19 +115,20 @@ def clean(
         call: Any = plgpu.inline_mgpu(arg_types=types)(emit)
         call(*tiles_smem)
         return
-    numbers, layout, own = suspect
+    numbers_smem, own = suspect
+    count = math.prod(numbers_smem.shape)
+    assert count & (count - 1) == 0, numbers_smem.shape
 
-    def emit_if(_: Any, held: Any, *refs: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        x = [llvm.extractelement(pair, utils.c(i, i32)) for pair in held.registers.flat for i in range(2)]
-        asked = text + "mov.f32 sum, 0f00000000; "
-        asked += "".join(f"fma.rn.f32 sum, ${i}, 0f00000000, sum; " for i in range(len(x)))
+    def emit_if(_: Any, *refs: Any) -> None:
+        asked = text + "mov.u32 at, %tid.x; mov.f32 sum, 0f00000000; "
+        asked += f"and.b32 at, at, {min(count, 128) - 1}; mad.lo.u32 at, at, 4, $0; "
+        for n in range(0, count, 128):  # x * 0 is NaN for these only
+            asked += f"ld.shared.f32 number, [at + {4 * n}]; fma.rn.f32 sum, number, 0f00000000, sum; "
         asked += f"setp.nan.f32 bad, sum, sum; bar.red.or.pred any, {own}, 128, bad; @!any bra CLEAN; "
-        constraints = ",".join(["f"] * len(x) + ["r"] * len(refs))
-        _assembly(None, [*x, *starts(refs)], asked + body(len(x)) + "CLEAN: }", constraints)
+        _assembly(None, starts(refs), asked + body(1) + "CLEAN: }", ",".join(["r"] * len(refs)))
 
-    call = plgpu.inline_mgpu(arg_types=(layout, *types))(emit_if)
-    call(numbers, *tiles_smem)
+    call = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *types))(emit_if)
+    call(numbers_smem, *tiles_smem)
 
 
 def any_not_finite_in_smem(x_smem: Any, transforms: tuple[Any, ...], barrier: int) -> jax.Array:
@@ -155,6 +155,24 @@ def any_not_finite_in_smem(x_smem: Any, transforms: tuple[Any, ...], barrier: in
 
     call: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms),), return_type=_FOUND)(emit)
     return call(x_smem) > 0
+
+
+def draw(counter_gmem: Any, place_smem: Any, barrier: int) -> jax.Array:
+    """Adds 1 to an int32 in GMEM, once for the warpgroup; what it was goes to all its threads, and to SMEM.
+
+    The warpgroup meets at ``barrier``.
+    """
+
+    def emit(_: Any, counter: Any, place: Any) -> Any:
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        text = "{ .reg .pred first; .reg .b32 was; mov.u32 was, %tid.x; and.b32 was, was, 127; "
+        text += "setp.eq.u32 first, was, 0; @first atom.relaxed.gpu.global.add.u32 was, [$1], 1; "
+        text += f"@first st.shared.b32 [$2], was; bar.sync {barrier}, 128; ld.shared.b32 $0, [$2]; }}"
+        starts = (llvm.ptrtoint(t, utils.memref_ptr(ref)) for t, ref in ((i64, counter), (i32, place)))
+        return mgpu.FragmentedArray.splat(_assembly(i32, starts, text, "=r,l,r"), (), is_signed=True)
+
+    call: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=_FOUND)(emit)
+    return call(counter_gmem, place_smem)
 
 
 def add_to_gmem(x: jax.Array, out_gmem: Any, layout: Any) -> None:
