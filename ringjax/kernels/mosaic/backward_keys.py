@@ -87,7 +87,7 @@ class _Kernel(gpu.OverKeys):
         sums_smem = self.sums_smem.at[0, place.warpgroup]
         gpu.store(static, state.dk, self.dk.at[keys], there.k_smem.at[place.own], sums_smem)
         gpu.store(static, gpu.without_scale(static, state.dv), self.dv.at[keys], there.v_smem.at[place.own], sums_smem)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _add(self, now: Tile, place: Place, state: _State) -> _State:
         """One tile of queries: dk and dv with its share added, its dq in SMEM, that of the tile before sent off."""

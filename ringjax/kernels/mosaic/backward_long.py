@@ -85,7 +85,7 @@ class _Kernel(gpu.OverKeys):
             gpu.join_compute_warpgroups()  # nobody multiplies by these keys and values any more
             if turn == place.warpgroup:
                 gpu.store(static, total, out_gmem.at[gpu.keys(static, place)], free_smem, self.p_smem)
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _ahead(self, place: Place) -> bool:
         """Whether products of a tile are computed while the one before is at work, if there are registers for it."""

@@ -117,7 +117,7 @@ class _Kernel:
         dq = gpu.visit(static, x, place, lambda now, dq: self._add(place, now, lse, delta, dq), dq)
         out_gmem = self.dq_gmem.at[place.batch, self._queries(place), place.head]
         gpu.store_float32(dq, out_gmem, self.scratch.sums_smem.at[place.warpgroup], reduction_op="add")
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _add(self, place: Place, now: Tile, lse: Array, delta: Array, dq: Array) -> Array:
         """dq with the share of one tile of keys."""

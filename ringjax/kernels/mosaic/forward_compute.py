@@ -76,7 +76,7 @@ class Compute:
         if tiles.turns != "none":
             pl.when(self.warpgroup == tiles.compute - 1)(lambda: self.signals.turn.give(0))
         walk(self.static, self.x, self.one, self.drawn)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def drawn(self, n: Array) -> Array:
         """What the loading warpgroup has drawn."""
