@@ -3,7 +3,9 @@
 Checked with JAX 0.10.2, 0.11.2 and 0.12.0.
 """
 
+import ctypes
 import functools
+import importlib.metadata
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -136,6 +138,29 @@ def tpu_interpreter_is_forced() -> bool:
 
 # Whether Pallas Mosaic GPU kernels can concatenate what is in registers.
 GPU_CONCATENATES = jax.__version_info__ >= (0, 11)
+
+
+@functools.cache
+def gpu_registers_are_ignored() -> bool:
+    """Whether Mosaic kernels for GPUs run without the registers that their warpgroups ask for, several times as long.
+
+    JAX 0.12 has nvJitLink compile them, where it is installed: to it a kernel is a part of a larger program, whose
+    functions have one number of registers. Where it is not, and before, ptxas does.
+    """
+    if jax.__version_info__ < (0, 12) or jax.default_backend() != "gpu":
+        return False
+
+    def loads(library: str) -> bool:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            return False
+        return True
+
+    wheels = {name.lower() for found in importlib.metadata.distributions() if (name := found.name)}
+    return not wheels.isdisjoint(("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")) or any(
+        loads(f"libnvJitLink.so.{version}") for version in (12, 13)
+    )
 
 
 def gpu_load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ringjax
-from ringjax import RingConfig
+from ringjax import RingConfig, _compat
 from ringjax.kernels.choose import Target, choose, is_hopper
 
 
@@ -253,6 +254,48 @@ def test_what_runs_where_no_kernel_is_named(
 ) -> None:
     target = Target(platform=platform, device_kind=kind, capability=capability)
     assert choose(RingConfig(), target, dtype, head_size).name == name
+
+
+@pytest.fixture
+def nvjitlink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if JAX 0.12 ran on a GPU, with the wheels of CUDA 13."""
+    wheel = type("Distribution", (), {"name": "nvidia-nvjitlink"})
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: [wheel])
+    monkeypatch.setattr(
+        "ringjax.kernels.choose.gpu_registers_are_ignored", _compat.gpu_registers_are_ignored.__wrapped__
+    )
+
+
+@pytest.mark.usefixtures("nvjitlink")
+def test_where_registers_are_ignored_another_kernel_runs_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(platform="gpu", device_kind=H100, capability="9.0")
+    with pytest.warns(UserWarning, match="slow with JAX 0.12"):
+        assert choose(RingConfig(), target, "bfloat16", 128).name == "pallas_triton"
+    with pytest.warns(UserWarning, match="JAX 0.11 gives the full speed"):
+        assert choose(RingConfig(implementation="pallas_gpu"), target, "bfloat16", 128).name == "pallas_gpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(RingConfig(), target, "float32", 128).name == "pallas_triton"
+        monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+        assert choose(RingConfig(), target, "bfloat16", 128).name == "pallas_gpu"
+
+
+@pytest.mark.usefixtures("nvjitlink")
+@pytest.mark.parametrize("loads", [False, True])
+def test_without_wheels_the_library_itself_is_looked_for(monkeypatch: pytest.MonkeyPatch, loads: bool) -> None:
+    def library(name: str) -> None:
+        if not loads or name != "libnvJitLink.so.13":
+            raise OSError(name)
+
+    monkeypatch.setattr("importlib.metadata.distributions", list)
+    monkeypatch.setattr("ctypes.CDLL", library)
+    target = Target(platform="gpu", device_kind=H100, capability="9.0")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert choose(RingConfig(), target, "bfloat16", 128).name == ("pallas_triton" if loads else "pallas_gpu")
+    assert len(said) == loads
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ A new backend is a folder beside this file, with ``kernel.py`` in it, and an ent
 import dataclasses
 import importlib
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from .._compat import tpu_interpreter_is_forced
+from .._compat import gpu_registers_are_ignored, tpu_interpreter_is_forced
 from ..config import RingConfig
 from .base import Kernel
 
@@ -56,6 +57,11 @@ def _is_ampere_or_later(target: Target) -> bool:
     return target.device_kind.startswith("NVIDIA") and float(target.capability or 8) >= 8
 
 
+def _keeps_registers(target: Target) -> bool:
+    del target  # Unused.
+    return not gpu_registers_are_ignored()
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One block kernel. ``module``, below ringjax.kernels, has ``forward`` and ``backward`` of the contract."""
@@ -75,15 +81,18 @@ class Backend:
         module: Any = importlib.import_module(f".{self.module}", __package__)
         return module
 
-    def suits(self, target: Target, dtype: Any, largest_head: int) -> bool:
-        """Whether it is the one to choose, if no better one does."""
+    def can(self, target: Target, dtype: Any, largest_head: int) -> bool:
+        """Whether it runs there, on such arrays."""
         return (
             self.platform in (None, target.platform)
             and jnp.dtype(dtype).name in self.dtypes
             and (self.largest_head is None or largest_head <= self.largest_head)
             and self.runs_on(target)
-            and self.default_on(target)
         )
+
+    def suits(self, target: Target, dtype: Any, largest_head: int) -> bool:
+        """Whether it is the one to choose, if no better one does."""
+        return self.can(target, dtype, largest_head) and self.default_on(target)
 
 
 _HALF = ("bfloat16", "float16")
@@ -94,7 +103,7 @@ BACKENDS = (
     Backend(name="pallas_tpu", module="tpu.kernel", platform="tpu", dtypes=_UP_TO_32, interpretable=True),
     Backend(
         name="pallas_gpu", module="mosaic.kernel", platform="gpu", dtypes=_HALF, largest_head=256,
-        runs_on=is_hopper, devices="Hopper GPUs (H100, H200)",
+        runs_on=is_hopper, devices="Hopper GPUs (H100, H200)", default_on=_keeps_registers,
     ),
     Backend(
         name="pallas_triton", module="triton.kernel", platform="gpu", dtypes=_UP_TO_32, interpretable=True,
@@ -103,6 +112,12 @@ BACKENDS = (
     Backend(name="xla", module="xla", platform=None, dtypes=("float64", *_UP_TO_32)),
 )  # fmt: skip
 BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+_REGISTERS = (
+    "On Hopper GPUs attention is slow with JAX 0.12, whose compiler (nvJitLink) ignores how the kernel 'pallas_gpu' "
+    "divides registers: it takes up to 5 times as long. Unless it is named, 'pallas_triton' runs in its place. "
+    "JAX 0.11 gives the full speed: pip install 'jax[cuda12]<0.12', or cuda13."
+)
 
 
 def default(target: Target, dtype: Any, largest_head: int) -> Backend:
@@ -117,6 +132,10 @@ def choose(config: RingConfig, target: Target, dtype: Any, largest_head: int) ->
       ValueError: the named kernel does not run on this platform or device.
       NotImplementedError: the named kernel cannot do what is asked of it.
     """
+    mosaic = BY_NAME["pallas_gpu"]
+    if config.implementation in (None, mosaic.name) and mosaic.can(target, dtype, largest_head):
+        if gpu_registers_are_ignored():
+            warnings.warn(_REGISTERS, stacklevel=2)
     if config.implementation is None:
         return default(target, dtype, largest_head)
     backend = BY_NAME[config.implementation]

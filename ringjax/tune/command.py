@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ringjax.bench.gpu import Timed, in_turns
 from ringjax.kernels import tiles as tile_table
-from ringjax.kernels.choose import Target, default
+from ringjax.kernels.choose import BY_NAME, Target, default, is_hopper
 from ringjax.tune.space import HEAD_SIZES, KERNELS, Problem
 from ringjax.usage import UsageError, check_at_least_one
 
@@ -386,9 +386,9 @@ def _problems(request: Request, say: Say) -> list[Problem]:
         )
     directions = [direction for direction in ("forward", "backward") if direction in request.directions]
     if implementation == "pallas_gpu":
-        if best("bfloat16") != "pallas_gpu":
+        if not is_hopper(target):
             raise UsageError(f"--implementation pallas_gpu needs a Hopper GPU (H100, H200). Got {kind!r}.")
-        if best(request.dtype) != "pallas_gpu":
+        if request.dtype not in BY_NAME[implementation].dtypes:
             raise UsageError(f"--implementation pallas_gpu needs --dtype bfloat16 or float16. Got {request.dtype}.")
         if directions == ["backward"]:
             raise UsageError(

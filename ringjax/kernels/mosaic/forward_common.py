@@ -149,7 +149,8 @@ def walk(static: Static, x: Inputs, body: Any, draw: Callable[[Array], Array]) -
     """``body(work, count) -> count`` for all that this block of threads works on; count is of tiles of keys so far.
 
     Rows that have most to do come first: the last ones under a causal mask, of lists as they are counted. Of a group of
-    heads all have their turn before the next row. Every other round goes backwards: what is left for each block is even.
+    heads all have their turn before the next row. Work that is dealt out goes backwards every other round: what is left
+    for each block is even.
 
     Args:
       draw: if ``static.draws``: the number of what to work on after the n-th, from 0 on.

@@ -82,8 +82,8 @@ def clean(
       suspect: (float32 numbers in SMEM, the warpgroup's own named barrier): only if one of the numbers is NaN or Inf.
     """
     exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}[jnp.dtype(tiles_smem[0].dtype).name]
-    text = "{ .reg .pred bad, any, low, high; .reg .f32 sum, number; .reg .b32 at, thread, t, x<4>; mov.u32 thread, %tid.x; "
-    text += f"and.b32 thread, thread, 127; mul.lo.u32 thread, thread, {_VECTOR_BYTES}; "
+    text = "{ .reg .pred bad, any, low, high; .reg .f32 sum, number; .reg .b32 at, thread, t, x<4>; "
+    text += f"mov.u32 thread, %tid.x; and.b32 thread, thread, 127; mul.lo.u32 thread, thread, {_VECTOR_BYTES}; "
     barrier = f"fence.proxy.async.shared::cta; bar.sync {meet[0]}, {meet[1]}; "
 
     def body(first: int) -> str:
