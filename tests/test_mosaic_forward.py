@@ -14,10 +14,11 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from ringjax._compat import GPU_CONCATENATES
 from ringjax.kernels.base import Block, KernelParams
 from ringjax.kernels.mosaic import forward as mosaic_forward
+from ringjax.kernels.mosaic import forward_common
 from ringjax.kernels.mosaic import kernel as mosaic
 from ringjax.kernels.mosaic import tiles as mosaic_tiles
 from ringjax.layout import Runs
-from ringjax.mask import Mask, Tokens
+from ringjax.mask import Mask, Tokens, Vectors
 from ringjax.partial import Partial
 
 KIND = "NVIDIA H100 80GB HBM3"
@@ -167,6 +168,50 @@ def test_masks_of_a_layout_need_no_array_along_the_sequence() -> None:
     rule, arrays = mosaic_forward.common.prepare_mask(mask, (case.q_length, case.k_length), (128, 128), rows="queries")
     assert rule is not None
     assert [x.shape for x in jax.tree.leaves(arrays)] == [(1, 6), (1, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("case", "blocks", "draws"),
+    [
+        (Case(causal=True, segments=True), 5, True),
+        (Case(causal=True, runs=0), 5, True),
+        (Case(causal=True, segments=True, carry=True, finish=False), 5, True),
+        (Case(causal=True, segments=True), 132, False),  # each has one tile of queries
+        (Case(causal=True), 5, False),
+        (Case(), 5, False),
+    ],
+)
+def test_blocks_draw_rows_of_documents(monkeypatch: pytest.MonkeyPatch, case: Case, blocks: int, draws: bool) -> None:
+    """Rows of a layout are dealt out."""
+    given = arguments(case)  # before blocks are few
+    monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", blocks)
+    seen = []
+
+    def launch(static: Any, *rest: Any) -> Any:
+        seen.append(static)
+        return real(static, *rest)
+
+    real = mosaic_forward.launch
+    monkeypatch.setattr(mosaic_forward, "launch", launch)
+    with jax.sharding.use_abstract_mesh(H100):
+        traced = jax.jit(lambda *args: run(case, *args)).trace(*given)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    (static,) = seen
+    assert (static.draws, static.num_blocks) == (draws, min(blocks, 24))
+
+
+@pytest.mark.parametrize(
+    ("size", "vectors", "marks"), [(64, 1, 1), (64, 2, 2), (128, 1, 1), (128, 2, 1), (256, 2, 2), (64, 0, 0)]
+)
+def test_vectors_of_keys_come_to_smem_as_room_allows(size: int, vectors: int, marks: int) -> None:
+    x = jax.ShapeDtypeStruct((1, 2, 256, size), jnp.bfloat16)
+    vector = jnp.zeros((1, 256), jnp.int32)
+    side = Tokens(positions=vector if vectors > 1 else None, segments=vector if vectors else None)
+    mask = Mask(queries=side, keys=side, right=0 if vectors > 1 else None)
+    tiles = mosaic_tiles.forward_tiles(x, x, mask, KernelParams(1.0, device_kind=KIND), whole=True)
+    taken = tiles.smem_bytes(size, size, finish=True)
+    of_keys = Vectors(positions=side.positions, segments=side.segments)
+    assert forward_common.marks(tiles, of_keys, taken) == marks
 
 
 def test_refuses_float32() -> None:
