@@ -291,7 +291,7 @@ def test_words_are_those_of_the_library():
     assert values(cli.bench.PeerName) == set(ring_peers.PEERS)
     assert values(cli.tune.TunedImplementation) == {implementation for implementation, _ in space.KERNELS}
     assert f"{options.LayoutName.zigzag!r}" == "'zigzag'", "as messages of the library quote it"
-    assert (len(gpu.SHAPES), len(ring.PROBLEMS)) == (4, 7), "as the help says"
+    assert (len(gpu.SHAPES), len(ring.PROBLEMS)) == (4, 8), "as the help says"
 
 
 def test_a_command_is_imported_when_it_is_called():

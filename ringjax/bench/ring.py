@@ -44,6 +44,7 @@ BEGIN, END = "<!-- ringjax bench ring: begin -->", "<!-- ringjax bench ring: end
 
 # Short and long sequences, many and few K/V heads, each mask at least once.
 PROBLEMS = (
+    Problem(Shape(1, 4096, 32, 8, 128), is_causal=True),
     Problem(Shape(1, 8192, 32, 8, 128), is_causal=True),
     Problem(Shape(1, 16384, 32, 8, 128), is_causal=True),
     Problem(Shape(1, 65536, 32, 8, 128), is_causal=True),

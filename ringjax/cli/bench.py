@@ -74,7 +74,7 @@ Shapes = Annotated[
         "--shape",
         metavar="B,T,N,K,H",
         help="Sequences, tokens, query heads, key/value heads, size of a head. Repeatable; default, if no mask is "
-        "given either: seven shapes with a mask each.",
+        "given either: eight shapes with a mask each.",
     ),
 ]
 Masks = Annotated[

@@ -298,6 +298,8 @@ _H100 = _gpu(
     peak=989 * _TERA,
     rates=_HOPPER_RATES,
     link_bandwidth=_NCCL * 450 * _GB,
+    # What the second hop of 1 x 8192 x 32/8 x 128, causal, forward, cost on two H200s [docs/performance.md].
+    hop_seconds=38e-6,
     network_bandwidth=_NCCL * 50 * _GB,
     capability=(9, 0),
     accelerated=True,
