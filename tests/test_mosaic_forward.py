@@ -152,8 +152,11 @@ def test_the_carry_is_padded_and_in_blocks_where_registers_load_it(
     assert [x.shape for x in carry(CASES[name])] == [acc, rows, rows]
 
 
-def test_lowers_under_vmap() -> None:
-    case = CASES["hop"]
+@pytest.mark.parametrize("name", ["hop", "packed"])
+def test_lowers_under_vmap(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What is changed in place as well: the carry, and the counter of blocks that draw."""
+    case = CASES[name]
+    monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", 5)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), arguments(case))
     with jax.sharding.use_abstract_mesh(H100):
         traced = jax.jit(jax.vmap(lambda *args: run(case, *args))).trace(*stacked)
