@@ -270,6 +270,9 @@ def nvjitlink(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nvjitlink")
 def test_where_registers_are_ignored_another_kernel_runs_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_backend() -> str:
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
     target = Target(platform="gpu", device_kind=H100, capability="9.0")
     with pytest.warns(UserWarning, match="slow with JAX 0.12"):
         assert choose(RingConfig(), target, "bfloat16", 128).name == "pallas_triton"
@@ -278,6 +281,8 @@ def test_where_registers_are_ignored_another_kernel_runs_and_it_is_said(monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(RingConfig(), target, "float32", 128).name == "pallas_triton"
+        monkeypatch.setattr(jax, "default_backend", no_backend)
+        assert choose(RingConfig(), target, "bfloat16", 128).name == "pallas_gpu"
         monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
         assert choose(RingConfig(), target, "bfloat16", 128).name == "pallas_gpu"
 

@@ -104,7 +104,7 @@ class Static:
     rows_out: int = WARPGROUP_ROWS  # queries of a split that there are, in eights
     marks: int = 0  # vectors of keys that come to SMEM, where threads have them at once; others are loaded from GMEM
     # Whether a block of threads that has done its work draws the next from a counter in GMEM. Otherwise all is dealt
-    # out beforehand: rows that are ranges lie between the same lengths in even steps, those of documents do not.
+    # out beforehand, which comes out even where a layout makes the rows, and not where documents do.
     draws: bool = False
 
     @property
