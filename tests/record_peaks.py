@@ -30,18 +30,19 @@ TOKENS = 8192  # of a shard
 
 
 def programs() -> Iterator[dict[str, Any]]:
-    """Fields of a Program: those by which the terms were chosen, then others, for which two of them were added."""
-    for axes, words in WAYS:
-        for heads in HEADS if words != ("ring", "ring") else HEADS[:1]:
-            for backward in (False, True):
-                yield fields("v5p:2x2x2", axes, words, heads, backward)
+    """Fields of a Program: those by which the terms were chosen, then others, for which one of them was added."""
+    for topology in ("v5p:2x2x2", "h100:8"):
+        for axes, words in WAYS:
+            for heads in HEADS if words != ("ring", "ring") else HEADS[:1]:
+                for backward in (False, True):
+                    yield fields(topology, axes, words, heads, backward)
     for backward in (False, True):
         for axes, words in WAYS[:4]:
             yield fields("v5e:2x4", axes, words, (24, 4), backward, head_dim=64)
-            yield fields("h100:8", axes, words, (32, 8), backward)
         yield fields("v6e:2x4", (8,), ("ring",), (8, 8), backward, dtype="float32")
         yield fields("v5p:2x2x2", (8,), ("ring",), (32, 8), backward, batch=3, seq_len=8 * 2048)
-        yield fields("h100:8", (8,), ("ring",), (16, 16), backward)
+        for words in ("ring", "all_to_all"):
+            yield fields("h100:2", (2,), (words,), (32, 8), backward, ring=2, seq_len=2 * TOKENS)
 
 
 def fields(

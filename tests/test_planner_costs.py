@@ -262,27 +262,31 @@ OTHERWISE = {
     "v5p:2x2x2-32-8-128--ring 2 x all_to_all 4-forward": 0.08,
     "v5p:2x2x2-16-16-128--ring 4 x all_to_all 2-forward": 0.16,
     "v5p:2x2x2-32-8-128--all_gather 2 x all_to_all 4-both": 0.08,
+    "h100:8-8-1-128--ring 8-both": 0.10,
+    "h100:8-16-16-128--all_to_all 8-forward": 0.13,
+    "h100:8-8-1-128--ring 2 x all_to_all 4-both": 0.06,
+    "h100:8-8-1-128--ring 2 x all_gather 4-forward": 0.10,
+    "h100:8-16-16-128--all_gather 2 x all_to_all 4-forward": 0.11,
+    "h100:8-8-1-128--all_gather 2 x all_to_all 4-forward": 0.10,
+    "h100:8-8-1-128--all_gather 2 x all_to_all 4-both": 0.06,
+    "h100:8-32-8-128--ring 2 x ring 4-forward": 0.15,
     "v5e:2x4-24-4-64--ring 8-forward": 0.08,
     "v5e:2x4-24-4-64--all_gather 8-forward": 0.14,
     "v5e:2x4-24-4-64--all_to_all 8-forward": 0.30,
-    "h100:8-32-8-128--all_to_all 8-forward": 0.15,
     "v5e:2x4-24-4-64--ring 2 x all_to_all 4-forward": 0.15,
-    "h100:8-32-8-128--ring 2 x all_to_all 4-forward": 0.08,
     "v6e:2x4-8-8-128-float32-ring 8-forward": 0.13,
     "v5e:2x4-24-4-64--ring 8-both": 0.13,
     "v5e:2x4-24-4-64--all_to_all 8-both": 0.25,
-    "h100:8-32-8-128--all_to_all 8-both": 0.22,
     "v5e:2x4-24-4-64--ring 2 x all_to_all 4-both": 0.27,
     "v6e:2x4-8-8-128-float32-ring 8-both": 0.06,
-    "h100:8-32-8-128--ring 8-both": 0.06,
-    "h100:8-32-8-128--ring 2 x all_to_all 4-both": 0.06,
 }
 
 
 @pytest.mark.parametrize("row", PEAKS, ids=in_words)
 def test_memory_is_what_compilers_need(row: dict[str, Any]) -> None:
-    """Recorded by tests/record_peaks.py: within 5%, and never less than any program needs."""
+    """Recorded by tests/record_peaks.py: within 5%, and never less than any program needs, as none of them does."""
     program = Program(**row["program"])
+    assert floor_bytes(program) <= row["peak_bytes"]
     said = of_program(program)
     apart = OTHERWISE.get(in_words(row), 0.05)
     assert abs(row["peak_bytes"] / said - 1) <= apart
@@ -290,13 +294,15 @@ def test_memory_is_what_compilers_need(row: dict[str, Any]) -> None:
     assert said >= 0.99 * floor_bytes(program)
 
 
-def test_what_is_gathered_and_exchanged_takes_memory():
+@pytest.mark.parametrize("thrifty", [False, True], ids=["TPU", "GPU"])
+def test_what_is_gathered_and_exchanged_takes_memory(thrifty: bool):
     """By hand: 1,024 tokens per device, 32 heads on 8, D = 128: q and out 8 MiB each, K and V 4, over 8 devices."""
     shapes = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "value_size": 128}
 
     def terms(word: str, *, backward: bool) -> dict[str, int]:
         way = Way((word,), (8,), "forward", as_layout("zigzag"))
-        return estimate(problem(1024, backward=backward, **shapes), way, CHIP, links((8,))).memory
+        chip = CHIP if thrifty else TPUS["v5p"]
+        return estimate(problem(1024, backward=backward, **shapes), way, chip, links((8,))).memory
 
     gathered, exchanged = (terms(word, backward=False) for word in ("all_gather", "all_to_all"))
     # Forward of a gather needs most while it is brought in order.
@@ -304,15 +310,22 @@ def test_what_is_gathered_and_exchanged_takes_memory():
         "query": 8 * MI, "key, value": 4 * MI, "key, value, gathered": 32 * MI, "key or value, as gathered": 16 * MI,
         "output": 8 * MI,
     }  # fmt: skip
-    assert exchanged == {
-        "query": 8 * MI, "key, value": 4 * MI, "query, exchanged": 8 * MI, "key, value, exchanged": 4 * MI,
-        "output": 8 * MI, "output, exchanged": 8 * MI,
-    }  # fmt: skip
+    given = {"query": 8 * MI, "key, value": 4 * MI, "query, exchanged": 8 * MI, "key, value, exchanged": 4 * MI}
+    row = 4 * 1024 * 32
+    if thrifty:  # the output is made where q was
+        assert exchanged == {
+            **given, "key or value, as received": 2 * MI, "output, exchanged": 8 * MI, "lse, float32": row
+        }  # fmt: skip
+    else:
+        assert exchanged == {**given, "output": 8 * MI, "output, exchanged": 8 * MI}
     # Backward: q, K/V, dout, gathered, out, float32 dq, float32 dk and dv of all keys, what is returned, two rows.
     backward = terms("all_gather", backward=True)
-    assert sum(backward.values()) == (8 + 4 + 8 + 32 + 8 + 16 + 64 + 12) * MI + 2 * 4 * 1024 * 32
+    assert sum(backward.values()) == (8 + 4 + 8 + 32 + 8 + 16 + 64 + (16 if thrifty else 12)) * MI + 2 * row
     exchanged = terms("all_to_all", backward=True)
-    assert sum(exchanged.values()) == ((8 + 4 + 8 + 8) * 2 + 16 + 8 + 12) * MI + 2 * 4 * 1024 * 32
+    if thrifty:
+        assert sum(exchanged.values()) == ((8 + 4 + 8) * 2 + 8 + 16 + 8 + 2) * MI + 2 * row
+    else:
+        assert sum(exchanged.values()) == ((8 + 4 + 8 + 8) * 2 + 16 + 8 + 12) * MI + 2 * row
 
 
 def test_a_ring_keeps_its_memory_as_it_grows():

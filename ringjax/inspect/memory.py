@@ -52,12 +52,15 @@ def floor_terms(program: Program) -> tuple[Term, ...]:
       inner round.
     - where heads are exchanged, the end: the output by heads and the output by tokens.
 
-    Moments of the backward pass, which keeps the output, and query, key, value and output by heads if exchanged:
+    Moments of the backward pass, to which forward leaves the output, and query, key, value and output by heads if
+    exchanged:
 
-    - while the kernel of a hop runs: dout by heads, where these are exchanged; the receive buffers; lse and delta,
-      8 B L N; the sum of dq, 4 B L N H; the sums of dK and dV of a block, d bytes per item of ``dkv_dtype``: those of
-      this hop, those that are sent and those that are received, if they travel to this hop, and those of the device's
-      own block that wait for the rest. Of gathered keys they are in float32 at the least.
+    - while the kernel of a hop runs: the output; query and dout by heads, where these are exchanged, and on the hops of
+      the device's own block that by heads; the receive buffers; lse and delta, 8 B L N; the sum of dq, 4 B L N H; the
+      sums of dK and dV of a block, d bytes per item of ``dkv_dtype``: those of this hop, those that are sent and those
+      that are received, if they travel to this hop, and those of the device's own block that wait for the rest. Of
+      gathered keys they are in float32 at the least, on the last hop of one ring in the dtype of the inputs, and where
+      there is no ring all gradients by heads.
     - the end: dquery, dkey and dvalue in the dtype of the inputs. They are absent before, so their memory may hold
       other arrays until then.
     """
@@ -95,34 +98,42 @@ def _moments(program: Program) -> set[tuple[Term, ...]]:
     given += [Term("segment ids", ids)] if ids else []
     given += [Term("dout", output.bytes)] if program.backward else []
     by_head = [Term("query by heads", query)] if exchanged > 1 else []
-    if exchanged > 1 and program.backward:
-        by_head += [Term("key, value by heads", by_heads)]
-    kept = [*by_head, *([Term("output by heads", output.bytes)] if exchanged > 1 else [])]
-    # The block that has not travelled is a caller's array, or one that is kept, or one of its own.
-    copied = gathered > 1 or (exchanged > 1 and not program.backward)
+    end = [Term("output by heads", output.bytes)] if exchanged > 1 else []
+    # The block that has not travelled is a caller's array, or one that was exchanged or gathered.
+    copied = gathered > 1 or exchanged > 1
     own = [Term("gathered key, value" if gathered > 1 else "key, value by heads", block)] if copied else []
+    # What forward leaves to backward. Of gathered keys that is what they are gathered from again.
+    kept = [Term("key, value by heads", by_heads)] if exchanged > 1 and program.backward else []
 
-    found: set[tuple[Term, ...]] = {(*given, *(kept if program.backward else kept[-1:]), output)}
-    back = [*given, *kept, output]
+    found: set[tuple[Term, ...]] = {(*given, *((*by_head, *kept) if program.backward else ()), *end, output)}
+    back = [*given, *by_head, output]
     if program.backward:
-        found.add((*back, Term("dquery, dkey, dvalue", query + keys + values)))
+        found.add((*given, output, Term("dquery, dkey, dvalue", query + keys + values)))
         back += [Term("dout by heads", output.bytes)] if exchanged > 1 else []
     moments = list(_hops(program.schedule(), sharing.keys.length))
     if len(moments) == 1:  # nothing is carried from hop to hop
-        found.add((*given, *by_head, *own))
+        found.add((*given, *by_head, *own, *(kept if gathered > 1 else ())))
         if program.backward and gathered > 1:
             sums = Term("dkey, dvalue sums (1), float32", dkv * 4 // sum_bytes)
             found.add((*back, *own, sums))
+        elif program.backward and exchanged > 1:
+            gradients = Term("dquery, dkey, dvalue by heads", query + by_heads)
+            found.add((*back, *own, Term("lse, delta, float32", rows), gradients))
         return found
+    # On the last hop of one ring nothing is added to sums any more, which then have the dtype of the inputs.
+    narrow = program.schedule().is_one_ring and gathered == 1 and program.item_bytes < sum_bytes
     for moment in moments:
         reads_own = own if moment.reads_own else []
+        forward = [*by_head, *reads_own, *(kept if gathered > 1 or not moment.reads_own else ())]
         received = Term(f"receive buffers ({moment.count})", int(moment.buffers * block))
         softmax = [accumulator, Term("maximum, sum, float32", rows)]
         own_place = moment.is_last and program.item_bytes != 4
-        end = [output] if own_place and exchanged == 1 else []
-        found.add((*given, *by_head, *reads_own, received, *softmax, *end))
+        last = [output] if own_place and exchanged == 1 else []
+        found.add((*given, *forward, received, *softmax, *last))
         if program.backward:
-            sums = Term(f"dkey, dvalue sums ({moment.num_sums}), {program.dkv_dtype}", int(moment.sums * dkv))
+            saved = dkv * (1 - program.item_bytes / sum_bytes) if narrow and moment.is_last else 0
+            name = f"dkey, dvalue sums ({moment.num_sums}), {program.dkv_dtype}"
+            sums = Term(name, int(moment.sums * dkv - saved))
             found.add((*back, *reads_own, received, Term("lse, delta, float32", rows), dquery, sums))
     return found
 
@@ -170,6 +181,8 @@ def _hops(schedule: Schedule, length: int, held: float = 1.0) -> Iterator[_Momen
         for inner in _hops(hop.inner, length, size(hop)):
             # What was received is sent on during the whole inner round, or else is read when that starts.
             sent = received if inner.reads_own or (following is not None and not following.first) else []
-            buffers, sums = [*sent, *arriving], [*travelling, *waiting]
+            # Sums that are sent may be away after the first of its hops; those that are received are there by the last.
+            moving = travelling if inner.reads_own else travelling[:1]
+            buffers, sums = [*sent, *arriving], [*moving, *waiting]
             outer = _Moment(hop.offset == 0, following is None, len(buffers), sum(buffers), len(sums), sum(sums))
             yield inner.within(outer)

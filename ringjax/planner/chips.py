@@ -63,7 +63,7 @@ class Chip:
         are cut in parts.
       gather_links: links of a torus that a gather uses at most; None: all.
       lanes: a head takes memory in multiples of so many items.
-      thrifty: the compiler keeps nothing of a ring beside what any program needs.
+      thrifty: the compiler keeps nothing longer than it is needed, see :func:`ringjax.planner.costs.memory_terms`.
     """
 
     lanes = 1

@@ -256,56 +256,40 @@ def memory_terms(
     - either, without a ring: the gradients as the kernel writes them, in float32, beside those that are returned.
     - rings within rings: the receive buffers, and in backward the sums, of each.
 
+    Of thrifty ones, as XLA's for GPUs: what is exchanged or gathered goes as soon as the next thing is made of it, a
+    block as soon as it has been sent; what is to be returned lends its memory until then. But one of K and V is there
+    twice while it arrives, and one of their gradients while it leaves.
+
     Args:
       shard: before any exchange.
       exchanged, gathered, rings: sizes of the axes with "all_to_all", "all_gather" and "ring".
       backward: both passes, of which the backward one needs more.
-      thrifty: the compiler keeps nothing of a ring beside what any program needs.
+      thrifty: the compiler keeps nothing longer than it is needed.
     """
-    moments = _moments(shard, exchanged, gathered, rings, backward=backward, thrifty=thrifty)
-    return max(moments, key=lambda terms: sum(terms.values()))
+    moments = _thrifty_moments if thrifty else _moments
+    return max(
+        moments(shard, exchanged, gathered, [size for size in rings if size > 1], backward=backward),
+        key=lambda terms: sum(terms.values()),
+    )
 
 
 def _moments(
-    shard: Shard,
-    exchanged: Sequence[int],
-    gathered: Sequence[int],
-    rings: Sequence[int],
-    *,
-    backward: bool,
-    thrifty: bool,
+    shard: Shard, exchanged: Sequence[int], gathered: Sequence[int], rings: Sequence[int], *, backward: bool
 ) -> Iterator[dict[str, int]]:
-    given = {"query": shard.query_bytes, "key, value": shard.kv_bytes()}
-    if backward:
-        given["dout"] = shard.output_bytes
-    local = shard
-    for size in exchanged:
-        local = local.exchanged(size)
-    copies: dict[str, int] = {}
-    if exchanged:
-        copies = {"query, exchanged": local.query_bytes, "key, value, exchanged": local.kv_bytes()}
-    if gathered:
-        local = local.gathered(math.prod(gathered))
-        copies["key, value, gathered"] = local.kv_bytes()
-    rings = [size for size in rings if size > 1]
-    output = {"output": shard.output_bytes}
+    given, output = _given(shard, backward=backward), {"output": shard.output_bytes}
+    local, copies = _local(shard, exchanged, gathered)
     if exchanged:
         output["output, exchanged"] = local.output_bytes
     num_blocks = math.prod(rings)
     buffers = _buffers(rings) * local.kv_bytes()
-    softmax = {
-        "accumulator, float32": 4 * local.batch * local.queries * local.heads * local.value_size,
-        "maximum, sum, float32": 2 * local.row_bytes,
-    }
+    softmax = _softmax(local)
     if gathered:  # one of K and V is in the order in which it came while it is brought in order
-        larger = local.kv_bytes() * max(shard.head_size, shard.value_size) // (shard.head_size + shard.value_size)
-        copies.pop("key, value, exchanged", None)
-        yield {**given, **copies, "key or value, as gathered": larger, **({} if backward or exchanged else output)}
+        as_gathered = {"key or value, as gathered": _larger(local)}
+        yield {**given, **copies, **as_gathered, **({} if backward or exchanged else output)}
     yield {**given, **copies, **output}
     if num_blocks > 1:
         yield {**given, **copies, "receive buffers": buffers, **softmax}
-        kept = 1 if thrifty else _buffers(rings[-1:])
-        last = {**given, **copies, "receive buffers": kept * local.kv_bytes(), **softmax}
+        last = {**given, **copies, "receive buffers": _buffers(rings[-1:]) * local.kv_bytes(), **softmax}
         # The output may take the accumulator's place where its items are as wide.
         yield last if shard.item_bytes == 4 else {**last, "output": local.output_bytes}
     if not backward:
@@ -314,24 +298,108 @@ def _moments(
         copies["dout, exchanged"] = local.output_bytes
     gradients = {"dquery, dkey, dvalue": shard.query_bytes + shard.kv_bytes()}
     yield {**given, **copies, **output, **gradients}
-    working = {
+    working = _working(local)
+    if num_blocks > 1:
+        returned = {"dkey, dvalue": shard.kv_bytes()} if exchanged else gradients
+        if gathered:  # by the last hop nobody needs the block that has not travelled
+            copies.pop("key, value, gathered")
+        yield {**given, **copies, **output, **working, **_ring_sums(local, rings), **returned}
+    elif exchanged or gathered:  # what the kernel writes is not yet what is returned
+        yield {**given, **copies, **output, **working, "dkey, dvalue sums": local.sums_bytes(), **gradients}
+
+
+def _thrifty_moments(
+    shard: Shard, exchanged: Sequence[int], gathered: Sequence[int], rings: Sequence[int], *, backward: bool
+) -> Iterator[dict[str, int]]:
+    given, output = _given(shard, backward=backward), {"output": shard.output_bytes}
+    local, copies = _local(shard, exchanged, gathered)
+    own = not (exchanged or gathered)  # the block of the ring is the caller's
+    written = {"output, exchanged" if exchanged else "output": local.output_bytes}
+    num_blocks = math.prod(rings)
+    lse = {"lse, float32": local.row_bytes}
+    if gathered:
+        as_gathered = {"key or value, as gathered": _larger(local)}
+        yield {**given, **copies, **as_gathered, **({} if backward or exchanged else output)}
+    if num_blocks == 1:
+        as_received = {"key or value, as received": _larger(local)} if exchanged and not gathered else {}
+        yield {**given, **copies, **as_received, **written, **lse}
+    else:
+        arriving = _buffers(rings) if own else max(1, _buffers(rings) - 1)
+        yield {**given, **copies, "receive buffers": arriving * local.kv_bytes(), **_softmax(local)}
+        current = {"receive buffers": local.kv_bytes()} if own else {}
+        yield {**given, **copies, **current, **_softmax(local), **written, **lse}
+    if not backward:
+        return
+    yield {**given, **output, "dquery, dkey, dvalue": shard.query_bytes + shard.kv_bytes()}
+    if exchanged:
+        copies["dout, exchanged"] = local.output_bytes
+    working, returned = _working(local), {"dkey or dvalue": _larger(local)}
+    if num_blocks == 1:
+        if exchanged and gathered:
+            output["output, exchanged"] = local.output_bytes
+        if not own:
+            yield {**given, **copies, **output, **working, "dkey, dvalue sums": local.sums_bytes(), **returned}
+    elif not exchanged:
+        copies.pop("key, value, gathered", None)
+        yield {**given, **copies, **output, **working, **_ring_sums(local, rings), **returned}
+    else:
+        first = {"receive buffers": local.kv_bytes(), "dkey, dvalue sums": 2 * local.sums_bytes()}
+        yield {**given, **copies, **output, **written, **working, **first}
+        if num_blocks > 2:
+            middle = {
+                "receive buffers": (_buffers(rings) - 1) * local.kv_bytes(),
+                "dkey, dvalue sums": (1 + _buffers(rings)) * local.sums_bytes(),
+            }
+            yield {**given, **copies, **output, **working, **middle, **returned}
+
+
+def _given(shard: Shard, *, backward: bool) -> dict[str, int]:
+    given = {"query": shard.query_bytes, "key, value": shard.kv_bytes()}
+    return {**given, "dout": shard.output_bytes} if backward else given
+
+
+def _local(shard: Shard, exchanged: Sequence[int], gathered: Sequence[int]) -> tuple[Shard, dict[str, int]]:
+    """What the rings work on, and the copies that were made on the way."""
+    local, copies = shard, {}
+    for size in exchanged:
+        local = local.exchanged(size)
+    if exchanged:
+        copies = {"query, exchanged": local.query_bytes, "key, value, exchanged": local.kv_bytes()}
+    if gathered:
+        local = local.gathered(math.prod(gathered))
+        copies.pop("key, value, exchanged", None)
+        copies["key, value, gathered"] = local.kv_bytes()
+    return local, copies
+
+
+def _larger(shard: Shard) -> int:
+    """The larger one of K and V."""
+    return shard.kv_bytes() * max(shard.head_size, shard.value_size) // (shard.head_size + shard.value_size)
+
+
+def _softmax(local: Shard) -> dict[str, int]:
+    return {
+        "accumulator, float32": 4 * local.batch * local.queries * local.heads * local.value_size,
+        "maximum, sum, float32": 2 * local.row_bytes,
+    }
+
+
+def _working(local: Shard) -> dict[str, int]:
+    return {
         "lse, delta, float32": 2 * local.row_bytes,
         "dquery sum, float32": 4 * local.batch * local.queries * local.heads * local.head_size,
     }
-    if num_blocks > 1:
-        returned = {} if thrifty else {"dkey, dvalue": shard.kv_bytes()} if exchanged else gradients
-        # Of this hop, sent and received on each ring.
-        last = {**working, "receive buffers": local.kv_bytes(), "dkey, dvalue sums": 3 * local.sums_bytes()}
-        middle = {
-            **working,
-            "receive buffers": buffers,
-            "dkey, dvalue sums": (1 + _buffers(rings)) * local.sums_bytes(),
-        }
-        if gathered:  # by the last hop nobody needs the block that has not travelled
-            copies.pop("key, value, gathered")
-        yield {**given, **copies, **output, **(middle if num_blocks > 2 else last), **returned}
-    elif exchanged or gathered:  # what the kernel writes is not yet what is returned
-        yield {**given, **copies, **output, **working, "dkey, dvalue sums": local.sums_bytes(), **gradients}
+
+
+def _ring_sums(local: Shard, rings: Sequence[int]) -> dict[str, int]:
+    """Of rings in backward: what arrives, and the sums of the last of two hops, or of one in the middle of more.
+
+    Those of the last one are of this hop, sent and received on each ring.
+    """
+    if math.prod(rings) == 2:
+        return {"receive buffers": local.kv_bytes(), "dkey, dvalue sums": 3 * local.sums_bytes()}
+    buffers = _buffers(rings)
+    return {"receive buffers": buffers * local.kv_bytes(), "dkey, dvalue sums": (1 + buffers) * local.sums_bytes()}
 
 
 def _buffers(rings: Sequence[int]) -> int:
