@@ -256,7 +256,7 @@ def in_words(row: dict[str, Any]) -> str:
     return f"{sizes}-{' x '.join(words)}-{'both' if one['backward'] else 'forward'}"
 
 
-# What is further off, and how far: mostly too much is said, of heads of 64 on TPUs and of exchanged heads.
+# What is further off, and how far: of heads of 64 on TPUs too much is said, of one K/V head on GPUs too little.
 OTHERWISE = {
     "v5p:2x2x2-8-1-128--all_gather 8-forward": 0.19,
     "v5p:2x2x2-32-8-128--ring 2 x all_to_all 4-forward": 0.08,

@@ -133,9 +133,9 @@ def choose(config: RingConfig, target: Target, dtype: Any, largest_head: int) ->
       NotImplementedError: the named kernel cannot do what is asked of it.
     """
     mosaic = BY_NAME["pallas_gpu"]
-    if config.implementation in (None, mosaic.name) and mosaic.can(target, dtype, largest_head):
-        if gpu_registers_are_ignored():
-            warnings.warn(_REGISTERS, stacklevel=2)
+    wanted = config.implementation in (None, mosaic.name) and mosaic.can(target, dtype, largest_head)
+    if wanted and gpu_registers_are_ignored():
+        warnings.warn(_REGISTERS, stacklevel=2)
     if config.implementation is None:
         return default(target, dtype, largest_head)
     backend = BY_NAME[config.implementation]

@@ -222,7 +222,7 @@ def heads_together(kv_heads: int, tiles: int) -> int:
 
 
 def head_and_tile(heads: Any, program: Any, together: int) -> tuple[Any, Any]:
-    """Which head and tile a program of so many heads works on."""
+    """Which head a program of so many heads works on, and which of its programs it is: a tile, or a part of one."""
     if together == 1:
         return heads, program
     number = jnp.int32(together)
