@@ -24,7 +24,9 @@ from .tiles import MULTIPROCESSORS, WARPGROUP_ROWS, WARPGROUP_THREADS
 
 COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = 2
+COMPUTE_THREADS = WARPGROUP_THREADS * COMPUTE_WARPGROUPS
 BLOCK_KV = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
+FENCE = "fence.proxy.async.shared::cta;"  # what a thread wrote to SMEM is there for WGMMA and TMA, after a barrier
 # Named barriers, see ringjax.kernels.mosaic.ptx: where the compute warpgroups meet, and where each meets itself.
 _COMPUTE_BARRIER, _OWN_BARRIER = 8, 9
 
@@ -437,11 +439,11 @@ def clean(place: Place, *tiles_smem: Any, rows_smem: Any = None) -> None:
     suspect = None
     if rows_smem is not None:
         suspect = (rows_smem, _OWN_BARRIER + place.warpgroup)
-    meet = (_COMPUTE_BARRIER, WARPGROUP_THREADS * COMPUTE_WARPGROUPS)
+    meet = (_COMPUTE_BARRIER, COMPUTE_THREADS)
     ptx.clean(tiles_smem, common.swizzled(tiles_smem[0].dtype), place.warpgroup, meet, suspect)
 
 
 def join_compute_warpgroups() -> None:
     """Both compute warpgroups have come here, and what they wrote to SMEM is there for WGMMA and TMA."""
-    ptx.instruction("fence.proxy.async.shared::cta;")
-    ptx.sync(_COMPUTE_BARRIER, WARPGROUP_THREADS * COMPUTE_WARPGROUPS)
+    ptx.instruction(FENCE)
+    ptx.sync(_COMPUTE_BARRIER, COMPUTE_THREADS)

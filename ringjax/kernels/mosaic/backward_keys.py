@@ -8,9 +8,10 @@ half of it and has TMA add it to dq in GMEM. Those sums come in the order in whi
 last bits from run to run.
 
 The tensor cores should never wait, and SMEM is as busy as they are, least under dv and dk, whose left operands it need
-not bring. So exponentials are taken under v dout^T, ds under p^T dout; dq is stored under ds^T q, and, registers
-permitting, the logits of the next tile follow at once. One barrier per tile joins the two warpgroups: then ds of both
-is there for dq, and dq of the tile before for TMA.
+not bring. So exponentials are taken under v dout^T, and dq is stored under ds^T q and the logits of the next tile, which
+follow at once. p^T dout runs under ds, or with heads of 64, where ds is soon there, while one warpgroup waits for the
+other. They meet once per tile: then ds of both is there for dq, and dq of the tile before for TMA. An accumulator is
+made where it is needed, since from there on it takes registers.
 
 NaN or Inf in dout, or in the output, reaches whole rows of dv in PARTIAL tiles, for the keys that its query attends to;
 other kernels confine it to a column.
@@ -20,6 +21,7 @@ FlashAttention-2's recurrences, Dao 2023, arXiv:2307.08691; the division of work
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -34,12 +36,12 @@ from .backward_common import BLOCK_KV, COMPUTE_WARPGROUPS, Inputs, Place, Static
 from .common import COLUMNS, smem_tile, zeros
 from .tiles import WARPGROUP_ROWS
 
+_THERE = 11  # named barrier: ds of the first warpgroup is there. The next one: of the second
+
 
 class _State(NamedTuple):
-    """What a compute warpgroup keeps in registers from tile to tile."""
+    """What a compute warpgroup keeps in registers from tile to tile, beside dk and dv."""
 
-    dk: Any
-    dv: Any
     head: Any  # of the tile before, whose dq is in SMEM and still to be sent
     n: Any  # which of those visited it was. -1: none
     products: Any  # k q^T of the next tile. None: not computed ahead
@@ -61,100 +63,143 @@ class _Kernel(gpu.OverKeys):
 
     @property
     def ahead(self) -> bool:
-        """Whether the logits of a tile are computed while the one before is at work. Needs 32 registers of room."""
-        return self.dq is not None and self.static.block_q == WARPGROUP_ROWS
+        """Whether the logits of a tile are computed while dq of the one before is stored."""
+        return self.dq is not None
+
+    @property
+    def waits_under_dv(self) -> bool:
+        """Whether p^T dout runs while a warpgroup waits for ds of the other, in place of under its own ds."""
+        return self.dq is not None and self.static.size == WARPGROUP_ROWS
 
     def compute(self, place: Place) -> None:
         static, x, there = self.static, self.x, self.there
         plgpu.set_max_registers(240, action="increase")
         plgpu.barrier_wait(there.keys_ready)
-        nothing, products = zeros((WARPGROUP_ROWS, static.size)), None
-        if self.ahead:
-            products = gpu.first_products(
-                static, x, there, place, self._logits, lambda acc, slot: self._products(place, acc, slot)
-            )
-        add = lambda now, state: self._add(now, place, state)  # noqa: E731
-        clean_keys = lambda: gpu.clean(place, there.k_smem)  # noqa: E731
         _, visited = gpu.counts(x, place)
-        total = visited * static.group
-        before = (None, None) if self.dq is None else (jnp.int32(-1), jnp.int32(-1))
-        state = _State(nothing, nothing, *before, products)
-        state = gpu.visit(static, x, place, add, state, before_partial=clean_keys)
-        gpu.join_compute_warpgroups()  # nobody multiplies by these keys any more
-        if self.dq is not None:
-            self._send_dq(place, total, state, self._tile_before(place, state))
+
+        def visit(sums: Any) -> None:
+            products = None
+            if self.ahead:
+                multiply = lambda acc, slot: self._multiply_logits(place, acc, slot)  # noqa: E731
+                products = gpu.first_products(static, x, there, place, self._logits, multiply)
+            before = (None, None) if self.dq is None else (jnp.int32(-1), jnp.int32(-1))
+            add = lambda now, state: self._add(now, place, state, *sums)  # noqa: E731
+            clean_keys = lambda: gpu.clean(place, there.k_smem)  # noqa: E731
+            state = gpu.visit(static, x, place, add, _State(*before, products), before_partial=clean_keys)
+            gpu.join_compute_warpgroups()  # nobody multiplies by these keys any more
+            if self.dq is not None:
+                self._send_dq(place, visited * static.group, state, self._tile_before(place, state))
+
+        start = plgpu.WGMMAAccumulatorRef.init
+        nothing = zeros((WARPGROUP_ROWS, static.size))
+        sums: Any = pl.run_state(visit)((start(nothing), start(nothing)))
+        dk, dv = sums
         keys = (place.batch, pl.ds(place.tile * BLOCK_KV + place.own.start, WARPGROUP_ROWS), place.head)
         sums_smem = self.sums_smem.at[0, place.warpgroup]
-        gpu.store(static, state.dk, self.dk.at[keys], there.k_smem.at[place.own], sums_smem)
-        gpu.store(static, gpu.without_scale(static, state.dv), self.dv.at[keys], there.v_smem.at[place.own], sums_smem)
+        gpu.store(static, dk, self.dk.at[keys], there.k_smem.at[place.own], sums_smem)
+        gpu.store(static, gpu.without_scale(static, dv), self.dv.at[keys], there.v_smem.at[place.own], sums_smem)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _add(self, now: Tile, place: Place, state: _State) -> _State:
+    def _add(self, now: Tile, place: Place, state: _State, dk_acc: Any, dv_acc: Any) -> _State:
         """One tile of queries: dk and dv with its share added, its dq in SMEM, that of the tile before sent off."""
-        static, there, dtype = self.static, self.there, self.x.q.dtype
+        static, there = self.static, self.there
         slot = gpu.slot_of(static, now.index)
-        q_smem, dout_smem, delta_smem = there.q_smem.at[slot], there.dout_smem.at[slot], there.rows_smem.at[slot, 1]
-        tile = gpu.column(self.x, place, now.n) if now.masked else None
+        tile = gpu.column(self.x, place, now.n) if now.masked else None  # this early, since GMEM takes its time
         if not self.ahead:
             plgpu.barrier_wait(there.queries_ready.at[slot])
         if now.masked:  # here, where registers are free
-            gpu.clean(place, q_smem, dout_smem, rows_smem=there.rows_smem.at[slot])
+            gpu.clean(place, there.q_smem.at[slot], there.dout_smem.at[slot], rows_smem=there.rows_smem.at[slot])
+        # p^T dout comes after ds in PARTIAL tiles as well: ds has the registers to itself there.
+        at_once = None if self.waits_under_dv or now.masked else dv_acc
 
-        def products(refs: Any) -> None:
-            dk_acc, dv_acc, logits_acc, dp_acc, dq_acc = refs
+        def with_logits(acc: Any) -> tuple[Array, Array]:
+            self._multiply_logits(place, acc, slot)
+            product = lambda: plgpu.wgmma_accumulator_load(acc, wait_n=0 if now.masked else 1)  # noqa: E731
+            return self._weights_and_ds(now, place, tile, product, at_once)
+
+        if self.ahead:
+            weights, ds = self._weights_and_ds(now, place, tile, lambda: state.products, at_once)
+        else:
+            weights, ds = pl.run_scoped(with_logits, self._logits)
+        multiply_dk = lambda: plgpu.wgmma(dk_acc, ds, there.q_smem.at[slot])  # noqa: E731
+        multiply_dv = lambda: plgpu.wgmma(dv_acc, weights, there.dout_smem.at[slot])  # noqa: E731
+        if now.masked and not self.waits_under_dv:
+            multiply_dv()
+        following = None
+        if self.dq is None:
+            multiply_dk()
+            plgpu.wgmma_wait(0)
+        else:
+            following = self._add_dq(now, place, state, ds, multiply_dv, multiply_dk)
+        plgpu.barrier_arrive(there.queries_consumed.at[slot])
+        before = (None, None) if self.dq is None else (now.head, now.n)
+        return _State(*before, following)
+
+    def _weights_and_ds(
+        self, now: Tile, place: Place, tile: Any, product: Callable[[], Array], dv_acc: Any
+    ) -> tuple[Array, Array]:
+        """p^T and ds^T of a tile. ``product()`` waits for its logits. ``dv_acc``: to add to as soon as p is there."""
+        static, there, dtype = self.static, self.there, self.x.q.dtype
+        slot = gpu.slot_of(static, now.index)
+        dout_smem, (lse_smem, delta_smem) = there.dout_smem.at[slot], (there.rows_smem.at[slot, n] for n in range(2))
+
+        def work(dp_acc: Any) -> tuple[Array, Array]:
             multiply_dp = lambda: plgpu.wgmma(dp_acc, there.v_smem.at[place.own], dout_smem.transpose((1, 0)))  # noqa: E731
-            if not self.ahead:
-                self._products(place, logits_acc, slot)
             if not now.masked:
                 multiply_dp()
-            lse = gpu_load(there.rows_smem.at[slot, 0], COLUMNS)
-            product = state.products
-            if not self.ahead:
-                product = plgpu.wgmma_accumulator_load(logits_acc, wait_n=0 if now.masked else 1)
+            lse, logits = gpu_load(lse_smem, COLUMNS), product()
             k_start = place.tile * BLOCK_KV + place.own.start
-            p, slope = gpu.transposed_softmax(static, self.x, place, now, tile, product, lse, delta_smem, k_start)
+            p, slope = gpu.transposed_softmax(static, self.x, place, now, tile, logits, lse, delta_smem, k_start)
             weights = p.astype(dtype)
             if now.masked:  # one after the other: the predicate takes the registers
                 multiply_dp()
-            else:
+            if dv_acc is not None:
                 plgpu.wgmma(dv_acc, weights, dout_smem)
-            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0 if now.masked else 1)
-            ds = gpu.transposed_ds(now, p, dp, slope, delta_smem).astype(dtype)
-            if now.masked:
-                plgpu.wgmma(dv_acc, weights, dout_smem)
-            if dq_acc is None:
-                plgpu.wgmma(dk_acc, ds, q_smem)
-                return
-            self.ds_smem.at[now.index & 1, place.own][...] = ds
-            # Before the barrier: the half of sums_smem that is written next has been read.
-            ptx.instruction("cp.async.bulk.wait_group.read 0;")
+            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0 if dv_acc is None else 1)
+            return weights, gpu.transposed_ds(now, p, dp, slope, delta_smem).astype(dtype)
+
+        return pl.run_scoped(work, self._logits)
+
+    def _add_dq(
+        self, now: Tile, place: Place, state: _State, ds: Array, multiply_dv: Callable[[], None],
+        multiply_dk: Callable[[], None],
+    ) -> Array:  # fmt: skip
+        """Half of a tile's dq, and the logits of the next tile. ``multiply_dv``: only if it is still to be done."""
+        static, there = self.static, self.there
+        self.ds_smem.at[now.index & 1, place.own][...] = ds
+        # Before the barrier: the half of sums_smem that is written next has been read.
+        ptx.instruction("cp.async.bulk.wait_group.read 0;")
+        if self.waits_under_dv:
+            ptx.instruction(gpu.FENCE)
+            ptx.arrive(_THERE + place.warpgroup, gpu.COMPUTE_THREADS)
+            multiply_dv()
+            ptx.sync(_THERE + 1 - place.warpgroup, gpu.COMPUTE_THREADS)
+        else:
             gpu.join_compute_warpgroups()
-            tile_before = self._tile_before(place, state)  # this early, since GMEM takes its time
-            queries, columns = self._half(place)
-            ds_smem = self.ds_smem.at[now.index & 1, :, queries]
-            plgpu.wgmma(dq_acc, ds_smem.transpose((1, 0)), there.k_smem.at[:, columns])
-            plgpu.wgmma(dk_acc, ds, q_smem)
-            dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
-            if self.ahead:
-                self._products(place, logits_acc, gpu.wait_for_next(static, there, now))
+        tile_before = self._tile_before(place, state)  # this early, since GMEM takes its time
+        queries, columns = self._half(place)
+        ds_smem = self.ds_smem.at[now.index & 1, :, queries]
+
+        def multiply_dq(acc: Any) -> Array:
+            plgpu.wgmma(acc, ds_smem.transpose((1, 0)), there.k_smem.at[:, columns])
+            multiply_dk()
+            return plgpu.wgmma_accumulator_load(acc, wait_n=1)
+
+        dq = pl.run_scoped(multiply_dq, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, WARPGROUP_ROWS), jnp.float32))
+
+        def send_under_logits(acc: Any) -> Array:
+            self._multiply_logits(place, acc, gpu.wait_for_next(static, there, now))
             self._send_dq(place, now.index, state, tile_before)
             self._sums(place, now.index)[...] = dq
+            return acc[...]
 
-        start = plgpu.WGMMAAccumulatorRef.init
-        logits = zeros((WARPGROUP_ROWS, static.block_q))
-        dq = None if self.dq is None else start(zeros((WARPGROUP_ROWS, WARPGROUP_ROWS)))
-        dk, dv, following, *_ = pl.run_state(products)(
-            (start(state.dk), start(state.dv), start(logits), start(logits), dq)
-        )
-        plgpu.barrier_arrive(there.queries_consumed.at[slot])
-        before = (None, None) if self.dq is None else (now.head, now.n)
-        return _State(dk, dv, *before, following if self.ahead else None)
+        return pl.run_scoped(send_under_logits, self._logits)
 
     @property
     def _logits(self) -> Any:
         return plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, self.static.block_q), jnp.float32)
 
-    def _products(self, place: Place, acc: Any, slot: Any) -> None:
+    def _multiply_logits(self, place: Place, acc: Any, slot: Any) -> None:
         plgpu.wgmma(acc, self.there.k_smem.at[place.own], self.there.q_smem.at[slot].transpose((1, 0)))
 
     def _tile_before(self, place: Place, state: _State) -> Any:

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from ..._compat import gpu_load
 from . import backward_common as gpu
 from . import ptx
-from .backward_common import COMPUTE_WARPGROUPS, Inputs, Place, Static, Tile
+from .backward_common import COMPUTE_THREADS, COMPUTE_WARPGROUPS, Inputs, Place, Static, Tile
 from .common import COLUMNS, MATRIX, smem_tile, zeros
 from .tiles import WARPGROUP_ROWS, WARPGROUP_THREADS
 
@@ -34,7 +34,6 @@ _PARTS = 2  # of 64 columns, of a warpgroup's half of dq
 _VALUES = 0  # the warpgroup that sums dv. The other sums dk
 # Named barriers: p is there; ds is, and p has been read; one for each warpgroup by itself.
 _P_READY, _DS_READY, _OWN = 11, 12, 13
-_THREADS = COMPUTE_WARPGROUPS * WARPGROUP_THREADS
 
 
 def run(static: Static, x: Inputs, dq: Array | None, dk: Any, dv: Any) -> tuple[Array | None, Array, Array]:
@@ -107,11 +106,11 @@ class _Kernel(gpu.OverKeys):
         p, slope = gpu.transposed_softmax(self.static, self.x, place, now, tile, products, lse, delta_smem, k_start)
         weights = p.astype(self.x.q.dtype)
         self.p_smem[...] = p if slope is None else p * slope
-        ptx.arrive(_P_READY, _THREADS)
+        ptx.arrive(_P_READY, COMPUTE_THREADS)
         add: Any = pl.run_state(lambda dv_acc: plgpu.wgmma(dv_acc, weights, there.dout_smem.at[slot]))
         dv = add(plgpu.WGMMAAccumulatorRef.init(dv))
         plgpu.barrier_arrive(there.queries_consumed.at[slot])
-        ptx.sync(_DS_READY, _THREADS)
+        ptx.sync(_DS_READY, COMPUTE_THREADS)
 
         self._add_dq(place, now, tile, 0, None)
         if not self._ahead(place):
@@ -131,12 +130,12 @@ class _Kernel(gpu.OverKeys):
         there, slot = self.there, gpu.slot_of(self.static, now.index)
         if now.masked:
             gpu.clean(place, there.q_smem.at[slot], there.dout_smem.at[slot], rows_smem=there.rows_smem.at[slot])
-        ptx.sync(_P_READY, _THREADS)
+        ptx.sync(_P_READY, COMPUTE_THREADS)
         p = gpu_load(self.p_smem, MATRIX)  # times the slope
         ds = gpu.transposed_ds(now, p, dp, None, there.rows_smem.at[slot, 1]).astype(self.x.q.dtype)
         self.ds_smem[...] = ds
         plgpu.commit_smem()
-        ptx.arrive(_DS_READY, _THREADS)
+        ptx.arrive(_DS_READY, COMPUTE_THREADS)
 
         def multiply(refs: Any) -> None:
             dk_acc, following = refs
