@@ -8,10 +8,10 @@ half of it and has TMA add it to dq in GMEM. Those sums come in the order in whi
 last bits from run to run.
 
 The tensor cores should never wait, and SMEM is as busy as they are, least under dv and dk, whose left operands it need
-not bring. So exponentials are taken under v dout^T, and dq is stored under ds^T q and the logits of the next tile, which
-follow at once. p^T dout runs under ds, or with heads of 64, where ds is soon there, while one warpgroup waits for the
-other. They meet once per tile: then ds of both is there for dq, and dq of the tile before for TMA. An accumulator is
-made where it is needed, since from there on it takes registers.
+not bring. So exponentials are taken under v dout^T, and dq is stored under ds^T q and the logits of the next tile,
+which follow at once. p^T dout runs under ds, or with heads of 64, where ds is soon there, while one warpgroup waits for
+the other. They meet once per tile: then ds of both is there for dq, and dq of the tile before for TMA. An accumulator
+is made where it is needed, since from there on it takes registers.
 
 NaN or Inf in dout, or in the output, reaches whole rows of dv in PARTIAL tiles, for the keys that its query attends to;
 other kernels confine it to a column.
@@ -187,8 +187,10 @@ class _Kernel(gpu.OverKeys):
 
         dq = pl.run_scoped(multiply_dq, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, WARPGROUP_ROWS), jnp.float32))
 
+        slot = gpu.wait_for_next(static, there, now)  # before there is the accumulator, whose zeros take no time then
+
         def send_under_logits(acc: Any) -> Array:
-            self._multiply_logits(place, acc, gpu.wait_for_next(static, there, now))
+            self._multiply_logits(place, acc, slot)
             self._send_dq(place, now.index, state, tile_before)
             self._sums(place, now.index)[...] = dq
             return acc[...]
