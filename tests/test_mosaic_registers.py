@@ -24,7 +24,7 @@ needs_ptxas = pytest.mark.skipif(
     ],
 )  # fmt: skip
 def test_products_run_beside_other_work(tmp_path: Path, head_dim: int, flags: str) -> None:
-    """Where registers do not suffice, ptxas waits for every product at once and says so (C7510 to C7520)."""
+    """Where registers do not suffice, ptxas waits for every product at once and says so, as by C7512."""
     command = "-m ringjax inspect --topology h100:2 --seq-len 32768 --heads 8 --kv-heads 2 --pass backward"
     asked = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     subprocess.run(

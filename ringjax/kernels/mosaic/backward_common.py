@@ -26,7 +26,6 @@ COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = 2
 COMPUTE_THREADS = WARPGROUP_THREADS * COMPUTE_WARPGROUPS
 BLOCK_KV = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
-FENCE = "fence.proxy.async.shared::cta;"  # what a thread wrote to SMEM is there for WGMMA and TMA, after a barrier
 # Named barriers, see ringjax.kernels.mosaic.ptx: where the compute warpgroups meet, and where each meets itself.
 _COMPUTE_BARRIER, _OWN_BARRIER = 8, 9
 
@@ -445,5 +444,5 @@ def clean(place: Place, *tiles_smem: Any, rows_smem: Any = None) -> None:
 
 def join_compute_warpgroups() -> None:
     """Both compute warpgroups have come here, and what they wrote to SMEM is there for WGMMA and TMA."""
-    ptx.instruction(FENCE)
+    ptx.instruction(ptx.FENCE)
     ptx.sync(_COMPUTE_BARRIER, COMPUTE_THREADS)

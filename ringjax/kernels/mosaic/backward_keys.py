@@ -44,7 +44,7 @@ class _State(NamedTuple):
 
     head: Any  # of the tile before, whose dq is in SMEM and still to be sent
     n: Any  # which of those visited it was. -1: none
-    products: Any  # k q^T of the next tile. None: not computed ahead
+    products: Any  # k q^T of the next tile. All are None where there is no dq, which they are computed beside
 
 
 def run(static: Static, x: Inputs, dq: Array | None, dk: Any, dv: Any) -> tuple[Array | None, Array, Array]:
@@ -62,11 +62,6 @@ class _Kernel(gpu.OverKeys):
     sums_smem: Any  # [2, warpgroups, 64, 64]: float32 on its way to GMEM
 
     @property
-    def ahead(self) -> bool:
-        """Whether the logits of a tile are computed while dq of the one before is stored."""
-        return self.dq is not None
-
-    @property
     def waits_under_dv(self) -> bool:
         """Whether p^T dout runs while a warpgroup waits for ds of the other, in place of under its own ds."""
         return self.dq is not None and self.static.size == WARPGROUP_ROWS
@@ -78,14 +73,14 @@ class _Kernel(gpu.OverKeys):
         _, visited = gpu.counts(x, place)
 
         def visit(sums: Any) -> None:
-            products = None
-            if self.ahead:
+            head = n = products = None
+            if self.dq is not None:
+                head = n = jnp.int32(-1)
                 multiply = lambda acc, slot: self._multiply_logits(place, acc, slot)  # noqa: E731
                 products = gpu.first_products(static, x, there, place, self._logits, multiply)
-            before = (None, None) if self.dq is None else (jnp.int32(-1), jnp.int32(-1))
             add = lambda now, state: self._add(now, place, state, *sums)  # noqa: E731
             clean_keys = lambda: gpu.clean(place, there.k_smem)  # noqa: E731
-            state = gpu.visit(static, x, place, add, _State(*before, products), before_partial=clean_keys)
+            state = gpu.visit(static, x, place, add, _State(head, n, products), before_partial=clean_keys)
             gpu.join_compute_warpgroups()  # nobody multiplies by these keys any more
             if self.dq is not None:
                 self._send_dq(place, visited * static.group, state, self._tile_before(place, state))
@@ -105,7 +100,7 @@ class _Kernel(gpu.OverKeys):
         static, there = self.static, self.there
         slot = gpu.slot_of(static, now.index)
         tile = gpu.column(self.x, place, now.n) if now.masked else None  # this early, since GMEM takes its time
-        if not self.ahead:
+        if self.dq is None:
             plgpu.barrier_wait(there.queries_ready.at[slot])
         if now.masked:  # here, where registers are free
             gpu.clean(place, there.q_smem.at[slot], there.dout_smem.at[slot], rows_smem=there.rows_smem.at[slot])
@@ -117,10 +112,10 @@ class _Kernel(gpu.OverKeys):
             product = lambda: plgpu.wgmma_accumulator_load(acc, wait_n=0 if now.masked else 1)  # noqa: E731
             return self._weights_and_ds(now, place, tile, product, at_once)
 
-        if self.ahead:
-            weights, ds = self._weights_and_ds(now, place, tile, lambda: state.products, at_once)
-        else:
+        if self.dq is None:
             weights, ds = pl.run_scoped(with_logits, self._logits)
+        else:
+            weights, ds = self._weights_and_ds(now, place, tile, lambda: state.products, at_once)
         multiply_dk = lambda: plgpu.wgmma(dk_acc, ds, there.q_smem.at[slot])  # noqa: E731
         multiply_dv = lambda: plgpu.wgmma(dv_acc, weights, there.dout_smem.at[slot])  # noqa: E731
         if now.masked and not self.waits_under_dv:
@@ -170,7 +165,7 @@ class _Kernel(gpu.OverKeys):
         # Before the barrier: the half of sums_smem that is written next has been read.
         ptx.instruction("cp.async.bulk.wait_group.read 0;")
         if self.waits_under_dv:
-            ptx.instruction(gpu.FENCE)
+            ptx.instruction(ptx.FENCE)
             ptx.arrive(_THERE + place.warpgroup, gpu.COMPUTE_THREADS)
             multiply_dv()
             ptx.sync(_THERE + 1 - place.warpgroup, gpu.COMPUTE_THREADS)
@@ -187,10 +182,8 @@ class _Kernel(gpu.OverKeys):
 
         dq = pl.run_scoped(multiply_dq, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, WARPGROUP_ROWS), jnp.float32))
 
-        slot = gpu.wait_for_next(static, there, now)  # before there is the accumulator, whose zeros take no time then
-
         def send_under_logits(acc: Any) -> Array:
-            self._multiply_logits(place, acc, slot)
+            self._multiply_logits(place, acc, gpu.wait_for_next(static, there, now))
             self._send_dq(place, now.index, state, tile_before)
             self._sums(place, now.index)[...] = dq
             return acc[...]

@@ -20,6 +20,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 _NUMBER = plgpu.Layout.WG_SPLAT  # of a scalar that all threads have
+# What a thread wrote to SMEM is there for WGMMA and TMA, after a barrier.
+FENCE = "fence.proxy.async.shared::cta;"
 _VECTOR_BYTES = 16  # that one thread loads at a time
 _FOUND = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_NUMBER)
 
@@ -84,7 +86,7 @@ def clean(
     exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}[jnp.dtype(tiles_smem[0].dtype).name]
     text = "{ .reg .pred bad, any, low, high; .reg .f32 sum, number; .reg .b32 at, thread, t, x<4>; "
     text += f"mov.u32 thread, %tid.x; and.b32 thread, thread, 127; mul.lo.u32 thread, thread, {_VECTOR_BYTES}; "
-    barrier = f"fence.proxy.async.shared::cta; bar.sync {meet[0]}, {meet[1]}; "
+    barrier = f"{FENCE} bar.sync {meet[0]}, {meet[1]}; "
 
     def body(first: int) -> str:
         """Of operands from ``first`` on, which say where the tiles are."""
