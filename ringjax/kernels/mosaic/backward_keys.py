@@ -181,9 +181,12 @@ class _Kernel(gpu.OverKeys):
             return plgpu.wgmma_accumulator_load(acc, wait_n=1)
 
         dq = pl.run_scoped(multiply_dq, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, WARPGROUP_ROWS), jnp.float32))
+        # Before the accumulator is made, so that the first product takes zeros at no cost. Heads of 128 are slower so.
+        following = gpu.wait_for_next(static, there, now) if static.size == WARPGROUP_ROWS else None
 
         def send_under_logits(acc: Any) -> Array:
-            self._multiply_logits(place, acc, gpu.wait_for_next(static, there, now))
+            slot = gpu.wait_for_next(static, there, now) if following is None else following
+            self._multiply_logits(place, acc, slot)
             self._send_dq(place, now.index, state, tile_before)
             self._sums(place, now.index)[...] = dq
             return acc[...]

@@ -113,39 +113,43 @@ class _Kernel:
         plgpu.barrier_wait(self.scratch.queries_ready.at[place.warpgroup])
         rows_gmem = x.rows.at[place.batch, place.head, :, self._queries(place)]
         lse, delta = (gpu_load(rows_gmem.at[n], ROWS, optimized=False) for n in range(2))
-        dq = zeros((WARPGROUP_ROWS, static.size))
-        dq = gpu.visit(static, x, place, lambda now, dq: self._add(place, now, lse, delta, dq), dq)
+        add = lambda dq_acc: gpu.visit(  # noqa: E731
+            static, x, place, lambda now, _: self._add(now, place, lse, delta, dq_acc), None
+        )
+        dq: Any = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(zeros((WARPGROUP_ROWS, static.size))))
         out_gmem = self.dq_gmem.at[place.batch, self._queries(place), place.head]
         gpu.store_float32(dq, out_gmem, self.scratch.sums_smem.at[place.warpgroup], reduction_op="add")
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _add(self, place: Place, now: Tile, lse: Array, delta: Array, dq: Array) -> Array:
-        """dq with the share of one tile of keys."""
+    def _add(self, now: Tile, place: Place, lse: Array, delta: Array, dq_acc: Any) -> None:
+        """Adds to dq the share of one tile of keys. An accumulator takes registers from where it is made."""
         static, x, s, dtype = self.static, self.x, self.scratch, self.x.q.dtype
         shape = (WARPGROUP_ROWS, static.block_kv)
         slot = jax.lax.rem(now.index, jnp.int32(static.stages))
         q_smem, dout_smem = s.q_smem.at[place.warpgroup], s.dout_smem.at[place.warpgroup]
         k_smem, v_smem = s.k_smem.at[slot], s.v_smem.at[slot]
+        plgpu.barrier_wait(s.keys_ready.at[slot])
 
-        def products(refs: Any) -> None:
-            dq_acc, logits_acc, dp_acc = refs
-            plgpu.barrier_wait(s.keys_ready.at[slot])
+        def with_logits(logits_acc: Any) -> Array:
             plgpu.wgmma(logits_acc, q_smem, k_smem.transpose((1, 0)))
+            return pl.run_scoped(lambda dp_acc: with_both(logits_acc, dp_acc), accumulator)
+
+        def with_both(logits_acc: Any, dp_acc: Any) -> Array:
             plgpu.wgmma(dp_acc, dout_smem, v_smem.transpose((1, 0)))
             product = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
             p, slope = gpu.softmax(static, product, row_matrix(lse, product))
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
             ds = p * (dp - row_matrix(delta, p))
-            ds = ds if slope is None else ds * slope
-            if now.masked:
-                k_start = gpu.column(x, place, now.n) * static.block_kv
-                q_start = self._queries(place).start
-                may = gpu.allowed(static, x, place, q_start=q_start, k_start=k_start, shape=shape, q_axis=0)
-                ds = jnp.where(may, ds, 0.0)
-                gpu.clean(place, k_smem)
-            plgpu.wgmma(dq_acc, ds.astype(dtype), k_smem)
+            return ds if slope is None else ds * slope
 
-        start = plgpu.WGMMAAccumulatorRef.init
-        results: Any = pl.run_state(products)((start(dq), start(zeros(shape)), start(zeros(shape))))
+        accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+        ds = pl.run_scoped(with_logits, accumulator)
+        if now.masked:
+            k_start = gpu.column(x, place, now.n) * static.block_kv
+            q_start = self._queries(place).start
+            may = gpu.allowed(static, x, place, q_start=q_start, k_start=k_start, shape=shape, q_axis=0)
+            ds = jnp.where(may, ds, 0.0)
+            gpu.clean(place, k_smem)
+        plgpu.wgmma(dq_acc, ds.astype(dtype), k_smem)
+        plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(s.keys_consumed.at[slot])
-        return results[0]
