@@ -3,11 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from ringjax.bench import gpu
+from ringjax.bench import gpu, ring_peers, timing
 from ringjax.cli import app
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.tiles import Key
@@ -55,6 +58,69 @@ def test_the_title_names_the_table_of_tiles_that_are_used(table: Path, monkeypat
         assert json.loads(figures.read_text(encoding="utf-8"))["title"] == title
 
 
+def test_flash_attention_stands_beside_documents_and_not_beside_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """XLA's attention in its place: what it is called with must be the same problem."""
+    outputs: dict[str, list[Any]] = {"ours": [], "theirs": []}
+    find = ring_peers.find
+
+    def found(name: str, device: Any, library: Path | None) -> ring_peers.Peer:
+        assert (name, library) == ("flash_attention_3", tmp_path / "library.so")
+        return dataclasses.replace(find("xla", device), name="FlashAttention-3")
+
+    def both(self: gpu.Measurement, rounds: int) -> Any:
+        if " / " not in str(self.conclude) and len(self.programs) == 2:
+            for key, timed in zip(outputs, self.programs, strict=True):
+                outputs[key].append(timed.run(*timed.arguments))
+        return result(self, rounds)
+
+    result = gpu.Measurement.result
+    monkeypatch.setattr(ring_peers, "find", found)
+    monkeypatch.setattr(gpu.Measurement, "result", both)
+    monkeypatch.setattr(gpu, "_check_platform", lambda request: None)
+    (tmp_path / "library.so").touch()
+    figures = tmp_path / "figures.json"
+    flags = ["--reference", "flash_attention_3", "--flash-attention", tmp_path / "library.so", "--json", figures]
+    outcome = invoke(*SMALL, *flags)
+    assert outcome.exit_code == 0, outcome.output
+    record = json.loads(figures.read_text(encoding="utf-8"))
+    assert record["cached"] == [] and "beside flash_attention_3" in record["title"]
+    rows = [(row["what"], row["mask"], row["direction"]) for row in record["rows"]]
+    assert len(rows) == 9 and rows[4:6] == [("1 x 256 x 4/2 x 16, 10 documents", "causal", d) for d in gpu.PASSES]
+    assert len(outputs["ours"]) == 6
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), outputs["ours"], outputs["theirs"]
+    )
+
+
+def test_calls_on_simulated_devices_are_not_queued():
+    """Queued programs with collectives ended up holding all of XLA's threads for CPU devices, and waited for ever."""
+    events: list[str] = []
+
+    class Result:
+        def block_until_ready(self) -> None:
+            events.append("ready")
+
+    def call() -> Result:
+        events.append("call")
+        return Result()
+
+    assert timing.Timed(call, ()).milliseconds(3) >= 0
+    assert events[:6] == ["call", "ready"] * 3
+
+
+def test_every_round_has_another_order():
+    """A GPU at its power limit runs faster after a program that needed less: each has other neighbours every time."""
+    orders = list(timing.orders(6, 8))
+    assert all(sorted(order) == list(range(6)) for order in orders) and len(set(map(tuple, orders))) == 8
+    before = {order[place - 1] for order in orders for place in range(1, 6) if order[place] == 0}
+    assert len(before) > 2
+    calls: list[int] = []
+    programs = [timing.Timed(lambda n=n: calls.append(n) or np.float32(0), ()) for n in range(6)]
+    times = timing.in_turns(programs, 8, budget_ms=0.0)
+    assert [len(each) for each in times] == [8] * 6
+    assert calls[18:] == [n for order in orders for n in order for _ in range(2)]
+
+
 def test_ratios_are_of_rounds_and_work_is_counted():
     row = gpu._row("x", "full", "fwd", [[1.0, 2.0, 4.0], [2.0, 2.0, 4.0]], work=8e9)
     assert (row.ours_ms, row.reference_ms, row.ratio, row.tflops) == (2.0, 2.0, 1.0, 4.0)
@@ -70,6 +136,14 @@ def test_ratios_are_of_rounds_and_work_is_counted():
         (
             [*SMALL, "--shape", "1,100,1,1,8"],
             "--shape: T must be a multiple of 8, and at least 32. Got 1 x 100 x 1 x 8.",
+        ),
+        (
+            [*SMALL, "--flash-attention", "x.so"],
+            "--flash-attention needs --reference flash_attention_3. Got xla.",
+        ),
+        (
+            ["--reference", "flash_attention_3", "--flash-attention", "x.so"],
+            "--flash-attention must be a file that exists. Got x.so.",
         ),
         (["--cached", "1,2,3"], "--cached must be B,T,N,K,H: five positive integers, N a multiple of K. Got '1,2,3'."),
         (["--shape", "1,2,3"], "--shape must be B,T,N,K,H: five positive integers, N a multiple of K. Got '1,2,3'."),

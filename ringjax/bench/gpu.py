@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 import ringjax
-from ringjax.bench import cached, document
+from ringjax.bench import cached, document, ring_peers
 from ringjax.bench.timing import Measurement, Shape, Timed, compile_all, compile_measurements, in_turns
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.base import Block, Kernel, KernelParams
@@ -31,6 +31,7 @@ from ringjax.usage import UsageError, check_at_least_one
 
 BEGIN, END = "<!-- ringjax bench gpu: begin -->", "<!-- ringjax bench gpu: end -->"
 PASSES = ("fwd", "fwd+bwd")
+FLASH_ATTENTION = "flash_attention_3"
 
 
 SHAPES = (
@@ -55,7 +56,8 @@ class Request:
       cached: of caches against which one token is decoded, on two devices as well where there are two.
       dtype: of query, key and value.
       implementation: the block kernel, "pallas_gpu", "pallas_triton" or "xla".
-      reference: implementation of ``jax.nn.dot_product_attention``, "cudnn" or "xla".
+      reference: of ring_peers.PEERS. "flash_attention_3" is beside packed documents as well, not beside a cache.
+      flash_attention: the library of FlashAttention-3; None: the installed package's.
       num_shards: shards of the ring's loop.
       rounds: in which all programs are timed.
       ceiling: side of the matrix product.
@@ -69,9 +71,15 @@ class Request:
     num_shards: int
     rounds: int
     ceiling: int
+    flash_attention: Path | None = None
 
     def __post_init__(self) -> None:
         check_at_least_one(num_shards=self.num_shards, rounds=self.rounds, ceiling=self.ceiling)
+        if self.flash_attention is not None:
+            if self.reference != FLASH_ATTENTION:
+                raise UsageError(f"--flash-attention needs --reference {FLASH_ATTENTION}. Got {self.reference}.")
+            if not self.flash_attention.is_file():
+                raise UsageError(f"--flash-attention must be a file that exists. Got {self.flash_attention}.")
         unit = 2 * self.num_shards
         for shape in self.shapes:
             if shape.length % unit or shape.length < 32:
@@ -151,13 +159,14 @@ def ceiling(dtype: Any, rounds: int, side: int) -> float:
     return 2.0 * side**3 / statistics.median(times) / 1e9
 
 
-def attention(shape: Shape, config: ringjax.RingConfig, *, dtype: Any, reference: str) -> list[Measurement]:
-    """One call of ring_attention on one device beside jax.nn.dot_product_attention."""
+def attention(
+    shape: Shape, config: ringjax.RingConfig, *, dtype: Any, reference: ring_peers.Attend
+) -> list[Measurement]:
+    """One call of ring_attention on one device beside the reference."""
     inputs, found = draw(shape, dtype), []
     for mask, direction in itertools.product(("full", "causal"), PASSES):
         causal = mask == "causal"
-        of_jax: Any = jax.nn.dot_product_attention
-        dense = functools.partial(of_jax, is_causal=causal, implementation=reference)
+        dense = functools.partial(reference, offset=0 if causal else None, window=None)
         ours = Timed(directed(_ours(config, is_causal=causal), direction), inputs)
         theirs = Timed(directed(dense, direction), inputs)
         work = flops(shape, mask, direction)
@@ -231,22 +240,49 @@ def zigzag_ranks(shape: Shape, kernel: Kernel, *, dtype: Any, num_shards: int) -
     return Measurement((*(Timed(rank, arguments(r)) for r in range(num_shards)), one_call), conclude)
 
 
+def _document_starts(length: int) -> list[int]:
+    """Of documents of 1/32 to 1/4 of the sequence, and where the last one ends."""
+    rng, starts = np.random.default_rng(0), [0]
+    while starts[-1] < length:
+        starts.append(min(length, starts[-1] + int(rng.integers(length // 32, length // 4))))
+    return starts
+
+
 def packed(shape: Shape, config: ringjax.RingConfig, *, dtype: Any) -> list[Measurement]:
-    """Documents of 1/32 to 1/4 of the sequence, causal, beside one document in the same program: what is skipped."""
-    rng, segments = np.random.default_rng(0), np.zeros((shape.batch, shape.length), np.int32)
-    start, document = 0, 0
-    while start < shape.length:
-        stop = start + int(rng.integers(shape.length // 32, shape.length // 4))
-        segments[:, start:stop] = document
-        start, document = stop, document + 1
-    inputs, found = draw(shape, dtype), []
-    what = f"{shape}, {document} documents: packed / one document"
+    """Documents, causal, beside one document in the same program: what is skipped."""
+    starts, inputs, found = _document_starts(shape.length), draw(shape, dtype), []
+    segments = np.broadcast_to(_segments(starts), (shape.batch, shape.length))
+    what = f"{shape}, {len(starts) - 1} documents: packed / one document"
     for direction in PASSES:
         run = directed(_ours(config, is_causal=True), direction)
         programs = tuple(Timed(run, (*inputs, jnp.asarray(ids))) for ids in (segments, np.zeros_like(segments)))
         row = functools.partial(_row, what, "causal", direction, work=flops(shape, "causal", direction))
         found.append(Measurement(programs, row))
     return found
+
+
+def documents(
+    shape: Shape, config: ringjax.RingConfig, *, dtype: Any, reference: ring_peers.Attend
+) -> list[Measurement]:
+    """The same documents in one sequence beside a reference that takes where they begin."""
+    shape = dataclasses.replace(shape, batch=1)
+    starts, inputs, found = _document_starts(shape.length), draw(shape, dtype), []
+    segments, places = jnp.asarray(_segments(starts)[None]), jnp.asarray(starts, jnp.int32)
+    theirs = functools.partial(reference, offset=0, window=None, longest=int(np.diff(starts).max()))
+    work = 4.0 * shape.heads * shape.head_size * float(np.sum(np.diff(starts) ** 2)) / 2
+    for direction in PASSES:
+        programs = (
+            Timed(directed(_ours(config, is_causal=True), direction), (*inputs, segments)),
+            Timed(directed(theirs, direction), (*inputs, places, places)),
+        )
+        what = f"{shape}, {len(starts) - 1} documents"
+        row = functools.partial(_row, what, "causal", direction, work=work * (3.5 if direction == "fwd+bwd" else 1))
+        found.append(Measurement(programs, row))
+    return found
+
+
+def _segments(starts: list[int]) -> np.ndarray:
+    return np.repeat(np.arange(len(starts) - 1, dtype=np.int32), np.diff(starts))
 
 
 COLUMNS = ("what", "mask", "pass", "ringjax ms", "reference ms", "times as fast", "TFLOP/s", "reference TFLOP/s")
@@ -283,6 +319,8 @@ def _against_caches(
     request: Request, config: ringjax.RingConfig, bandwidth: float, say: Callable[[str], None]
 ) -> list[cached.Row]:
     """One after another: several caches may not fit."""
+    if request.reference == FLASH_ATTENTION:
+        return []
     common: Any = {"dtype": jnp.dtype(request.dtype), "bandwidth": bandwidth}
     make: list[Callable[..., Measurement]] = [functools.partial(cached.one_token, reference=request.reference)]
     make += [cached.on_two_devices] * (len(jax.devices()) > 1)
@@ -307,12 +345,17 @@ def run(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
         f"TFLOP/s{_user_table(device.device_kind, request.implementation, dtype)}"
     )
     say(title)
+    reference = ring_peers.find(request.reference, device, request.flash_attention)
+    if reference.attend is None:
+        raise UsageError(f"--reference {request.reference}: {reference.absent}.")
+    beside = {"dtype": dtype, "reference": reference.attend}
     long = max(shapes, key=lambda shape: (shape.length, shape.heads == shape.kv_heads))
     bandwidth = cached.copy_bandwidth(rounds, min(request.ceiling**2 * 32, 2**31 - 2**20))
     tokens = _against_caches(request, config, bandwidth, say)
     *of_rows, of_zigzag = compile_measurements(
         [
-            *(m for shape in shapes for m in attention(shape, config, dtype=dtype, reference=request.reference)),
+            *(m for shape in shapes for m in attention(shape, config, **beside)),
+            *(documents(long, config, **beside) if request.reference == FLASH_ATTENTION else ()),
             ring_cost(long, kernel, dtype=dtype, num_shards=request.num_shards),
             *packed(long, config, dtype=dtype),
             zigzag_ranks(long, kernel, dtype=dtype, num_shards=request.num_shards),
@@ -340,6 +383,13 @@ def _user_table(device_kind: str, implementation: str, dtype: Any) -> str:
     return "" if file is None else f"; tiles of {file}"
 
 
+def _check_platform(request: Request) -> None:
+    if jax.default_backend() != "gpu" and (request.implementation, request.reference) != ("xla", "xla"):
+        raise UsageError(
+            f"needs an NVIDIA GPU, or --implementation xla --reference xla. Got platform {jax.default_backend()!r}."
+        )
+
+
 def main(request: Request, *, json_file: Path | None, docs: Path | None) -> None:
     """`ringjax bench gpu`.
 
@@ -351,10 +401,7 @@ def main(request: Request, *, json_file: Path | None, docs: Path | None) -> None
     Raises:
       UsageError: no GPU, or files that cannot be written.
     """
-    if jax.default_backend() != "gpu" and (request.implementation, request.reference) != ("xla", "xla"):
-        raise UsageError(
-            f"needs an NVIDIA GPU, or --implementation xla --reference xla. Got platform {jax.default_backend()!r}."
-        )
+    _check_platform(request)
     document.check_files(json_file, docs, BEGIN, END)
     console = Console()
     record = run(request, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))

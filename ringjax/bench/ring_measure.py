@@ -8,7 +8,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import ringjax
 from ringjax.bench.gpu import directed
 from ringjax.bench.ring_programs import DEALT, Left, Problem, Program
-from ringjax.bench.timing import Timed
+from ringjax.bench.timing import Timed, orders
 
 # Two kernels that round the same numbers differently: of the norm of an array, and of its largest entry.
 NORM_BOUND = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
@@ -169,9 +168,12 @@ def time_group(
     calls: dict[int, int] = {}
     times: dict[int, list[float]] = {}
     left: list[Left] = []
-    for number, (index, timed) in itertools.product(range(-1, rounds), compiled.items()):
+    indices = list(compiled)
+    turns = [(indices[place], False) for order in orders(len(indices), rounds) for place in order]
+    for index, first in [(index, True) for index in indices] + turns:
+        timed = compiled[index]
         try:
-            if number < 0:  # the first call pays for what the one before has left
+            if first:  # this call pays for what the one before has left
                 timed.milliseconds(1)
                 each = max(timed.milliseconds(2), 1e-3)
                 calls[index], times[index] = max(1, min(50, int(1e3 * seconds / rounds / each))), []

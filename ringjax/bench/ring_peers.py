@@ -1,4 +1,4 @@
-"""Attention of other libraries on one device, as `ringjax bench ring` calls it under collectives written by hand.
+"""Attention of other libraries on one device, as `ringjax bench` calls it, also under collectives written by hand.
 
 Every kernel has one face: ``attend(q, k, v, offset=, window=)``. Query i stands at position i + offset of the keys and
 attends to itself, and to the keys before it, at most ``window`` of them; offset None: to all keys.
@@ -94,6 +94,8 @@ def _xla(
         return _of_jax(q, k, v, mask=_mask((q.shape[1], k.shape[1]), starts, offset, window), implementation="xla")
     if offset is None:
         return _of_jax(q, k, v, implementation="xla")
+    if offset == 0 and window is None:
+        return _of_jax(q, k, v, is_causal=True, implementation="xla")
     left = k.shape[1] if window is None else window - offset
     return _of_jax(q, k, v, local_window_size=(left, offset), implementation="xla")
 

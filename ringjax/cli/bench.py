@@ -45,11 +45,6 @@ class GpuImplementation(Choice):
     xla = "xla"
 
 
-class Reference(Choice):
-    cudnn = "cudnn"
-    xla = "xla"
-
-
 class RingImplementation(Choice):
     xla = "xla"
     pallas_tpu = "pallas_tpu"
@@ -68,6 +63,14 @@ class Generation(Choice):
     v6e = "v6e"
 
 
+FlashAttention = Annotated[
+    Path | None,
+    typer.Option(
+        "--flash-attention",
+        metavar="FILE",
+        help="FlashAttention-3's library. Default: that of the package dew-flash-attn-cu13.",
+    ),
+]
 Shapes = Annotated[
     list[str] | None,
     typer.Option(
@@ -152,8 +155,10 @@ def gpu(
     dtype: Dtype = DtypeName.bfloat16,
     implementation: Annotated[GpuImplementation, typer.Option(help="Block kernel.")] = GpuImplementation.pallas_gpu,
     reference: Annotated[
-        Reference, typer.Option(help="Implementation of jax.nn.dot_product_attention to compare with.")
-    ] = Reference.cudnn,
+        PeerName,
+        typer.Option(help="Whose attention to compare with; flash_attention_3: with packed documents, without caches."),
+    ] = PeerName.cudnn,
+    flash_attention: FlashAttention = None,
     num_shards: Annotated[
         int, typer.Option(parser=integer, metavar="C", help="Shards of the ring's loop, all on this GPU.")
     ] = 8,
@@ -167,7 +172,7 @@ def gpu(
     json: JsonFile = None,
     write_docs: WriteDocs = None,
 ) -> None:
-    """Times the kernels and the ring's own cost beside cuDNN.
+    """Times the kernels and the ring's own cost beside cuDNN, or FlashAttention-3.
 
     On one GPU, all programs are compiled first and then called in turns; a figure is the median over the rounds. What
     the GPU can do at most, a matrix product, is measured in the same run.
@@ -181,6 +186,7 @@ def gpu(
             dtype=dtype,
             implementation=implementation,
             reference=reference,
+            flash_attention=flash_attention,
             num_shards=num_shards,
             rounds=rounds,
             ceiling=ceiling,
@@ -256,12 +262,7 @@ def ring(
         list[PeerName] | None,
         typer.Option(help="Whose kernel runs under plain collectives. Repeatable; default: all but xla, on CPU all."),
     ] = None,
-    flash_attention: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="FlashAttention-3's library. Default: that of the package dew-flash-attn-cu13."
-        ),
-    ] = None,
+    flash_attention: FlashAttention = None,
     torch: Annotated[
         bool, typer.Option("--torch", help="Also time PyTorch's context parallelism, first and in its own processes.")
     ] = False,

@@ -253,12 +253,12 @@ class Gpu(Chip):
     block_shared_bytes: int
 
 
-# Of one H100 by `ringjax bench gpu` [docs/performance.md]: 4 x 8192 x 16 x 64, 1 x 32768 x 16 x 128; heads of 256 as
-# measured beside other kernels on 1 x 16384 x 16 x 256.
+# Of one H200 by `ringjax bench gpu` [docs/performance.md]: 4 x 8192 x 16 x 64, 1 x 32768 x 16 x 128; heads of 256 as
+# measured beside other kernels on 1 x 16384 x 16 x 256. An H100 has the same multiprocessors and clocks.
 _HOPPER_RATES = {
-    64: Rate(forward=496e12, both=446e12, causal_forward=404e12, causal_both=382e12),
-    128: Rate(forward=653e12, both=586e12, causal_forward=590e12, causal_both=554e12),
-    256: Rate(forward=653e12, both=283e12, causal_forward=593e12, causal_both=271e12),
+    64: Rate(forward=507e12, both=521e12, causal_forward=458e12, causal_both=476e12),
+    128: Rate(forward=691e12, both=603e12, causal_forward=663e12, causal_both=578e12),
+    256: Rate(forward=680e12, both=512e12, causal_forward=630e12, causal_both=469e12),
 }
 
 
