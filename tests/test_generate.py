@@ -130,7 +130,7 @@ def test_rows_end_at_their_stops():
 
 
 def test_one_program_decodes_at_every_length():
-    step: Any = generation._next
+    step: Any = generation.next_token
     before = step._cache_size()
     decoder, stats = make(natural(WIDE["plain"])), Stats()
     for length in (3, 9, 30):

@@ -317,6 +317,53 @@ def ring(
         command.main(request, json_file=json, docs=write_docs)
 
 
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|V,E,N,K,H,M,L",
+            help="llama3-8b, or vocabulary, width, query heads, key/value heads, size of a head, width of the MLP, "
+            "layers.",
+        ),
+    ] = "llama3-8b",
+    prompt_length: Annotated[
+        list[int] | None,
+        typer.Option(
+            parser=integer,
+            metavar="N",
+            help="Tokens of a prompt. Repeatable; default: 131072 and 1048576.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(parser=integer, metavar="B", help="Prompts that are continued side by side.")
+    ] = 1,
+    new_tokens: Annotated[
+        int, typer.Option(parser=integer, metavar="N", help="Tokens that are timed after the first.")
+    ] = 32,
+    dtype: Dtype = DtypeName.bfloat16,
+    devices: OptionalDevices = None,
+    json: JsonFile = None,
+) -> None:
+    """Times the first token of long prompts and the tokens after it.
+
+    By a decoder of random parameters, from a cache that is sharded over all devices. Programs are compiled before
+    anything is timed. A prompt that does not fit is named, with what the devices said.
+    """
+    from ..bench import serve as command
+
+    with refusals():
+        request = command.Request(
+            model=model,
+            prompts=tuple(prompt_length or command.PROMPTS),
+            batch_size=batch_size,
+            new_tokens=new_tokens,
+            dtype=dtype.value,
+            devices=devices,
+        )
+        command.main(request, json_file=json)
+
+
 @app.command("tpu-static")
 def tpu_static(
     generation: Annotated[

@@ -140,7 +140,7 @@ def _generate(
     cache = decoder.empty_cache(len(prompts), capacity)
     stats.cache_bytes = shard_bytes(cache)
     start = time.perf_counter()
-    chosen, cache = _first(decoder, tokens, cache, lengths, sampling)
+    chosen, cache = first_token(decoder, tokens, cache, lengths, sampling)
     ids = np.asarray(chosen)
     stats.prompt_tokens, stats.prefill_seconds = int(lengths.sum()), time.perf_counter() - start
     going = np.ones(len(prompts), bool)
@@ -152,7 +152,7 @@ def _generate(
             return
         start = time.perf_counter()
         # Rows that have ended take no room in the cache.
-        chosen, cache = _next(decoder, ids[:, None].astype(np.int32), cache, going.astype(np.int32), sampling)
+        chosen, cache = next_token(decoder, ids[:, None].astype(np.int32), cache, going.astype(np.int32), sampling)
         ids = np.asarray(chosen)
         if step:
             stats.decode_seconds += time.perf_counter() - start
@@ -173,13 +173,15 @@ def _bucket(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnums=2)
-def _first(decoder: Decoder, tokens: Any, cache: DecoderCache, lengths: Any, sampling: Sampling) -> Any:
+def first_token(decoder: Decoder, tokens: Any, cache: DecoderCache, lengths: Any, sampling: Sampling) -> Any:
+    """Prompts of these lengths into the cache: the token that follows each, and the cache."""
     logits, cache = decoder.prefill(tokens, cache, lengths=lengths)
     return draw(logits, cache.lengths, sampling), cache
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnums=2)
-def _next(decoder: Decoder, tokens: Any, cache: DecoderCache, counts: Any, sampling: Sampling) -> Any:
+def next_token(decoder: Decoder, tokens: Any, cache: DecoderCache, counts: Any, sampling: Sampling) -> Any:
+    """A token of each row with a count of 1 into the cache: the token that follows, and the cache."""
     logits, cache = decoder.decode(tokens, cache, counts=counts)
     return draw(logits, cache.lengths, sampling), cache
 

@@ -1,0 +1,187 @@
+"""`ringjax bench serve`: the first token of a long prompt and the tokens after it, by a decoder of random parameters.
+
+Prompts are read into a cache that is sharded over all devices, each prompt in one program, and continued token by
+token. Programs are compiled before anything is timed. Every id goes to the host and back, as where it is streamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from ringjax.bench import document
+from ringjax.layers.decoder import Decoder
+from ringjax.layers.decoder_config import DecoderConfig
+from ringjax.mesh import ring_mesh
+from ringjax.models.generation import Sampling, first_token, next_token, shard_bytes
+from ringjax.simulate import simulate_cpu_devices
+from ringjax.units import duration, size, table
+from ringjax.usage import UsageError, check_at_least_one
+
+# Vocabulary, width, query and K/V heads, size of a head, width of the MLP, layers: as published by its authors.
+MODELS = {"llama3-8b": (128_256, 4096, 32, 8, 128, 14_336, 32)}
+PROMPTS = (131_072, 1_048_576)
+_FIELDS = ("vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "num_layers")
+_UNTIMED = 2  # tokens after the first, while whatever starts with the first call starts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be measured.
+
+    Attributes:
+      model: a key of MODELS, or seven sizes in their order: "V,E,N,K,H,M,L".
+      prompts: tokens of the prompts, a measurement each.
+      batch_size: prompts that are read and continued side by side.
+      new_tokens: that are timed, besides the first ones.
+      dtype: of parameters, computation and cache.
+      devices: how many CPU devices to simulate; None: all that JAX finds.
+    """
+
+    model: str
+    prompts: tuple[int, ...]
+    batch_size: int
+    new_tokens: int
+    dtype: str
+    devices: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least_one(batch_size=self.batch_size, new_tokens=self.new_tokens, devices=self.devices)
+        for tokens in self.prompts:
+            check_at_least_one(prompt_length=tokens)
+        self.decoder_config()
+
+    def decoder_config(self) -> DecoderConfig:
+        """Of the model; raises UsageError."""
+        try:
+            sizes = MODELS.get(self.model) or tuple(int(text) for text in self.model.split(","))
+            fields: dict[str, Any] = dict(zip(_FIELDS, sizes, strict=True))
+        except ValueError:
+            known = ", ".join(MODELS)
+            raise UsageError(
+                f"--model must be {known} or V,E,N,K,H,M,L: vocabulary, width, query heads, key/value heads, size of a "
+                f"head, width of the MLP, layers. Got {self.model!r}."
+            ) from None
+        options = {"dtype": self.dtype, "param_dtype": self.dtype, "layout": "striped", "tie_embeddings": False}
+        try:
+            return DecoderConfig(**fields, **options)
+        except ValueError as error:
+            raise UsageError(f"--model: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt length."""
+
+    prompt_tokens: int
+    batch_size: int
+    first_token_seconds: float | None  # None: see reason
+    token_seconds: float | None  # median
+    cache_bytes: int | None  # per device
+    peak_bytes: int | None  # of the fullest device, up to now; None: the platform does not tell
+    reason: str = ""  # why it was not measured
+
+    def cells(self) -> tuple[str, ...]:
+        """As the table shows them."""
+        if self.first_token_seconds is None or self.token_seconds is None or self.cache_bytes is None:
+            return (f"{self.batch_size} x {self.prompt_tokens:,}", *["-"] * (len(COLUMNS) - 1))
+        tokens = self.batch_size * self.prompt_tokens
+        return (
+            f"{self.batch_size} x {self.prompt_tokens:,}",
+            duration(self.first_token_seconds),
+            f"{tokens / self.first_token_seconds:,.0f}",
+            duration(self.token_seconds),
+            f"{self.batch_size / self.token_seconds:,.1f}",
+            size(self.cache_bytes),
+            "-" if self.peak_bytes is None else size(self.peak_bytes),
+        )
+
+
+COLUMNS = ("prompts", "first token", "tokens read/s", "each token after", "tokens/s", "cache/device", "peak/device")
+
+
+def measure(decoder: Decoder, request: Request, prompt_tokens: int) -> Row:
+    """The prompts read and continued; a failure of the devices, such as too little memory, becomes the row's reason."""
+    try:
+        return _measure(decoder, request, prompt_tokens)
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:240]
+        return Row(prompt_tokens, request.batch_size, None, None, None, None, reason)
+
+
+def _measure(decoder: Decoder, request: Request, prompt_tokens: int) -> Row:
+    batch, sampling = request.batch_size, Sampling()
+    ids = np.random.default_rng(0).integers(0, decoder.config.vocab_size, (batch, prompt_tokens)).astype(np.int32)
+    lengths, counts = np.full(batch, prompt_tokens, np.int32), np.ones(batch, np.int32)
+    cache = decoder.empty_cache(batch, prompt_tokens + 1 + _UNTIMED + request.new_tokens)
+    cache_bytes = shard_bytes(cache)
+    first = first_token.lower(decoder, ids, cache, lengths, sampling).compile()
+    after = next_token.lower(decoder, ids[:, :1], cache, counts, sampling).compile()
+    token, cache, first_seconds = _timed(first, decoder, ids, cache, lengths)
+    took = []
+    for _ in range(_UNTIMED + request.new_tokens):
+        token, cache, seconds = _timed(after, decoder, token[:, None], cache, counts)
+        took.append(seconds)
+    return Row(prompt_tokens, batch, first_seconds, statistics.median(took[_UNTIMED:]), cache_bytes, _peak_bytes())
+
+
+def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, Any, float]:
+    """A token of each row, on the host, the cache, and the seconds until the token was there."""
+    start = time.perf_counter()
+    chosen, cache = run(*arguments)
+    token = np.asarray(chosen)
+    return token, cache, time.perf_counter() - start
+
+
+def _peak_bytes() -> int | None:
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return max((s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s), default=None)
+
+
+def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All measurements, as they go to the JSON file; ``say`` and ``keep`` as in :func:`ringjax.bench.ring.run`."""
+    devices = jax.devices() if request.devices is None else simulate_cpu_devices(request.devices)
+    decoder = Decoder.init_sharded(request.decoder_config(), mesh=ring_mesh(len(devices), devices=devices))
+    parameters = sum(x.size for x in jax.tree.leaves(decoder))
+    title = (
+        f"{len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}, {request.dtype}: {request.model}, "
+        f"{parameters:,} random parameters, {size(shard_bytes(decoder))} per device; "
+        f"median of {request.new_tokens} tokens"
+    )
+    say(title)
+    record: dict[str, Any] = {"title": title, "rows": []}
+    rows = []
+    for tokens in request.prompts:
+        rows.append(measure(decoder, request, tokens))
+        record["rows"].append(dataclasses.asdict(rows[-1]))
+        keep(record)
+        if rows[-1].reason:
+            say(f"{rows[-1].batch_size} x {tokens:,} was not measured: {rows[-1].reason}")
+    for line in table([COLUMNS, *(row.cells() for row in rows)]):
+        say(line)
+    return record
+
+
+def main(request: Request, *, json_file: Path | None) -> None:
+    """`ringjax bench serve`.
+
+    Args:
+      request: what to measure.
+      json_file: also gets all figures, after every prompt length.
+
+    Raises:
+      UsageError: sizes that do not fit each other, or a file that cannot be written.
+    """
+    document.check_files(json_file, None, "", "")
+    console = Console()
+    say = lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
+    run(request, say, (lambda record: None) if json_file is None else functools.partial(document.write_json, json_file))
