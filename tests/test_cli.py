@@ -27,6 +27,7 @@ COMMANDS = [
     "bench gpu",
     "bench hops",
     "bench ring",
+    "bench serve",
     "bench tpu-static",
     "tune",
     "plan",
@@ -54,7 +55,7 @@ def test_help_names_the_commands():
     """Each in one line that is not cut off."""
     for group, names in (
         ((), ["train", "generate", "eval", "demo", "bench", "tune", "plan", "inspect"]),
-        (("bench",), ["cpu", "gpu", "hops", "ring", "tpu-static"]),
+        (("bench",), ["cpu", "gpu", "hops", "ring", "serve", "tpu-static"]),
     ):
         result = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"})
         assert result.exit_code == 0
@@ -244,6 +245,7 @@ FUNCTIONS: dict[str, Any] = {
     "bench cpu": cli.bench.cpu,
     "bench gpu": cli.bench.gpu,
     "bench hops": cli.bench.hops,
+    "bench serve": cli.bench.serve,
     "bench ring": cli.bench.ring,
     "bench tpu-static": cli.bench.tpu_static,
     "tune": cli.tune.tune,

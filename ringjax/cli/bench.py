@@ -172,7 +172,7 @@ def gpu(
     json: JsonFile = None,
     write_docs: WriteDocs = None,
 ) -> None:
-    """Times the kernels and the ring's own cost beside cuDNN, or FlashAttention-3.
+    """Times the kernels and the ring's own cost beside cuDNN.
 
     On one GPU, all programs are compiled first and then called in turns; a figure is the median over the rounds. What
     the GPU can do at most, a matrix product, is measured in the same run.
