@@ -80,8 +80,10 @@ def test_flash_attention_stands_beside_documents_and_not_beside_caches(tmp_path:
     (tmp_path / "library.so").touch()
     figures = tmp_path / "figures.json"
     flags = ["--reference", "flash_attention_3", "--flash-attention", tmp_path / "library.so", "--json", figures]
-    outcome = invoke(*SMALL, *flags)
+    outcome = invoke(*(text for text in SMALL if text not in ("--cached", "2,64,4,2,16")), *flags)
     assert outcome.exit_code == 0, outcome.output
+    refused = invoke(*SMALL, "--cached", "2,64,4,2,16", *flags)
+    assert refused.exit_code == 2 and "--cached needs --reference cudnn or xla. Got flash" in refused.stderr
     record = json.loads(figures.read_text(encoding="utf-8"))
     assert record["cached"] == [] and "beside flash_attention_3" in record["title"]
     rows = [(row["what"], row["mask"], row["direction"]) for row in record["rows"]]

@@ -17,15 +17,11 @@ from ringjax.models.generation import generate
 
 SIZES = "64,32,4,2,8,64,2"
 SMALL = ["--model", SIZES, "--dtype", "float32", "--new-tokens", "3", "--devices", "4"]
+REQUEST = serve.Request(model=SIZES, prompts=(32,), batch_size=2, new_tokens=3, dtype="float32")
 
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bench", "serve", *map(str, arguments)])
-
-
-def request(**options: Any) -> serve.Request:
-    given: dict[str, Any] = {"model": SIZES, "prompts": (32,), "batch_size": 2, "new_tokens": 3, "dtype": "float32"}
-    return serve.Request(**(given | options))
 
 
 def test_command_measures_every_prompt_and_writes_it(tmp_path: Path):
@@ -44,7 +40,7 @@ def test_command_measures_every_prompt_and_writes_it(tmp_path: Path):
 
 def test_it_times_what_generate_does(monkeypatch: pytest.MonkeyPatch):
     """The same tokens, so the same work: the first of the prompt, and each from those before it."""
-    decoder = Decoder.init_sharded(request().decoder_config(), mesh=ring_mesh(4, devices=jax.devices()[:4]))
+    decoder = Decoder.init_sharded(REQUEST.decoder_config(), mesh=ring_mesh(4, devices=jax.devices()[:4]))
     seen: list[np.ndarray] = []
     timed = serve._timed
 
@@ -54,7 +50,7 @@ def test_it_times_what_generate_does(monkeypatch: pytest.MonkeyPatch):
         return found
 
     monkeypatch.setattr(serve, "_timed", recorded)
-    row = serve.measure(decoder, request(), 32)
+    row = serve.measure(decoder, REQUEST, 32)
     assert row.reason == "" and len(seen) == 1 + serve._UNTIMED + 3
     prompts = np.random.default_rng(0).integers(0, 64, (2, 32)).tolist()
     wanted = list(generate(decoder, prompts, max_new_tokens=len(seen), capacity=38))

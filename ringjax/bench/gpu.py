@@ -21,6 +21,7 @@ from rich.console import Console
 
 import ringjax
 from ringjax.bench import cached, document, ring_peers
+from ringjax.bench.ring_peers import FLASH_ATTENTION
 from ringjax.bench.timing import Measurement, Shape, Timed, compile_all, compile_measurements, in_turns
 from ringjax.kernels import tiles as tile_table
 from ringjax.kernels.base import Block, Kernel, KernelParams
@@ -31,7 +32,6 @@ from ringjax.usage import UsageError, check_at_least_one
 
 BEGIN, END = "<!-- ringjax bench gpu: begin -->", "<!-- ringjax bench gpu: end -->"
 PASSES = ("fwd", "fwd+bwd")
-FLASH_ATTENTION = "flash_attention_3"
 
 
 SHAPES = (
@@ -75,11 +75,11 @@ class Request:
 
     def __post_init__(self) -> None:
         check_at_least_one(num_shards=self.num_shards, rounds=self.rounds, ceiling=self.ceiling)
-        if self.flash_attention is not None:
-            if self.reference != FLASH_ATTENTION:
-                raise UsageError(f"--flash-attention needs --reference {FLASH_ATTENTION}. Got {self.reference}.")
-            if not self.flash_attention.is_file():
-                raise UsageError(f"--flash-attention must be a file that exists. Got {self.flash_attention}.")
+        if self.reference == FLASH_ATTENTION and self.cached:
+            raise UsageError(f"--cached needs --reference cudnn or xla. Got {self.reference}.")
+        if self.reference != FLASH_ATTENTION and self.flash_attention is not None:
+            raise UsageError(f"--flash-attention needs --reference {FLASH_ATTENTION}. Got {self.reference}.")
+        ring_peers.check_library(self.flash_attention)
         unit = 2 * self.num_shards
         for shape in self.shapes:
             if shape.length % unit or shape.length < 32:
@@ -319,8 +319,6 @@ def _against_caches(
     request: Request, config: ringjax.RingConfig, bandwidth: float, say: Callable[[str], None]
 ) -> list[cached.Row]:
     """One after another: several caches may not fit."""
-    if request.reference == FLASH_ATTENTION:
-        return []
     common: Any = {"dtype": jnp.dtype(request.dtype), "bandwidth": bandwidth}
     make: list[Callable[..., Measurement]] = [functools.partial(cached.one_token, reference=request.reference)]
     make += [cached.on_two_devices] * (len(jax.devices()) > 1)
@@ -337,6 +335,10 @@ def run(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     shapes, dtype = request.shapes, jnp.dtype(request.dtype)
     config = ringjax.RingConfig(implementation=request.implementation)
     device, rounds = jax.devices()[0], request.rounds
+    reference = ring_peers.find(request.reference, device, request.flash_attention)
+    if reference.attend is None:
+        raise UsageError(f"--reference {request.reference}: {reference.absent}.")
+    beside = {"dtype": dtype, "reference": reference.attend}
     kernel: Any = BY_NAME[request.implementation].load()
     top = ceiling(dtype, rounds, request.ceiling)
     title = (
@@ -345,10 +347,6 @@ def run(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
         f"TFLOP/s{_user_table(device.device_kind, request.implementation, dtype)}"
     )
     say(title)
-    reference = ring_peers.find(request.reference, device, request.flash_attention)
-    if reference.attend is None:
-        raise UsageError(f"--reference {request.reference}: {reference.absent}.")
-    beside = {"dtype": dtype, "reference": reference.attend}
     long = max(shapes, key=lambda shape: (shape.length, shape.heads == shape.kv_heads))
     bandwidth = cached.copy_bandwidth(rounds, min(request.ceiling**2 * 32, 2**31 - 2**20))
     tokens = _against_caches(request, config, bandwidth, say)
@@ -384,6 +382,7 @@ def _user_table(device_kind: str, implementation: str, dtype: Any) -> str:
 
 
 def _check_platform(request: Request) -> None:
+    """Raises UsageError where the kernels asked for cannot run."""
     if jax.default_backend() != "gpu" and (request.implementation, request.reference) != ("xla", "xla"):
         raise UsageError(
             f"needs an NVIDIA GPU, or --implementation xla --reference xla. Got platform {jax.default_backend()!r}."

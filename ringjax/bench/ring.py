@@ -101,8 +101,7 @@ class Request:
         for name, value in (("seconds-per-row", self.seconds), ("time-limit", self.time_limit)):
             if value is not None and not value > 0:
                 raise UsageError(f"--{name} must be above 0. Got {value}.")
-        if self.flash_attention is not None and not self.flash_attention.is_file():
-            raise UsageError(f"--flash-attention must be a file that exists. Got {self.flash_attention}.")
+        ring_peers.check_library(self.flash_attention)
 
 
 def parse_problems(shapes: Sequence[str], masks: Sequence[str]) -> tuple[Problem, ...]:

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringjax.kernels.choose import Target, is_hopper
+from ringjax.usage import UsageError
 
 Attend = Callable[..., jax.Array]  # attend(q, k, v, *, offset, window)
-PEERS = ("flash_attention_3", "cudnn", "xla")
+FLASH_ATTENTION = "flash_attention_3"
+PEERS = (FLASH_ATTENTION, "cudnn", "xla")
 
 _PACKAGE, _LIBRARY = "dew_flash_attn", "libdew_flash_attn3.so"
 _RUNTIME = "libcudart.so.13"
@@ -50,6 +52,12 @@ class Peer:
     absent: str = ""
 
 
+def check_library(file: Path | None) -> None:
+    """Raises UsageError unless the library of FlashAttention-3 is a file, or not given."""
+    if file is not None and not file.is_file():
+        raise UsageError(f"--flash-attention must be a file that exists. Got {file}.")
+
+
 def find(name: str, device: Any, library: Path | None = None) -> Peer:
     """One of PEERS on these devices.
 
@@ -58,7 +66,7 @@ def find(name: str, device: Any, library: Path | None = None) -> Peer:
       device: one of those that are measured.
       library: of FlashAttention-3; None: the one that the installed package brings.
     """
-    if name == "flash_attention_3":
+    if name == FLASH_ATTENTION:
         return _flash_attention_3(device, library)
     if name == "cudnn":
         absent = "" if device.platform == "gpu" else f"needs an NVIDIA GPU. Got platform {device.platform!r}."

@@ -24,6 +24,7 @@ from ringjax.layers.decoder_config import DecoderConfig
 from ringjax.mesh import ring_mesh
 from ringjax.models.generation import Sampling, first_token, next_token, shard_bytes
 from ringjax.simulate import simulate_cpu_devices
+from ringjax.training.metrics import peak_memory
 from ringjax.units import duration, size, table
 from ringjax.usage import UsageError, check_at_least_one
 
@@ -87,7 +88,7 @@ class Row:
     first_token_seconds: float | None  # None: see reason
     token_seconds: float | None  # median
     cache_bytes: int | None  # per device
-    peak_bytes: int | None  # of the fullest device, up to now; None: the platform does not tell
+    peak_bytes: int | None  # up to now, see peak_memory
     reason: str = ""  # why it was not measured
 
     def cells(self) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ class Row:
         )
 
 
-COLUMNS = ("prompts", "first token", "tokens read/s", "each token after", "tokens/s", "cache/device", "peak/device")
+COLUMNS = ("prompts", "first token", "tokens read/s", "each token after", "tokens/s", "cache/device", "peak")
 
 
 def measure(decoder: Decoder, request: Request, prompt_tokens: int) -> Row:
@@ -131,7 +132,7 @@ def _measure(decoder: Decoder, request: Request, prompt_tokens: int) -> Row:
     for _ in range(_UNTIMED + request.new_tokens):
         token, cache, seconds = _timed(after, decoder, token[:, None], cache, counts)
         took.append(seconds)
-    return Row(prompt_tokens, batch, first_seconds, statistics.median(took[_UNTIMED:]), cache_bytes, _peak_bytes())
+    return Row(prompt_tokens, batch, first_seconds, statistics.median(took[_UNTIMED:]), cache_bytes, peak_memory()[0])
 
 
 def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, Any, float]:
@@ -140,11 +141,6 @@ def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, Any, f
     chosen, cache = run(*arguments)
     token = np.asarray(chosen)
     return token, cache, time.perf_counter() - start
-
-
-def _peak_bytes() -> int | None:
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    return max((s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s), default=None)
 
 
 def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -182,7 +182,8 @@ def gpu(
     with refusals():
         request = command.Request(
             shapes=tuple(map(command.parse_shape, shape or ())) or command.SHAPES,
-            cached=tuple(command.parse_shape(x, "--cached") for x in cached or ()) or command.CACHED,
+            cached=tuple(command.parse_shape(x, "--cached") for x in cached or ())
+            or (() if reference is PeerName.flash_attention_3 else command.CACHED),
             dtype=dtype,
             implementation=implementation,
             reference=reference,

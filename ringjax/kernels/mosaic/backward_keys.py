@@ -181,7 +181,7 @@ class _Kernel(gpu.OverKeys):
             return plgpu.wgmma_accumulator_load(acc, wait_n=1)
 
         dq = pl.run_scoped(multiply_dq, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, WARPGROUP_ROWS), jnp.float32))
-        # Before the accumulator is made, so that the first product takes zeros at no cost. Heads of 128 are slower so.
+        # Before the accumulator is made: the first product takes zeros at no cost. Heads of 128 are slower that way.
         following = gpu.wait_for_next(static, there, now) if static.size == WARPGROUP_ROWS else None
 
         def send_under_logits(acc: Any) -> Array:
