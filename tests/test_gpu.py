@@ -225,7 +225,7 @@ def test_programs_of_backward(
     """Side by side or in turn, and of a part of the queries, as long sequences have them."""
     from ringjax.kernels.mosaic import backward_common
 
-    monkeypatch.setattr(backward_common, "heads_together", lambda kv_heads, tiles: min(together, kv_heads))
+    monkeypatch.setattr(backward_common, "heads_together", lambda kv_heads, *rest: min(together, kv_heads))
     monkeypatch.setattr(backward_common, "parts_of", lambda *args, **options: parts)
     case = enlarged(cases.BY_NAME[name], head_size)
     if name == "causal_gqa":
@@ -239,12 +239,15 @@ def test_programs_of_backward(
 
 @needs_hopper
 @pytest.mark.parametrize("head_size", [64, 128, 256])
-def test_blocks_draw_rows_of_documents(monkeypatch: pytest.MonkeyPatch, head_size: int) -> None:
+@pytest.mark.parametrize("name", ["causal_segments", "causal_gqa", "window_cross"])
+def test_blocks_draw_unequal_rows(monkeypatch: pytest.MonkeyPatch, name: str, head_size: int) -> None:
     """Of a few blocks of threads, each has many rows, on the first hop and on the last."""
-    from ringjax.kernels.mosaic import tiles
+    from ringjax.kernels.mosaic import forward, tiles
 
     monkeypatch.setattr(tiles, "MULTIPROCESSORS", 3)
-    case = enlarged(cases.BY_NAME["causal_segments"], head_size)
+    monkeypatch.setattr(forward, "ENOUGH_TILES", 1)
+    monkeypatch.setattr(forward, "ENOUGH_ROWS", 1)  # the heads of one K/V head after those of another
+    case = enlarged(cases.BY_NAME[name], head_size)
     inputs = cases.make_inputs(case, BF16)
     jax.clear_caches()  # the number is no part of what JAX compares
     result = cases.stacked_ring(case, inputs, ringjax.RingConfig(), layout="zigzag", num_shards=2)

@@ -14,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from ringjax.kernels.base import Block, Gradients, KernelParams, Upstream
 from ringjax.kernels.mosaic import backward_common, backward_long, ptx
 from ringjax.kernels.mosaic import kernel as mosaic
+from ringjax.kernels.mosaic import tiles as mosaic_tiles
 from ringjax.layout import Runs
 from ringjax.mask import Mask, Tokens
 
@@ -153,7 +154,7 @@ def test_programs_are_neither_long_nor_short(
     ("kv_heads", "tiles", "together"), [(8, 32, 8), (8, 64, 4), (6, 64, 6), (16, 128, 2), (8, 256, 1), (1, 1, 1)]
 )
 def test_every_tile_of_every_head_has_a_program(kv_heads: int, tiles: int, together: int) -> None:
-    assert backward_common.heads_together(kv_heads, tiles) == together
+    assert mosaic_tiles.heads_together(kv_heads, tiles, 198) == together
     heads, programs = jnp.indices((kv_heads // together, tiles * together), jnp.int32).reshape(2, -1)
     head, tile = map(np.asarray, backward_common.head_and_tile(heads, programs, together))
     assert sorted(zip(head, tile, strict=True)) == [(h, t) for h in range(kv_heads) for t in range(tiles)]

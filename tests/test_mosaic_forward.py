@@ -157,6 +157,7 @@ def test_lowers_under_vmap(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What is changed in place as well: the carry, and the counter of blocks that draw."""
     case = CASES[name]
     monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", 5)
+    monkeypatch.setattr(mosaic_forward, "ENOUGH_TILES", 1)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), arguments(case))
     with jax.sharding.use_abstract_mesh(H100):
         traced = jax.jit(jax.vmap(lambda *args: run(case, *args))).trace(*stacked)
@@ -174,20 +175,29 @@ def test_masks_of_a_layout_need_no_array_along_the_sequence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "blocks", "draws"),
+    ("case", "enough", "draws", "heads"),
     [
-        (Case(causal=True, segments=True), 5, True),
-        (Case(causal=True, runs=0), 5, True),
-        (Case(causal=True, segments=True, carry=True, finish=False), 5, True),
-        (Case(causal=True, segments=True), 132, False),  # each has one tile of queries
-        (Case(causal=True), 5, False),
-        (Case(), 5, False),
+        (Case(causal=True, segments=True), 1, True, 8),
+        (Case(causal=True, runs=0), 1, True, 8),
+        (Case(causal=True, runs=0), 14, True, 8),  # 24 rows of 3 tiles for 5 blocks
+        (Case(causal=True, runs=0), 15, False, 8),
+        (Case(causal=True, segments=True, carry=True, finish=False), 1, True, 8),
+        (Case(causal=True), 1, True, 4),  # two K/V heads have 12 rows
+        (Case(causal=True), 15, False, 8),
+        (Case(causal=True, q_length=1024, k_length=1024), 1, True, 2),
+        (Case(causal=True, left=1, q_length=1024, k_length=1024), 38, True, 2),  # 64 rows of at most 3 tiles
+        (Case(causal=True, left=1, q_length=1024, k_length=1024), 39, False, 8),
+        (Case(), 1, False, 2),
     ],
 )
-def test_blocks_draw_rows_of_documents(monkeypatch: pytest.MonkeyPatch, case: Case, blocks: int, draws: bool) -> None:
-    """Rows of a layout are dealt out."""
+def test_blocks_draw_unequal_rows(
+    monkeypatch: pytest.MonkeyPatch, case: Case, enough: int, draws: bool, heads: int
+) -> None:
+    """Rows of a few heads before those of others, if a layout made them."""
     given = arguments(case)  # before blocks are few
-    monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", blocks)
+    monkeypatch.setattr(mosaic_tiles, "MULTIPROCESSORS", 5)
+    monkeypatch.setattr(mosaic_forward, "ENOUGH_TILES", enough)
+    monkeypatch.setattr(mosaic_forward, "ENOUGH_ROWS", 12)
     seen = []
 
     def launch(static: Any, *rest: Any) -> Any:
@@ -200,7 +210,7 @@ def test_blocks_draw_rows_of_documents(monkeypatch: pytest.MonkeyPatch, case: Ca
         traced = jax.jit(lambda *args: run(case, *args)).trace(*given)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
     (static,) = seen
-    assert (static.draws, static.num_blocks) == (draws, min(blocks, 24))
+    assert (static.draws, static.group_heads, static.num_blocks) == (draws, heads, 5)
 
 
 @pytest.mark.parametrize(

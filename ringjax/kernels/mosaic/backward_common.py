@@ -20,7 +20,7 @@ from ...partial import NO_LOGIT
 from ..base import KernelParams
 from . import common, ptx
 from .common import COLUMNS, LOG2_E, MaskArrays, batch_row, column_matrix, is_finite
-from .tiles import MULTIPROCESSORS, WARPGROUP_ROWS, WARPGROUP_THREADS
+from .tiles import MULTIPROCESSORS, WARPGROUP_ROWS, WARPGROUP_THREADS, heads_together
 
 COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = 2
@@ -29,7 +29,7 @@ BLOCK_KV = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 # Named barriers, see ringjax.kernels.mosaic.ptx: where the compute warpgroups meet, and where each meets itself.
 _COMPUTE_BARRIER, _OWN_BARRIER = 8, 9
 
-# The last one runs fastest. Of ``heads`` that start side by side, see heads_together, each has a program in turn.
+# The last one runs fastest. Of ``heads`` that start side by side, see tiles.heads_together, each has a program in turn.
 GRID_NAMES = ("batch", "heads", "program")
 
 _ENOUGH = 3 * MULTIPROCESSORS // 2  # programs of heads side by side
@@ -212,16 +212,6 @@ def parts_of(mask: Mask, programs: int, queries: int, block_q: int, group: int, 
     return min(parts, 2) if deterministic else parts
 
 
-def heads_together(kv_heads: int, tiles: int) -> int:
-    """How many K/V heads start side by side, the first keys of each first, so many tiles as a head has.
-
-    The first keys of a causal mask have the most queries: of all heads side by side, the last programs to start are
-    short ones. But programs of one head share in the cache what passes by. So as few as make half as many programs
-    again as there are multiprocessors.
-    """
-    return min(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == kv_heads or n * tiles >= _ENOUGH))
-
-
 def head_and_tile(heads: Any, program: Any, together: int) -> tuple[Any, Any]:
     """Which head a program of so many heads works on, and which of its programs it is: a tile, or a part of one."""
     if together == 1:
@@ -258,7 +248,7 @@ def run_over_keys(
     """
     batch, k_length, kv_heads, _ = x.k.shape
     tiles, parts = -(-k_length // static.block_kv), static.parts
-    together = heads_together(kv_heads, tiles) if static.masked else 1
+    together = heads_together(kv_heads, tiles, _ENOUGH) if static.masked else 1
     leaves, structure = jax.tree.flatten(x)
     operands = _operands(static, x)
 

@@ -28,16 +28,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from ..._compat import GPU_CONCATENATES, gpu_kernel, shape_like, vary_like
+from ...mask import Mask
 from ...partial import Partial
 from ..base import Block, Finished, KernelParams
 from . import common, ptx
 from . import tiles as tile_sizes
-from .common import COLUMN_BLOCK
+from .common import COLUMN_BLOCK, MaskArrays
 from .forward_common import COLUMN, DRAWS, POISONED, Inputs, Scratch, Static, Work, column, marks, walk
 from .forward_compute import Compute
 from .forward_poison import look
 from .signals import signals
 from .tiles import SMEM_BYTES, WARPGROUP_ROWS, TileSizes, head_size
+
+# From where on blocks of threads draw their work (docs/optimisation-log.md): so many tiles each, if all rows visited as
+# many as the longest.
+ENOUGH_TILES = 128
+ENOUGH_ROWS = 3 * tile_sizes.MULTIPROCESSORS  # of heads that then take turns
 
 
 def forward(
@@ -71,10 +77,9 @@ def forward(
         carry=None if updated else rows,
         sinks=sinks.astype(jnp.float32) if finish and sinks is not None else None,
     )
-    # Unequal rows of tiles are dealt out evenly only if all heads take turns; otherwise those that share keys do.
-    group_heads = tiles.group_heads or (heads // kv_heads if rule is None else batch * heads)
     num_items = batch * heads * num_q
     num_blocks = min(num_items, tile_sizes.MULTIPROCESSORS) if tiles.persistent else num_items
+    draws, group_heads = _order_of_work(mask, of_mask, tiles, (batch, heads, kv_heads, num_q, num_kv), num_blocks)
     static = Static(
         params=params,
         tiles=tiles,
@@ -91,7 +96,7 @@ def forward(
         rule=rule,
         rows_total=rows_total,
         marks=marks(tiles, of_mask.keys, taken),
-        draws=of_mask.order is not None and num_blocks < num_items and not params.interpret,
+        draws=draws and not params.interpret,
     )
     row = shape_like((batch, heads, rows_total), jnp.float32, reference)
     if finish:
@@ -134,6 +139,34 @@ def launch(static: Static, inputs: Inputs, updated: tuple[Array, ...], result: A
         ),
     )
     return changed[: len(updated)], results
+
+
+def _order_of_work(
+    mask: Mask, rows: MaskArrays, tiles: TileSizes, problem: tuple[int, int, int, int, int], num_blocks: int
+) -> tuple[bool, int]:
+    """Whether blocks of threads draw rows of tiles, and how many query heads take turns before the next ones do.
+
+    Heads that share keys take turns: their keys then are in the cache. If rows are unequal, all do, so that every block
+    has as much. Of rows that are drawn fewer will do, if a layout made them; of documents the longest are so much
+    longer than others that they should not come late.
+
+    Args:
+      rows: what the mask makes of them. Equal without counts.
+      problem: batch, heads, kv_heads, rows of tiles of one head, columns of tiles.
+    """
+    batch, heads, kv_heads, num_q, num_kv = problem
+    group = heads // kv_heads
+    if rows.counts is None:
+        return False, tiles.group_heads or group
+    visits = num_kv
+    if mask.left is not None and mask.right is not None:
+        visits = min(visits, (mask.left + mask.right + tiles.block_q) // tiles.block_kv + 2)
+    # A counter costs XLA a kernel more, some 10 us, and brings a few percent.
+    draws = batch * heads * num_q * visits >= ENOUGH_TILES * num_blocks
+    together = batch * kv_heads
+    if draws and rows.order is None:
+        together = tile_sizes.heads_together(together, group * num_q, ENOUGH_ROWS)
+    return draws, tiles.group_heads or group * together
 
 
 def carry_shape(tiles: TileSizes, q_shape: tuple[int, ...], v_size: int) -> tuple[int, ...]:

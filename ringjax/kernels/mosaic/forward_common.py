@@ -103,8 +103,8 @@ class Static:
     splits: int = 0  # of the visits of the only tile of queries, see ringjax.kernels.mosaic.decode. 0: none
     rows_out: int = WARPGROUP_ROWS  # queries of a split that there are, in eights
     marks: int = 0  # vectors of keys that come to SMEM, where threads have them at once; others are loaded from GMEM
-    # Whether a block of threads that has done its work draws the next from a counter in GMEM. Otherwise all is dealt
-    # out beforehand, which comes out even where a layout makes the rows, and not where documents do.
+    # Whether a block of threads that has done its work draws the next from a counter in GMEM, which keeps all of them
+    # busy whatever rows and multiprocessors are like. Otherwise all is dealt out beforehand.
     draws: bool = False
 
     @property

@@ -64,6 +64,14 @@ class Compute:
         return static.params.interpret or static.tiles.guesses
 
     @property
+    def sums_by_column(self) -> bool:
+        """Whether the running sum is one for every column of a block until the row ends, so that no thread asks others.
+
+        Under a mask three warpgroups have not the registers for it.
+        """
+        return self.guesses or not (self.static.masked or self.static.splits)
+
+    @property
     def tile_shape(self) -> tuple[int, int]:
         return WARPGROUP_ROWS, self.static.own_keys
 
@@ -160,11 +168,11 @@ class Compute:
             queries = common.load_vectors(self.x.mask.queries, work.b, q_start, WARPGROUP_ROWS, 0)
             work = work._replace(queries=jax.tree.map(invariant, queries))
         plgpu.barrier_wait(self.scratch.q_ready.at[self.warpgroup])
-        if self.guesses:  # a sum of its own for every column of a block: they are added up at the end of the row
+        if self.sums_by_column:
             total = row_matrix(total * (1.0 / COLUMN_BLOCK), zeros((WARPGROUP_ROWS, COLUMN_BLOCK)))
         attend = self.attend_overlapped if self.static.tiles.overlap else self.attend_plainly
         acc, top, total = attend(work, count, acc, top, total)
-        return acc, top, jnp.sum(total, axis=1) if self.guesses else total
+        return acc, top, jnp.sum(total, axis=1) if self.sums_by_column else total
 
     def attend_overlapped(
         self, work: Work, count: Array, acc: Array, top: Array, total: Array
@@ -387,7 +395,7 @@ class Compute:
         new = jnp.maximum(old if least is None else least, tile_max)
         rescale = jnp.exp2(old - new)
         p, added = self.guess(s, new, jnp.zeros_like(total))
-        return p, new, total * (row_matrix(rescale, total) if self.guesses else rescale) + added, rescale
+        return p, new, total * (row_matrix(rescale, total) if self.sums_by_column else rescale) + added, rescale
 
     def guess(self, s: Array, top: Array, total: Array) -> tuple[Array, Array]:
         """Weights and new sum of a tile, with ``top`` in place of the maximum.
@@ -396,7 +404,7 @@ class Compute:
         the first tile mostly is near enough for the row. Then nobody waits for a maximum, and acc is not rescaled.
         """
         p = jnp.exp2(s * common.factor(self.static.params) - row_matrix(top, s))
-        return p, total + (_folded(p) if self.guesses else jnp.sum(_halved(jnp.add, p), axis=1))
+        return p, total + (_folded(p) if self.sums_by_column else jnp.sum(_halved(jnp.add, p), axis=1))
 
     def again(self, slot: Array, acc: Array, top: Array, total: Array) -> tuple[Array, Array, Array, Array]:
         """acc, maximum, sum and weights where a guess came out above MOST, from the products and the maximum.

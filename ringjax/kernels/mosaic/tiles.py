@@ -54,7 +54,7 @@ class TileSizes:
     overlap: bool = True  # forward: a warpgroup multiplies q k^T of a tile beside p v of the one before
     persistent: bool = True  # one block per multiprocessor, which works on many tiles of queries
     stage_out: bool = False  # forward: SMEM of its own for the output, so that the next queries arrive earlier
-    group_heads: int = 0  # heads whose tiles of queries alternate; 0: those that share keys, or all if masked
+    group_heads: int = 0  # heads whose tiles of queries alternate; 0: see ringjax.kernels.mosaic.forward
     # Of the loading and of the multiplying warpgroups. None: as the block starts with, as many each.
     registers: tuple[int, int] | None = (24, 240)
 
@@ -134,7 +134,7 @@ _TWO_256 = TileSizes(compute=2, block_kv=64, stages=2)
 _THREE_64 = TileSizes(compute=3, block_kv=128, stages=2, turns="none", registers=_THREE)
 # One product after the other leaves the registers for heads of 128, not those to guess.
 _THREE_128 = dataclasses.replace(_THREE_64, overlap=False)
-_FORWARD_FULL = {64: _THREE_64, 128: _TWO_128, 256: _TWO_256}
+_FORWARD_FULL = {64: dataclasses.replace(_THREE_64, stages=4), 128: _TWO_128, 256: _TWO_256}
 _FORWARD = {
     # A stage more, so that the next tiles are there while the values of a PARTIAL one are looked through.
     64: dataclasses.replace(_THREE_64, stages=3, stage_out=True),
@@ -174,6 +174,15 @@ def check_supported(q: Array, v: Array) -> None:
 def head_size(size: int) -> int:
     """The next size that a kernel is written for."""
     return min(native for native in HEAD_SIZES if native >= size)
+
+
+def heads_together(kv_heads: int, rows: int, enough: int) -> int:
+    """Of how many K/V heads rows of tiles, so many each, are worked on side by side, those that visit most first.
+
+    What visits least comes last of all heads side by side, so that multiprocessors end at about the same time. But rows
+    of one head share in the cache what passes by. So as few heads as have ``enough`` rows.
+    """
+    return min(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == kv_heads or n * rows >= enough))
 
 
 def forward_tiles(
