@@ -67,9 +67,12 @@ class Compute:
     def sums_by_column(self) -> bool:
         """Whether the running sum is one for every column of a block until the row ends, so that no thread asks others.
 
-        Under a mask three warpgroups have not the registers for it.
+        Three warpgroups that overlap have the registers for it only without a mask and a carry.
         """
-        return self.guesses or not (self.static.masked or self.static.splits)
+        static = self.static
+        if self.guesses or static.masked or static.splits:
+            return self.guesses
+        return not static.tiles.overlap or (static.finish and not static.carried)
 
     @property
     def tile_shape(self) -> tuple[int, int]:
