@@ -25,7 +25,9 @@ def invoke(*arguments: object) -> Result:
 
 def test_command_measures_everything_and_writes_it(tmp_path):
     docs, figures = tmp_path / "docs.md", tmp_path / "figures.json"
-    docs.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n", encoding="utf-8")
+    (begin, end), (other, other_end) = map(gpu.markers, ("xla", "cudnn"))
+    after = f"{other}\nbeside cuDNN\n{other_end}"
+    docs.write_text(f"before\n{begin}\nold\n{end}\n{after}\n", encoding="utf-8")
     result = invoke(*SMALL, "--write-docs", docs, "--json", figures)
     assert result.exit_code == 0, result.output
     record = json.loads(figures.read_text(encoding="utf-8"))
@@ -37,7 +39,7 @@ def test_command_measures_everything_and_writes_it(tmp_path):
     one, two = record["cached"]
     assert (one["num_devices"], two["num_devices"]) == (1, 2) and min(one["ratio"], two["bandwidth_share"]) > 0
     text = docs.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith(f"before\n{begin}\n") and text.endswith(f"\n{end}\n{after}\n") and "old" not in text
     assert text.count("| 2 x 64 x 4/2 x 16 |") == 2
     assert text.count("| 1 x 256 x 4/2 x 16") == 7 and "fwd: median" in text and "C = 4" in text
     assert "4 blocks / one call" in result.stdout and "tiles of" not in result.stdout

@@ -30,7 +30,6 @@ from ringjax.layout import Contiguous, Layout, Zigzag
 from ringjax.mask import Mask, Tokens
 from ringjax.usage import UsageError, check_at_least_one
 
-BEGIN, END = "<!-- ringjax bench gpu: begin -->", "<!-- ringjax bench gpu: end -->"
 PASSES = ("fwd", "fwd+bwd")
 
 
@@ -288,6 +287,12 @@ def _segments(starts: list[int]) -> np.ndarray:
 COLUMNS = ("what", "mask", "pass", "ringjax ms", "reference ms", "times as fast", "TFLOP/s", "reference TFLOP/s")
 
 
+def markers(reference: str) -> tuple[str, str]:
+    """The lines before and after a document's table beside this reference."""
+    command = "ringjax bench gpu" if reference == "cudnn" else f"ringjax bench gpu --reference {reference}"
+    return f"<!-- {command}: begin -->", f"<!-- {command}: end -->"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     numbers = (f"{row.ours_ms:.3f}", f"{row.reference_ms:.3f}", f"{row.ratio:.3f}")
     return row.what, row.mask, row.direction, *numbers, f"{row.tflops:.0f}", f"{row.reference_tflops:.0f}"
@@ -395,16 +400,16 @@ def main(request: Request, *, json_file: Path | None, docs: Path | None) -> None
     Args:
       request: what to measure.
       json_file: also gets all figures.
-      docs: a document whose table is replaced.
+      docs: a document whose table beside this reference is replaced.
 
     Raises:
       UsageError: no GPU, or files that cannot be written.
     """
     _check_platform(request)
-    document.check_files(json_file, docs, BEGIN, END)
+    document.check_files(json_file, docs, *markers(request.reference))
     console = Console()
     record = run(request, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
     if json_file is not None:
         document.write_json(json_file, record)
     if docs is not None:
-        document.replace(docs, BEGIN, END, _document(record))
+        document.replace(docs, *markers(request.reference), _document(record))
