@@ -35,7 +35,9 @@ def test_command_measures_every_prompt_and_writes_it(tmp_path: Path):
         assert row["first_token_seconds"] > 0 and row["token_seconds"] > 0 and row["reason"] == ""
         room = -(-(row["prompt_tokens"] + 1 + 2 + 3) // 4)  # tokens of one of four devices
         assert row["cache_bytes"] >= 2 * 2 * 2 * room * 2 * 8 * 4, "layers, keys and values, rows, heads, size, bytes"
+        assert row["compile_seconds"] > 0
     assert "2 x 32 " in result.stdout and "2 x 50 " in result.stdout
+    assert result.stdout.index("2 x 32: compiled in ") < result.stdout.index("2 x 50: compiled in ")
 
 
 def test_it_times_what_generate_does(monkeypatch: pytest.MonkeyPatch):
@@ -50,7 +52,7 @@ def test_it_times_what_generate_does(monkeypatch: pytest.MonkeyPatch):
         return found
 
     monkeypatch.setattr(serve, "_timed", recorded)
-    row = serve.measure(decoder, REQUEST, 32)
+    row = serve.measure(decoder, REQUEST, 32, print)
     assert row.reason == "" and len(seen) == 1 + serve._UNTIMED + 3
     prompts = np.random.default_rng(0).integers(0, 64, (2, 32)).tolist()
     wanted = list(generate(decoder, prompts, max_new_tokens=len(seen), capacity=38))
@@ -60,10 +62,10 @@ def test_it_times_what_generate_does(monkeypatch: pytest.MonkeyPatch):
 def test_a_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch):
     measured = serve._measure
 
-    def too_much(decoder: Decoder, asked: serve.Request, tokens: int) -> serve.Row:
+    def too_much(decoder: Decoder, asked: serve.Request, tokens: int, say: Any) -> serve.Row:
         if tokens > 32:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile trying to allocate")
-        return measured(decoder, asked, tokens)
+        return measured(decoder, asked, tokens, say)
 
     monkeypatch.setattr(serve, "_measure", too_much)
     result = invoke(*SMALL, "--prompt-length", 64, "--prompt-length", 32)

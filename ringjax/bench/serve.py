@@ -90,6 +90,7 @@ class Row:
     cache_bytes: int | None  # per device
     peak_bytes: int | None  # up to now, see peak_memory
     reason: str = ""  # why it was not measured
+    compile_seconds: float | None = None  # of both programs
 
     def cells(self) -> tuple[str, ...]:
         """As the table shows them."""
@@ -110,29 +111,40 @@ class Row:
 COLUMNS = ("prompts", "first token", "tokens read/s", "each token after", "tokens/s", "cache/device", "peak")
 
 
-def measure(decoder: Decoder, request: Request, prompt_tokens: int) -> Row:
+def measure(decoder: Decoder, request: Request, prompt_tokens: int, say: Callable[[str], None]) -> Row:
     """The prompts read and continued; a failure of the devices, such as too little memory, becomes the row's reason."""
     try:
-        return _measure(decoder, request, prompt_tokens)
+        return _measure(decoder, request, prompt_tokens, say)
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:240]
-        return Row(prompt_tokens, request.batch_size, None, None, None, None, reason)
+        return Row(prompt_tokens, request.batch_size, None, None, None, None, reason=reason)
 
 
-def _measure(decoder: Decoder, request: Request, prompt_tokens: int) -> Row:
+def _measure(decoder: Decoder, request: Request, prompt_tokens: int, say: Callable[[str], None]) -> Row:
     batch, sampling = request.batch_size, Sampling()
     ids = np.random.default_rng(0).integers(0, decoder.config.vocab_size, (batch, prompt_tokens)).astype(np.int32)
     lengths, counts = np.full(batch, prompt_tokens, np.int32), np.ones(batch, np.int32)
     cache = decoder.empty_cache(batch, prompt_tokens + 1 + _UNTIMED + request.new_tokens)
     cache_bytes = shard_bytes(cache)
+    start = time.perf_counter()
     first = first_token.lower(decoder, ids, cache, lengths, sampling).compile()
     after = next_token.lower(decoder, ids[:, :1], cache, counts, sampling).compile()
+    compiled = time.perf_counter() - start
+    say(f"{batch} x {prompt_tokens:,}: compiled in {duration(compiled)}.")
     token, cache, first_seconds = _timed(first, decoder, ids, cache, lengths)
     took = []
     for _ in range(_UNTIMED + request.new_tokens):
         token, cache, seconds = _timed(after, decoder, token[:, None], cache, counts)
         took.append(seconds)
-    return Row(prompt_tokens, batch, first_seconds, statistics.median(took[_UNTIMED:]), cache_bytes, peak_memory()[0])
+    return Row(
+        prompt_tokens=prompt_tokens,
+        batch_size=batch,
+        first_token_seconds=first_seconds,
+        token_seconds=statistics.median(took[_UNTIMED:]),
+        cache_bytes=cache_bytes,
+        peak_bytes=peak_memory()[0],
+        compile_seconds=compiled,
+    )
 
 
 def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, Any, float]:
@@ -157,7 +169,7 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
     record: dict[str, Any] = {"title": title, "rows": []}
     rows = []
     for tokens in request.prompts:
-        rows.append(measure(decoder, request, tokens))
+        rows.append(measure(decoder, request, tokens, say))
         record["rows"].append(dataclasses.asdict(rows[-1]))
         keep(record)
         if rows[-1].reason:
