@@ -260,7 +260,7 @@ def test_the_rate_of_backward_is_what_both_passes_leave():
 
 
 def test_a_carry_in_memory_costs_what_was_measured():
-    """Eight blocks took 1.07 to 1.09 times one call (docs/performance.md); hops without a wire are modelled by the same."""
+    """Eight blocks took 1.07 to 1.09 times one call; hops without a wire are modelled by the same."""
     chip = dataclasses.replace(GPUS["h100"], hop_seconds=0.0)
     carry = 7 * chip.carry_passes * 4 * 32768 * 16 * 128 / chip.bandwidth
     once = 4 * 32768**2 * 16 * 128 / chip.rate(128, backward=False, is_causal=False)
