@@ -198,10 +198,14 @@ def test_matches_the_oracle_without_races(
 
 
 def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Keys of the other slot, which nobody waited for."""
+    """Keys of the next slot, which nobody waited for."""
     products = Compute.products
-    monkeypatch.setattr(Compute, "products", lambda self, slot, **options: products(self, 1 - slot, **options))
-    case = Case(blocks=1, block_length=512)
+
+    def of_the_next(self: Compute, slot: Any, **options: Any) -> Any:
+        return products(self, jax.lax.rem(slot + 1, self.static.tiles.stages), **options)
+
+    monkeypatch.setattr(Compute, "products", of_the_next)
+    case = Case(blocks=1, block_length=1024)  # twice as many tiles as slots
     head_major = [jnp.swapaxes(jnp.asarray(x), 1, 2) for x in draw(case)[:3]]
     said = ""
     try:
