@@ -8,10 +8,15 @@ from typing import Any
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_inspect_gpu import needs_cuda
 
 import ringjax
+from ringjax.inspect.gpus import Hosts, target_config
+from ringjax.inspect.topology import parse_topology
 
 LENGTH, HEADS, SIZE = 2048, 4, 16
 
@@ -63,3 +68,37 @@ def test_memory_is_a_few_shards(backward: bool) -> None:
     # Backward also: dout, dq, dk, dv, and two pairs of travelling sums. A gathered K and V would add 16 in float32.
     shard = LENGTH // 8 * HEADS * SIZE * 4
     assert footprint("full", 8, backward) <= (27 if backward else 14) * shard
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("implementation", "backward", "kept"),
+    [("pallas_gpu", True, 1), ("pallas_gpu", False, 0), ("xla", True, 3), ("xla", False, 0)],
+)
+def test_layers_do_not_hold_the_sums_of_others(implementation: str, backward: bool, kept: int) -> None:
+    """Temporary memory of a model whose layers are written one after another, by the account of XLA for GPUs.
+
+    ``kept``: arrays of bfloat16 of each layer that its gradient needs: its input, and of the XLA kernel a float32
+    output besides.
+    """
+    chips = parse_topology("h200:8")
+    assert isinstance(chips, Hosts)
+    described = topologies.get_topology_desc(
+        platform="cuda", target_config=target_config(chips.gpu), topology=chips.shape
+    )
+    mesh = Mesh(np.array(described.devices[:1]), ("sp",))
+    config = ringjax.RingConfig(implementation=implementation)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16, sharding=sharding)
+
+    def temporary(layers: int) -> int:
+        def model(x: jax.Array) -> jax.Array:
+            for _ in range(layers):
+                x = ringjax.ring_attention(x, x, x, is_causal=True, mesh=mesh, config=config)
+            return x
+
+        run = (lambda x, dout: jax.vjp(model, x)[1](dout)) if backward else (lambda x, dout: model(x) + dout)
+        return jax.jit(run).lower(x, x).compile().memory_analysis().temp_size_in_bytes
+
+    a_layer = (temporary(6) - temporary(2)) / 4
+    assert a_layer / (2 * x.size) < kept + 0.1

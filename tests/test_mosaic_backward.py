@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -114,6 +116,22 @@ def test_lowers(mask: str, options: dict[str, Any], deterministic: bool) -> None
     results = jax.eval_shape(last, *args)
     wanted = [(x.shape, jnp.float32) for x in (block.q, block.k, block.v)]
     assert [(x.shape, x.dtype) for x in results] == wanted
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_zeros_are_made_when_the_gradient_has_come(size: int, deterministic: bool) -> None:
+    """Not for all layers at once, or once for all: of each layer they depend on its dout."""
+    params = KernelParams(scale=0.1, deterministic=deterministic, dkv_final=True)
+    text = lower(program("causal", params), (*shapes(size, size, lengths=(32768, 640)), None))
+    constants = set(re.findall(r"(%\S+) = stablehlo.constant", text))
+    filled = re.findall(
+        r"stablehlo.broadcast_in_dim (%[^,]+), dims = \[\] : \(tensor<f32>\) -> tensor<(\S+)xf32>", text
+    )
+    sizes = {32768 * 4 * size, 640 * 2 * size}
+    numbers = [number for number, shape in filled if math.prod(map(int, shape.split("x"))) in sizes]
+    assert len(numbers) == 3 and not constants & set(numbers), "dq, and as long programs come in parts dk and dv"
+    assert len(set(numbers)) == 3, "XLA makes one array of one number"
 
 
 @pytest.mark.parametrize("lengths", [(256, 256), (32768, 512)], ids=["whole", "in parts"])

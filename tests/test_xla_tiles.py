@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import cases
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from ringjax.kernels import xla
-from ringjax.kernels.base import Block, KernelParams
+from ringjax.kernels.base import Block, KernelParams, Upstream
 from ringjax.mask import Mask, Tokens
 
 GPU = "NVIDIA H100 80GB HBM3"
@@ -81,3 +82,23 @@ def test_rows_of_several_masks_are_worked_on_one_by_one() -> None:
     given = block(8, 32, 8, (4096, 4096), jnp.arange(8, dtype=jnp.int32))
     found = xla._tiling(given, KernelParams(1.0, device_kind=GPU))
     assert (found.rows, found.heads) == (1, 8)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_sums_start_from_zeros_that_are_made_in_their_layer(backward: bool) -> None:
+    """They depend on its queries or its dout: otherwise XLA for GPUs makes those of all layers at once."""
+    given, params = block(2, 4, 4, (300, 300)), KernelParams(0.125, device_kind=GPU)
+    if backward:
+        rows = jax.ShapeDtypeStruct(given.q.shape[:3], jnp.float32)
+        upstream = Upstream(dout=given.q, lse=rows, delta=rows)
+        run = lambda arrays, upstream: xla.backward(  # noqa: E731
+            given._replace(q=arrays[0], k=arrays[1], v=arrays[2]), upstream, params, None, finish=True
+        )
+        text = jax.jit(run).lower(given[:3], upstream).as_text()
+    else:
+        run = lambda *arrays: xla.forward(Block(*arrays, given.mask), params, None, finish=True)  # noqa: E731
+        text = jax.jit(run).lower(*given[:3]).as_text()
+    text, *_ = text.split("stablehlo.while")
+    constants = set(re.findall(r"(%\S+) = stablehlo.constant", text))
+    filled = re.findall(r"broadcast_in_dim (%[^,]+), dims = \[\] : \(tensor<f32>\) -> tensor<2x4x\d+x64xf32>", text)
+    assert len(filled) == len(set(filled)) == (3 if backward else 1) and not constants & set(filled)

@@ -24,6 +24,7 @@ from ..partial import NO_LOGIT, Partial, close, identity, wide
 from .base import Block, Finished, Gradients, KernelParams, Upstream
 from .softmax import Normaliser, factor, normaliser, scores, slope, to_save, weights
 from .visits import Visits, nth_in_range, plan_visits
+from .zeros import zeros_after
 
 TOKEN_MAJOR = False  # see ringjax.kernels.base.Kernel
 # 256 x 256 float32 logits (256 KiB) stay in a core's cache, and fewer PARTIAL tiles than with larger ones; see
@@ -85,6 +86,8 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
     tiles = _tiling(block, params)
     if carry is None:
         nothing = identity(q.shape[:3], v.shape[3], dtype)
+        (acc,), q = zeros_after((nothing.acc.shape,), q, dtype)
+        nothing = nothing._replace(acc=acc)
         carry = Partial(*(vary_like(x, q, k, v, *jax.tree.leaves(mask)) for x in nothing))
     visits = plan_visits(mask, length, k.shape[2], tiles.block_q, tiles.block_kv, rows="queries")
     tile_mask = _tile_mask(block, tiles)
@@ -134,14 +137,13 @@ def backward(
     tiles = _tiling(block, params)
     visits = plan_visits(mask, q_length, k_length, tiles.block_q, tiles.block_kv, rows="keys")
     tile_mask = _tile_mask(block, tiles)
-    if carry is None:
-        carry = vary_like(jnp.zeros(q.shape, dtype), *references)
     by = normaliser(upstream.lse, upstream.saved, params)
-    q, dout, delta, dq, by = jax.tree.map(
-        lambda x: _grouped(_pad(x, tiles.block_q), tiles), (q, upstream.dout, upstream.delta, carry, by)
-    )
     k, v = _pad(k, tiles.block_kv), _pad(v, tiles.block_kv)
-    dk, dv = (vary_like(jnp.zeros(x.shape, dtype), *references) for x in (k, v))
+    (dq, dk, dv), dout = zeros_after((q.shape, k.shape, v.shape), upstream.dout, dtype)
+    carry, dk, dv = (vary_like(x, *references) for x in (dq if carry is None else carry, dk, dv))
+    q, dout, delta, dq, by = jax.tree.map(
+        lambda x: _grouped(_pad(x, tiles.block_q), tiles), (q, dout, upstream.delta, carry, by)
+    )
 
     def row(index: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         b, head, j = tiles.at(index, tiles.num_kv)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from ..._compat import shape_like, vary_like
 from ...mask import Mask
 from ..base import Block, Gradients, KernelParams, Upstream
+from ..zeros import zeros_after
 from . import backward_common as gpu
 from . import backward_keys, backward_long, backward_queries
 from .backward_common import BLOCK_KV, Inputs, Static
@@ -37,14 +38,14 @@ def backward(
     size = max(head_size(q_size), head_size(v_size))
     rows = gpu.rows_of(upstream.lse, upstream.delta, params.scale, -(-q_length // BLOCK_Q) * BLOCK_Q)
     q, k, v, dout = (token_major(x, size) for x in (q, k, v, upstream.dout))
-    x = Inputs(q=q, k=k, v=v, dout=dout, rows=rows, mask=MaskArrays())
     # Between hops dq stays as the kernels want it: padded, and token-major or in parts.
     in_parts = size > 128 and not params.deterministic
     dq = carry
     if dq is None:
         of_parts = backward_long.dq_shape(q.shape[0], q.shape[2], q_length, size)
-        dq = jnp.zeros(of_parts if in_parts else q.shape, jnp.float32)
+        (dq,), dout = zeros_after((of_parts if in_parts else q.shape,), dout)
     dq = vary_like(dq, q, k, v, dout, *jax.tree.leaves(mask))
+    x = Inputs(q=q, k=k, v=v, dout=dout, rows=rows, mask=MaskArrays())
     dk, dv = (shape_like(t.shape, t.dtype if params.dkv_final else jnp.float32, t) for t in (k, v))
 
     plan = functools.partial(_plan, x, mask, params, (q_length, k_length))

@@ -14,10 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..._compat import gpu_kernel, gpu_load, vary_like
+from ..._compat import gpu_kernel, gpu_load
 from ...mask import Mask, Rule
 from ...partial import NO_LOGIT
 from ..base import KernelParams
+from ..zeros import zeros_after
 from . import common, ptx
 from .common import COLUMNS, LOG2_E, MaskArrays, batch_row, column_matrix, is_finite
 from .tiles import MULTIPROCESSORS, WARPGROUP_ROWS, WARPGROUP_THREADS, heads_together
@@ -268,9 +269,8 @@ def run_over_keys(
 
     summed = () if dq is None else (dq,)
     if parts > 1:
-        # Not before all else is there: they would take memory for as long.
-        zero, summed, leaves = jax.lax.optimization_barrier((jnp.float32(0), summed, leaves))
-        summed += tuple(vary_like(jnp.full(t.shape, zero), *leaves) for t in (dk, dv))
+        sums, (summed, leaves) = zeros_after((dk.shape, dv.shape), (summed, leaves))
+        summed += tuple(sums)
     added, written = gpu_kernel(
         body,
         leaves,
