@@ -86,7 +86,7 @@ def forward(block: Block, params: KernelParams, carry: Partial | None, *, finish
     tiles = _tiling(block, params)
     if carry is None:
         nothing = identity(q.shape[:3], v.shape[3], dtype)
-        (acc,), q = zeros_after((nothing.acc.shape,), q, dtype)
+        (acc,), (q, k, v) = zeros_after((nothing.acc.shape,), (q, k, v), dtype)
         nothing = nothing._replace(acc=acc)
         carry = Partial(*(vary_like(x, q, k, v, *jax.tree.leaves(mask)) for x in nothing))
     visits = plan_visits(mask, length, k.shape[2], tiles.block_q, tiles.block_kv, rows="queries")
@@ -139,7 +139,7 @@ def backward(
     tile_mask = _tile_mask(block, tiles)
     by = normaliser(upstream.lse, upstream.saved, params)
     k, v = _pad(k, tiles.block_kv), _pad(v, tiles.block_kv)
-    (dq, dk, dv), dout = zeros_after((q.shape, k.shape, v.shape), upstream.dout, dtype)
+    (dq, dk, dv), (q, k, v, dout) = zeros_after((q.shape, k.shape, v.shape), (q, k, v, upstream.dout), dtype)
     carry, dk, dv = (vary_like(x, *references) for x in (dq if carry is None else carry, dk, dv))
     q, dout, delta, dq, by = jax.tree.map(
         lambda x: _grouped(_pad(x, tiles.block_q), tiles), (q, dout, upstream.delta, carry, by)
