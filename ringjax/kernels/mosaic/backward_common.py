@@ -205,9 +205,7 @@ def parts_of(mask: Mask, programs: int, queries: int, block_q: int, group: int, 
       block_q: of a tile of them.
       group: query heads that pass by.
     """
-    if mask.left is not None and mask.right is not None:
-        queries = min(queries, mask.left + mask.right + BLOCK_KV)
-    tiles = -(-queries // block_q) * group
+    tiles = -(-common.reach(mask, queries, BLOCK_KV) // block_q) * group
     parts = math.isqrt(MULTIPROCESSORS * tiles // (2 * programs)) // (2 if mask.has_vectors else 1)
     parts = max(1, min(parts, tiles // _PART))
     return min(parts, 2) if deterministic else parts

@@ -111,6 +111,13 @@ def prepare_mask(
     return rule, arrays._replace(queries=queries, keys=keys, numbers=numbers)
 
 
+def reach(mask: Mask, length: int, block: int) -> int:
+    """How many of ``length`` tokens a tile of ``block`` of the others can visit: a window bounds them on both sides."""
+    if mask.left is None or mask.right is None:
+        return length
+    return min(length, mask.left + mask.right + block)
+
+
 # ------------------------------------------------------------------------------------------ the mask, inside a kernel
 
 

@@ -158,9 +158,8 @@ def _order_of_work(
     group = heads // kv_heads
     if rows.counts is None:
         return False, tiles.group_heads or group
-    visits = num_kv
-    if mask.left is not None and mask.right is not None:
-        visits = min(visits, (mask.left + mask.right + tiles.block_q) // tiles.block_kv + 2)
+    of_keys = num_kv * tiles.block_kv
+    visits = min(num_kv, pl.cdiv(common.reach(mask, of_keys, tiles.block_q), tiles.block_kv) + 1)  # seldom aligned
     # A counter costs XLA a kernel more, some 10 us, and brings a few percent.
     draws = batch * heads * num_q * visits >= ENOUGH_TILES * num_blocks
     together = batch * kv_heads
