@@ -163,9 +163,18 @@ def test_lowers_under_vmap(lengths: tuple[int, int]) -> None:
 def test_programs_are_neither_long_nor_short(
     mask: Mask, kv_heads: int, queries: int, block_q: int, group: int, parts: int
 ) -> None:
-    of = functools.partial(backward_common.parts_of, mask, kv_heads * -(-queries // 128), queries, block_q, group)
-    assert of(deterministic=False) == parts
-    assert of(deterministic=True) == min(parts, 2)
+    of = functools.partial(backward_common.parts_of, mask, kv_heads, -(-queries // 128), queries, block_q, group)
+    for final in (False, True):
+        assert of(final=final, deterministic=False) == parts
+        assert of(final=final, deterministic=True) == min(parts, 2)
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(131072, 1), (65536, 4)])
+def test_the_last_programs_of_many_documents_are_short(tokens: int, parts: int) -> None:
+    """They start longest first: a second part of each would only cost sums in memory."""
+    mask = Mask(queries=Tokens(segments=jnp.zeros((1, tokens), jnp.int32)))
+    of = functools.partial(backward_common.parts_of, mask, 8, tokens // 128, tokens, 64, 4, deterministic=False)
+    assert (of(final=True), of(final=False)) == (parts, 4)
 
 
 @pytest.mark.parametrize(

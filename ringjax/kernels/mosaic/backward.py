@@ -69,8 +69,9 @@ def _plan(
     group, parts = 1, 1
     if rows == "keys":
         group = x.q.shape[2] // x.k.shape[2]
-        programs = x.k.shape[0] * x.k.shape[2] * -(-lengths[1] // block_kv)
-        parts = gpu.parts_of(mask, programs, lengths[0], block_q, group, deterministic=params.deterministic)
+        heads, tiles = x.k.shape[0] * x.k.shape[2], -(-lengths[1] // block_kv)
+        how = {"final": params.dkv_final, "deterministic": params.deterministic}
+        parts = gpu.parts_of(mask, heads, tiles, lengths[0], block_q, group, **how)
     rule, arrays = prepare_mask(mask, lengths, (block_q, block_kv), rows=rows, parts=parts)
     size = x.q.shape[3]
     static = Static(

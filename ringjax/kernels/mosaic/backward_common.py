@@ -35,6 +35,7 @@ GRID_NAMES = ("batch", "heads", "program")
 
 _ENOUGH = 3 * MULTIPROCESSORS // 2  # programs of heads side by side
 _PART = 256  # tiles of queries that a part has at least
+_SHORT_LAST = 7 * MULTIPROCESSORS  # programs of a head, longest first, of which the last are short
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
@@ -189,24 +190,31 @@ def visit(
     return state
 
 
-def parts_of(mask: Mask, programs: int, queries: int, block_q: int, group: int, *, deterministic: bool) -> int:
+def parts_of(
+    mask: Mask, heads: int, rows: int, queries: int, block_q: int, group: int, *, final: bool, deterministic: bool
+) -> int:
     """In how many parts to visit the queries that attend to a tile of keys, each part by a program of its own.
 
     At the end of a call multiprocessors wait for the last programs, half of one on average: none should be long. But
     each part adds its dk and dv to sums in memory. If that takes as long as one tile of queries, the time is least for
     the root of half of a program's tiles over the programs of a multiprocessor (docs/optimisation-log.md). Documents
-    leave most parts empty, so there are half as many. Sums of two are the same in either order; of more, the last bits
-    depend on it.
+    leave most parts empty, so there are half as many, and their programs start longest first: where there are many,
+    the last are short, and one part needs no sums in memory. Sums of two are the same in either order; of more, the
+    last bits depend on it.
 
     Args:
       mask: of the block.
-      programs: how many there are of one part.
+      heads: K/V heads of all batch rows.
+      rows: tiles of keys of a head, each the program of a part.
       queries: of the shard.
       block_q: of a tile of them.
       group: query heads that pass by.
+      final: nothing else is added to dk and dv.
     """
+    if mask.has_vectors and final and rows >= _SHORT_LAST:
+        return 1
     tiles = -(-common.reach(mask, queries, BLOCK_KV) // block_q) * group
-    parts = math.isqrt(MULTIPROCESSORS * tiles // (2 * programs)) // (2 if mask.has_vectors else 1)
+    parts = math.isqrt(MULTIPROCESSORS * tiles // (2 * heads * rows)) // (2 if mask.has_vectors else 1)
     parts = max(1, min(parts, tiles // _PART))
     return min(parts, 2) if deterministic else parts
 
