@@ -34,6 +34,10 @@ from .layout import Layout, Striped, as_layout
 from .local import Call, hops_per_iteration, refuse_interpreter
 from .sharded import AxisNames, find_mesh, reshard, target_of
 
+# A device's slots are a multiple of it: Hopper's copy engine moves boxes of 8 tokens, and of a cache with other slots
+# its kernel would copy all for every token. The other layouts have the slots of the prompts that they are filled with.
+_SLOTS = 8
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -85,7 +89,8 @@ class KVCache:
         """A cache without tokens.
 
         Args:
-          batch_size, capacity, num_kv_heads, head_dim: B, S, K, H. The capacity is rounded up to the layout's unit.
+          batch_size, capacity, num_kv_heads, head_dim: B, S, K, H. The capacity is rounded up to the layout's unit;
+            "striped", to a multiple of 8 slots per device.
           value_head_dim: Hv; default H.
           dtype: of keys and values.
           layout: "striped", "contiguous", "zigzag" or a Layout object.
@@ -112,7 +117,7 @@ class KVCache:
             raise ValueError(f"num_shards must be {on_mesh}, the size of {axis_name!r}. Got {num_shards}.")
         left, _ = check_window(local_window_size, True)
         wanted = capacity if left is None else min(capacity, left + max_new_tokens)
-        unit = layout.unit(shards)
+        unit = layout.unit(shards) * (_SLOTS if isinstance(layout, Striped) else 1)
         slots = -(-wanted // unit) * unit
         shape = (batch_size, slots, num_kv_heads)
         dtype = jnp.dtype(dtype)

@@ -150,7 +150,7 @@ def test_a_window_keeps_only_what_it_needs(shards: int, layout: str):
     make = dict(value_head_dim=3, dtype=jnp.float32, layout=layout, mesh=mesh)
     whole = KVCache.empty(2, CAPACITY, 2, 4, **make)
     rolls = KVCache.empty(2, CAPACITY, 2, 4, local_window_size=6, max_new_tokens=3, **make)
-    assert rolls.rolls and rolls.capacity <= 9 + shards
+    assert rolls.rolls and rolls.capacity < 9 + 8 * shards
     options: dict[str, Any] = {"mesh": mesh, "local_window_size": 6}
     step = jax.jit(
         lambda cache, query, *new: (c := cache.append(*new, mesh=mesh), cached_attention(query, c, **options))
@@ -165,15 +165,25 @@ def test_a_window_keeps_only_what_it_needs(shards: int, layout: str):
 
 
 def test_a_row_beyond_the_capacity_shows_it():
-    cache = KVCache.empty(2, 4, 2, 4, dtype=jnp.float32, num_shards=2)
+    cache = KVCache.empty(2, 15, 2, 4, dtype=jnp.float32, num_shards=2)
     mesh = cases.mesh_of(2)
-    key, _ = tokens(2, 4)
+    key, _ = tokens(2, 16)
     grow = jax.jit(lambda cache, key, counts: cache.append(key, key, counts=counts, mesh=mesh))
-    full = grow(grow(cache, key, np.array([4, 2])), key, np.array([1, 1]))
+    full = grow(grow(cache, key, np.array([16, 2])), key, np.array([1, 1]))
     out = cached_attention(np.ones((2, 1, 4, 4), np.float32), full, mesh=mesh)
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
-    with pytest.raises(ValueError, match="key: every row must have room, of a capacity of 4. Got 4 tokens"):
-        grow(cache, key, np.array([4, 2])).append(key[:, :1], key[:, :1], mesh=mesh)
+    with pytest.raises(ValueError, match="key: every row must have room, of a capacity of 16. Got 16 tokens"):
+        grow(cache, key, np.array([16, 2])).append(key[:, :1], key[:, :1], mesh=mesh)
+
+
+@pytest.mark.parametrize(("shards", "capacity"), [(1, 1), (2, 131_107), (3, 40)])
+def test_no_device_has_slots_that_kernels_would_copy_for(shards: int, capacity: int):
+    """Decoding reads the cache where it lies: for Hopper, in boxes of 8 tokens."""
+    empty = lambda **how: jax.eval_shape(lambda: KVCache.empty(1, capacity, 1, 128, num_shards=shards, **how))  # noqa: E731
+    for cache in (empty(), empty(local_window_size=11, max_new_tokens=4)):
+        assert cache.capacity % (8 * shards) == 0
+    assert capacity <= empty().capacity < capacity + 8 * shards
+    assert empty(layout="contiguous").capacity < capacity + shards, "as long as the prompts that fill it"
 
 
 # -------------------------------------------------------------------------------------------------------- what is sent
@@ -336,8 +346,8 @@ WRONG: dict[str, tuple[Any, str]] = {
         "takes prompts of 16 tokens, its slots. Got 8",
     ),
     "a window that is not kept": (
-        lambda: cached_attention(QUERY, small(local_window_size=3), local_window_size=9, mesh=cases.mesh_of(2)),
-        "local_window_size: a cache that rolls must have slots .* Got 4 slots, local_window_size=9",
+        lambda: cached_attention(QUERY, small(local_window_size=3), local_window_size=16, mesh=cases.mesh_of(2)),
+        "local_window_size: a cache that rolls must have slots .* Got 16 slots, local_window_size=16",
     ),
     "merge outside": (
         lambda: ringjax.merge_over_axis(np.ones((2, 3)), np.ones(2), "sp"), "axis_name must be an axis of the shard_map"

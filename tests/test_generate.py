@@ -158,6 +158,17 @@ def test_a_token_copies_no_cache():
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < 2.5 * layer
 
 
+def test_a_layer_of_a_prompt_waits_until_the_one_before_has_written():
+    """XLA for GPUs would write all caches at the end, and keep every layer's keys and values for it."""
+    decoder = make(natural(change(num_layers=4)))
+    cache = jax.eval_shape(lambda: decoder.empty_cache(2, 64, scan_layers=False))
+    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    text = jax.jit(lambda *of: of[0].prefill(*of[1:])).lower(decoder, tokens, cache).as_text()
+    barriers = [line for line in text.splitlines() if "stablehlo.optimization_barrier" in line]
+    held = "x".join(map(str, cache.layers[0].key.shape))
+    assert sum(line.count(f"tensor<{held}x") >= 2 and "tensor<2x32x" in line for line in barriers) == 4
+
+
 def test_drawing():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 400))
     positions = jnp.arange(400, dtype=jnp.int32)
@@ -182,11 +193,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "top_p": (lambda d: Sampling(top_p=0.0), "top_p must be a number above 0 and at most 1. Got 0.0"),
     "seed": (lambda d: Sampling(seed=-1), "seed must be an integer"),
     "a full cache": (
-        lambda d: d.decode(np.ones((1, 5), np.int32), d.empty_cache(1, 4, max_new_tokens=5)),
-        "tokens: a row must fit the cache's capacity of 4. Got 5",
+        lambda d: d.decode(np.ones((1, 9), np.int32), d.empty_cache(1, 4, max_new_tokens=9)),
+        "tokens: a row must fit the cache's capacity of 8. Got 9",
     ),
     "a long prompt": (
-        lambda d: d.prefill(np.ones((1, 5), np.int32), d.empty_cache(1, 4)), "tokens: a row must fit .* of 4. Got 5"
+        lambda d: d.prefill(np.ones((1, 9), np.int32), d.empty_cache(1, 4)), "tokens: a row must fit .* of 8. Got 9"
     ),
     "rows": (lambda d: d.decode(np.ones((2, 1), np.int32), d.empty_cache(1, 4)), "tokens must have the 1 rows"),
     "no cache": (lambda d: d.decode(np.ones((2, 1), np.int32), {}), "cache must be of empty_cache. Got dict"),
