@@ -35,7 +35,7 @@ def test_command_measures_every_prompt_and_writes_it(tmp_path: Path):
         assert row["first_token_seconds"] > 0 and row["token_seconds"] > 0 and row["reason"] == ""
         room = -(-(row["prompt_tokens"] + 1 + 2 + 3) // 4)  # tokens of one of four devices
         assert row["cache_bytes"] >= 2 * 2 * 2 * room * 2 * 8 * 4, "layers, keys and values, rows, heads, size, bytes"
-        assert row["compile_seconds"] > 0
+        assert row["compile_seconds"] > 0 and row["first_call_seconds"] > 0
     assert "2 x 32 " in result.stdout and "2 x 50 " in result.stdout
     assert result.stdout.index("2 x 32: compiled in ") < result.stdout.index("2 x 50: compiled in ")
 
@@ -53,7 +53,8 @@ def test_it_times_what_generate_does(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(serve, "_timed", recorded)
     row = serve.measure(decoder, REQUEST, 32, print)
-    assert row.reason == "" and len(seen) == 1 + serve._UNTIMED + 3
+    assert row.reason == "" and len(seen) == 2 + serve._UNTIMED + 3
+    assert seen.pop(0).tolist() == seen[0].tolist(), "the prompt is read twice"
     prompts = np.random.default_rng(0).integers(0, 64, (2, 32)).tolist()
     wanted = list(generate(decoder, prompts, max_new_tokens=len(seen), capacity=38))
     assert [step.tolist() for step in seen] == wanted

@@ -1,7 +1,8 @@
 """`ringjax bench serve`: the first token of a long prompt and the tokens after it, by a decoder of random parameters.
 
 Prompts are read into a cache that is sharded over all devices, each prompt in one program, and continued token by
-token. Programs are compiled before anything is timed. Every id goes to the host and back, as where it is streamed.
+token. Programs are compiled before anything is timed, and the prompt is read once before: with the first call memory is
+taken and collectives start. Every id goes to the host and back, as where it is streamed.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Row:
     peak_bytes: int | None  # up to now, see peak_memory
     reason: str = ""  # why it was not measured
     compile_seconds: float | None = None  # of both programs
+    first_call_seconds: float | None = None  # until the first token of the first of two calls
 
     def cells(self) -> tuple[str, ...]:
         """As the table shows them."""
@@ -131,6 +133,8 @@ def _measure(decoder: Decoder, request: Request, prompt_tokens: int, say: Callab
     after = next_token.lower(decoder, ids[:, :1], cache, counts, sampling).compile()
     compiled = time.perf_counter() - start
     say(f"{batch} x {prompt_tokens:,}: compiled in {duration(compiled)}.")
+    token, cache, started = _timed(first, decoder, ids, cache, lengths)
+    say(f"{batch} x {prompt_tokens:,}: the first call took {duration(started)}.")
     token, cache, first_seconds = _timed(first, decoder, ids, cache, lengths)
     took = []
     for _ in range(_UNTIMED + request.new_tokens):
@@ -144,6 +148,7 @@ def _measure(decoder: Decoder, request: Request, prompt_tokens: int, say: Callab
         cache_bytes=cache_bytes,
         peak_bytes=peak_memory()[0],
         compile_seconds=compiled,
+        first_call_seconds=started,
     )
 
 
