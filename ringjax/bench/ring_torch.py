@@ -129,6 +129,9 @@ def _program(
     ring: Any = importlib.import_module("torch.distributed.tensor.experimental._attention")
     context = getattr(parallel, "context_parallel", None) or ring.context_parallel
     ring.set_rotate_method(rotation)
+    options = getattr(ring, "_cp_options", None)
+    if options is not None:  # its zigzag order, which it refuses without a causal mask
+        options.enable_load_balance = work.is_causal
 
     def draw(heads: int) -> Any:
         size = (work.batch, heads, work.length, work.head_size)
