@@ -1,5 +1,6 @@
 """`ringjax bench serve` on simulated devices, small."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typer.testing import CliRunner, Result
 from ringjax.bench import serve
 from ringjax.cli import app
 from ringjax.layers.decoder import Decoder
-from ringjax.mesh import ring_mesh
 from ringjax.models.generation import generate
 
 SIZES = "64,32,4,2,8,64,2"
@@ -30,6 +30,7 @@ def test_command_measures_every_prompt_and_writes_it(tmp_path: Path):
     assert result.exit_code == 0, result.output
     record = json.loads(figures.read_text(encoding="utf-8"))
     assert record["title"].startswith("4 x cpu") and "22,688 random parameters" in record["title"]
+    assert "sequence over 4, heads over 1; " in record["title"]
     assert [row["prompt_tokens"] for row in record["rows"]] == [32, 50]
     for row in record["rows"]:
         assert row["first_token_seconds"] > 0 and row["token_seconds"] > 0 and row["reason"] == ""
@@ -40,9 +41,13 @@ def test_command_measures_every_prompt_and_writes_it(tmp_path: Path):
     assert result.stdout.index("2 x 32: compiled in ") < result.stdout.index("2 x 50: compiled in ")
 
 
-def test_it_times_what_generate_does(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("head_devices", [1, 2])
+def test_it_times_what_generate_does(head_devices: int, monkeypatch: pytest.MonkeyPatch):
     """The same tokens, so the same work: the first of the prompt, and each from those before it."""
-    decoder = Decoder.init_sharded(REQUEST.decoder_config(), mesh=ring_mesh(4, devices=jax.devices()[:4]))
+    request = dataclasses.replace(REQUEST, head_devices=head_devices)
+    mesh = serve.mesh_of(request, jax.devices()[:4])
+    assert dict(mesh.shape) == {"sp": 4 // head_devices, "heads": head_devices}
+    decoder = Decoder.init_sharded(request.decoder_config(), mesh=mesh)
     seen: list[np.ndarray] = []
     timed = serve._timed
 
@@ -52,7 +57,7 @@ def test_it_times_what_generate_does(monkeypatch: pytest.MonkeyPatch):
         return found
 
     monkeypatch.setattr(serve, "_timed", recorded)
-    row = serve.measure(decoder, REQUEST, 32, print)
+    row = serve.measure(decoder, request, 32, print)
     assert row.reason == "" and len(seen) == 2 + serve._UNTIMED + 3
     assert seen.pop(0).tolist() == seen[0].tolist(), "the prompt is read twice"
     prompts = np.random.default_rng(0).integers(0, 64, (2, 32)).tolist()
@@ -83,6 +88,8 @@ def test_a_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch):
         (["--model", "1,2,3"], "layers. Got '1,2,3'."),
         (["--model", "64,32,4,3,8,64,2"], "--model: num_kv_heads must divide num_heads."),
         (["--prompt-length", "0"], "--prompt-length must be at least 1. Got 0."),
+        (["--head-devices", "4"], "--head-devices must divide the 2 key/value heads. Got 4."),
+        (["--head-devices", "2", "--devices", "3"], "--head-devices must divide the 3 devices. Got 2."),
         (["--new-tokens", "0"], "--new-tokens must be at least 1. Got 0."),
         (["--batch-size", "0"], "--batch-size must be at least 1. Got 0."),
         (["--json", "absent/x.json"], "--json must be a file in a directory that exists."),

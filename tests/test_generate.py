@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,20 @@ def test_a_token_copies_no_cache():
     layer = cache.layers[0].key.size * 4
     assert large.alias_size_in_bytes >= 2 * config.num_layers * layer
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < 2.5 * layer
+
+
+def test_a_token_does_not_gather_the_table():
+    """Where devices share the vocabulary each looks its own ids up; an id that none has gives NaN in its row alone."""
+    mesh = cube(AxisType.Auto)
+    config = change(num_layers=1, batch_axis_name="data", head_axis_name="tensor", vocab_size=1024)
+    decoder = make(config, mesh)
+    cache = decoder.empty_cache(2, 8)
+    step = jax.jit(lambda decoder, tokens, cache: decoder.decode(tokens, cache)[0])
+    text = step.lower(decoder, np.ones((2, 1), np.int32), cache).compile().as_text()
+    assert not re.findall(r"\[1024,\d+\]\S* all-gather", text)
+    for token in (1024, -1):
+        logits = step(decoder, np.array([[1023], [token]], np.int32), cache)
+        assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
 
 
 def test_a_layer_of_a_prompt_waits_until_the_one_before_has_written():

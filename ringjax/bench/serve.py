@@ -1,8 +1,9 @@
 """`ringjax bench serve`: the first token of a long prompt and the tokens after it, by a decoder of random parameters.
 
-Prompts are read into a cache that is sharded over all devices, each prompt in one program, and continued token by
-token. Programs are compiled before anything is timed, and the prompt is read once before: with the first call memory is
-taken and collectives start. Every id goes to the host and back, as where it is streamed.
+Prompts are read into a cache whose sequence is sharded over some devices and whose heads over the others, each prompt
+in one program, and continued token by token. Programs are compiled before anything is timed, and the prompt is read
+once before: with the first call memory is taken and collectives start. Every id goes to the host and back, as where it
+is streamed.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from ringjax.bench import document
@@ -33,6 +35,7 @@ from ringjax.usage import UsageError, check_at_least_one
 MODELS = {"llama3-8b": (128_256, 4096, 32, 8, 128, 14_336, 32)}
 PROMPTS = (131_072, 1_048_576)
 _FIELDS = ("vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "num_layers")
+_SEQUENCE, _HEADS = "sp", "heads"  # axes of the mesh
 _UNTIMED = 2  # tokens after the first, while whatever starts with the first call starts
 
 
@@ -47,6 +50,7 @@ class Request:
       new_tokens: that are timed, besides the first ones.
       dtype: of parameters, computation and cache.
       devices: how many CPU devices to simulate; None: all that JAX finds.
+      head_devices: how many devices share the heads; it divides the devices, and the others share the sequence.
     """
 
     model: str
@@ -55,12 +59,18 @@ class Request:
     new_tokens: int
     dtype: str
     devices: int | None = None
+    head_devices: int = 1
 
     def __post_init__(self) -> None:
-        check_at_least_one(batch_size=self.batch_size, new_tokens=self.new_tokens, devices=self.devices)
+        sizes = {"batch_size": self.batch_size, "new_tokens": self.new_tokens, "head_devices": self.head_devices}
+        check_at_least_one(devices=self.devices, **sizes)
         for tokens in self.prompts:
             check_at_least_one(prompt_length=tokens)
-        self.decoder_config()
+        config = self.decoder_config()
+        if config.num_kv_heads % self.head_devices:
+            raise UsageError(
+                f"--head-devices must divide the {config.num_kv_heads} key/value heads. Got {self.head_devices}."
+            )
 
     def decoder_config(self) -> DecoderConfig:
         """Of the model; raises UsageError."""
@@ -74,6 +84,7 @@ class Request:
                 f"head, width of the MLP, layers. Got {self.model!r}."
             ) from None
         options = {"dtype": self.dtype, "param_dtype": self.dtype, "layout": "striped", "tie_embeddings": False}
+        options |= {"axis_name": _SEQUENCE, "head_axis_name": _HEADS}
         try:
             return DecoderConfig(**fields, **options)
         except ValueError as error:
@@ -160,14 +171,27 @@ def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, Any, f
     return token, cache, time.perf_counter() - start
 
 
+def mesh_of(request: Request, devices: Sequence[Any]) -> Mesh:
+    """Devices that share the heads are neighbours; raises UsageError."""
+    ring, rest = divmod(len(devices), request.head_devices)
+    if rest:
+        raise UsageError(f"--head-devices must divide the {len(devices)} devices. Got {request.head_devices}.")
+    return ring_mesh((ring, request.head_devices), (_SEQUENCE, _HEADS), ring_axis=_SEQUENCE, devices=devices)
+
+
+def _shared(decoder: Decoder) -> str:
+    assert decoder.mesh is not None
+    return f"sequence over {decoder.mesh.shape[_SEQUENCE]}, heads over {decoder.mesh.shape[_HEADS]}"
+
+
 def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All measurements, as they go to the JSON file; ``say`` and ``keep`` as in :func:`ringjax.bench.ring.run`."""
     devices = jax.devices() if request.devices is None else simulate_cpu_devices(request.devices)
-    decoder = Decoder.init_sharded(request.decoder_config(), mesh=ring_mesh(len(devices), devices=devices))
+    decoder = Decoder.init_sharded(request.decoder_config(), mesh=mesh_of(request, devices))
     parameters = sum(x.size for x in jax.tree.leaves(decoder))
     title = (
         f"{len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}, {request.dtype}: {request.model}, "
-        f"{parameters:,} random parameters, {size(shard_bytes(decoder))} per device; "
+        f"{parameters:,} random parameters, {size(shard_bytes(decoder))} per device; {_shared(decoder)}; "
         f"median of {request.new_tokens} tokens"
     )
     say(title)

@@ -344,6 +344,9 @@ def serve(
     ] = 32,
     dtype: Dtype = DtypeName.bfloat16,
     devices: OptionalDevices = None,
+    head_devices: Annotated[
+        int, typer.Option(parser=integer, metavar="N", help="Devices that share the heads; others share the sequence.")
+    ] = 1,
     json: JsonFile = None,
 ) -> None:
     """Times the first token of long prompts and the tokens after it.
@@ -361,6 +364,7 @@ def serve(
             new_tokens=new_tokens,
             dtype=dtype.value,
             devices=devices,
+            head_devices=head_devices,
         )
         command.main(request, json_file=json)
 

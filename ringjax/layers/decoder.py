@@ -446,9 +446,8 @@ class Decoder(nnx.Module):
 
     def _embedded(self, placement: Placement, tokens: jax.Array) -> jax.Array:
         """The embeddings of tokens, [B, T, E]."""
-        table = placement.gather(self.embedding.arrays()["kernel"], TENSOR, FSDP)
         # Ids outside the vocabulary give NaN, never the row of another token.
-        rows = table.at[checks.as_index(tokens)].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        rows = placement.rows(self.embedding.arrays()["kernel"], checks.as_index(tokens))
         x = rows.astype(self.config.dtype)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale

@@ -179,6 +179,33 @@ class Placement:
         kept: list[Role] = [None if role == FSDP and not self.whole else role for role in roles]
         return self.constrain(kernel, *kept)
 
+    def rows(self, table: jax.Array, index: jax.Array) -> jax.Array:
+        """Rows [B, T, E] of a table [V, E] of roles TENSOR and FSDP; NaN where the index is not in [0, V).
+
+        While decoding each device looks its own rows up, and one sum joins them: XLA would gather the table.
+        """
+        table = self.gather(table, TENSOR, FSDP)
+        take = lambda table, index: table.at[index].get(  # noqa: E731
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+        (entry,) = self.spec(table.shape[:1], TENSOR)
+        if not self.whole or self.count(table.shape[0], TENSOR) == 1:
+            return take(table, index)
+
+        def own(table: jax.Array, index: jax.Array) -> jax.Array:
+            local = index - jax.lax.axis_index(entry) * table.shape[0]
+            there = (local >= 0) & (local < table.shape[0])
+            found = take(table, jnp.where(there, local, 0))
+            return jax.lax.psum(jnp.where(there[..., None], found, jnp.zeros_like(found)), entry)
+
+        mesh = self.told.mesh if jax.sharding.get_abstract_mesh().empty else None
+        found = jax.shard_map(
+            own, mesh=mesh, in_specs=(PartitionSpec(entry), PartitionSpec()), out_specs=PartitionSpec(),
+            axis_names=set(as_axes(entry)),
+        )(table, index)  # fmt: skip
+        known = (index >= 0) & (index < table.shape[0])
+        return jnp.where(known[..., None], found, jnp.asarray(jnp.nan, found.dtype))
+
     def stream(self, x: jax.Array) -> jax.Array:
         """Pins activations [B, T, E]. While decoding the features are dealt, as the kernels' FSDP part is."""
         return self.constrain(x, BATCH, SEQUENCE, FEATURES)
