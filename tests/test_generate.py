@@ -159,10 +159,13 @@ def test_a_token_copies_no_cache():
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < 2.5 * layer
 
 
-def test_a_token_does_not_gather_the_table():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_does_not_gather_the_table(dtype: str):
     """Where devices share the vocabulary each looks its own ids up; an id that none has gives NaN in its row alone."""
     mesh = cube(AxisType.Auto)
-    config = change(num_layers=1, batch_axis_name="data", head_axis_name="tensor", vocab_size=1024)
+    config = change(
+        num_layers=1, batch_axis_name="data", head_axis_name="tensor", vocab_size=1024, dtype=dtype, param_dtype=dtype
+    )
     decoder = make(config, mesh)
     cache = decoder.empty_cache(2, 8)
     step = jax.jit(lambda decoder, tokens, cache: decoder.decode(tokens, cache)[0])

@@ -14,6 +14,7 @@ from ..arguments import check_max_segment_length, check_shared_length
 from ..attention import ring_attention
 from ..cache import KVCache, cached_attention
 from ..layout import Contiguous, Layout, as_layout, ring_positions
+from ..partial import wide
 from ..promises import Promise, hold_against
 from . import checks
 
@@ -196,6 +197,7 @@ class Placement:
             local = index - jax.lax.axis_index(entry) * table.shape[0]
             there = (local >= 0) & (local < table.shape[0])
             found = take(table, jnp.where(there, local, 0))
+            found = found.astype(wide(found.dtype))  # XLA for CPUs cannot sum 16 bits in a part of a mesh
             return jax.lax.psum(jnp.where(there[..., None], found, jnp.zeros_like(found)), entry)
 
         mesh = self.told.mesh if jax.sharding.get_abstract_mesh().empty else None
@@ -204,7 +206,7 @@ class Placement:
             axis_names=set(as_axes(entry)),
         )(table, index)  # fmt: skip
         known = (index >= 0) & (index < table.shape[0])
-        return jnp.where(known[..., None], found, jnp.asarray(jnp.nan, found.dtype))
+        return jnp.where(known[..., None], found, jnp.nan).astype(table.dtype)
 
     def stream(self, x: jax.Array) -> jax.Array:
         """Pins activations [B, T, E]. While decoding the features are dealt, as the kernels' FSDP part is."""
