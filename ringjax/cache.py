@@ -1,7 +1,7 @@
 """Keys and values of what was read and written so far, sharded over the ring, and attention to them.
 
 Decoding with a sharded cache moves no keys: the query is on every rank, each attends to its part of the cache, and one
-maximum and one sum over the ring make one result of theirs.
+maximum and one sum over the ring, or one sum, make one result of theirs.
 """
 
 import dataclasses
@@ -399,7 +399,7 @@ def cached_attention(
     Args:
       query: [B, T, N, H] in the cache's dtype, N a multiple of its K heads. In order and the same on every rank, as in
         decoding: each rank attends to its part of the cache, then one maximum of B T N float32 numbers and one sum of
-        B T N (Hv + 1) merge the results. No key is sent.
+        B T N (Hv + 1) merge the results, or one sum alone as in :func:`ringjax.merge_over_axis`. No key is sent.
       cache: after :meth:`KVCache.append`.
       counts: int [B], the queries m of each row, the first ones; the others are absent. None: all T.
       dealt: the queries are dealt over the ring, in ring order of the cache's layout: a chunk of a long prompt.

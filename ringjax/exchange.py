@@ -5,7 +5,8 @@ home in one reduce-scatter, as wide as they were computed. Exchanging tokens for
 tokens of all and its share of the heads (:class:`HeadExchange`; Jacobs et al. 2023, arXiv:2309.14509).
 
 In decoding each rank attends to its own keys. The results over all keys follow from these and their log-sum-exps, by
-one maximum and one sum over the axis; see :mod:`ringjax.partial`.
+one maximum and one sum over the axis, or if they are few by one sum; see :mod:`ringjax.partial`. Rows of a table that
+is dealt over ranks are looked up where they are.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float
 from ._compat import axis_is_bound, take
 from .deal import Deal
 from .layout import Layout, ring_order
-from .partial import finite_lse, normalise, weigh, wide
+from .partial import combine, finite_lse, normalise, weigh, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +230,9 @@ def merge_over_axis(
     .. math::  lse = \log \sum_r \exp(lse_r), \quad out = \sum_r \exp(lse_r - lse) \, out_r
 
     Differentiable in both. Rows that attend to nothing on any rank (all lse -inf) give 0 and -inf, with zero gradients.
-    One maximum of b float32 numbers and one sum of b (H + 1) go over the axis. The result is the same on every rank,
-    and so typed under ``check_vma``.
+    One maximum of b float32 numbers and one sum of b (H + 1) go over the axis; or, if all ranks have at most 131,072 of
+    these together, one sum with a place for each rank's. The result is the same on every rank, and so typed under
+    ``check_vma``.
 
     Args:
       out, lse: [..., H] and [...] of this rank, as ``ring_attention(..., return_residual=True)`` returns.
@@ -250,6 +252,10 @@ def merge_over_axis(
     return merge_ranks(out, lse, axis_name)
 
 
+# Float32 numbers of all ranks that are sent sooner than a second collective starts.
+_FEW = 2**17
+
+
 def merge_ranks(
     out: Array, lse: Array, axis_name: str, *, sinks: Array | None = None, scatter: bool = False
 ) -> tuple[Array, Array]:
@@ -259,9 +265,17 @@ def merge_ranks(
     """
     dtype = wide(lse.dtype)
     lse = lse.astype(dtype)
-    top = jax.lax.pmax(finite_lse(lse), axis_name)
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks.astype(dtype).reshape((1,) * (lse.ndim - 1) + (-1,)), lse.shape)
+    ranks = jax.lax.axis_size(axis_name)
+    if not scatter and ranks * (out.size + lse.size) <= _FEW:
+        both = jnp.concatenate([out.astype(dtype), lse[..., None]], axis=-1)
+        here = jnp.arange(ranks).reshape(-1, *(1,) * both.ndim) == jax.lax.axis_index(axis_name)
+        every = jax.lax.psum(jnp.where(here, both[None], 0), axis_name)
+        merged, lse = combine(every[..., :-1], every[..., -1], sinks)
+        return merged.astype(out.dtype), lse
+    top = jax.lax.pmax(finite_lse(lse), axis_name)
+    if sinks is not None:
         top = jnp.maximum(top, jax.lax.stop_gradient(sinks))
     weighed, weight = weigh(out, lse, top)
     both = jnp.concatenate([weighed, weight[..., None]], axis=-1)
@@ -276,6 +290,19 @@ def merge_ranks(
         total = total + jnp.exp(sinks[:, : top.shape[1]] - top)  # the same for all tokens
     merged, lse = normalise(acc, total, top)
     return merged.astype(out.dtype), lse
+
+
+def look_up_rows(table: Array, index: Array, *, axis_name: str | tuple[str, ...]) -> Array:
+    """Rows of a table [V, ...] whose rows lie on the ranks of an axis one after another; of no row: 0.
+
+    Each rank looks up those that it has, and one sum joins them; the table stays where it is.
+    """
+    local = index - jax.lax.axis_index(axis_name) * table.shape[0]
+    here = (local >= 0) & (local < table.shape[0])
+    found = table[jnp.where(here, local, 0)]
+    found = jnp.where(here[..., None], found, jnp.zeros_like(found))
+    # Of 16 bits XLA for CPUs makes no sum in a part of a mesh.
+    return jax.lax.psum(found.astype(wide(found.dtype)), axis_name).astype(table.dtype)
 
 
 def gather_tokens(tree: Any, axis_name: str, layout: Layout) -> Any:

@@ -18,6 +18,8 @@ from test_decoder import V, change, cube, make, ring_mesh
 from test_models_gguf import smol_that_reads
 
 from ringjax import models
+from ringjax.kernels.choose import Target
+from ringjax.layers import placement
 from ringjax.models import generation
 from ringjax.models.generation import Sampling, Stats, draw, generate
 from ringjax.nnx import DynamicScaling, LayerKind
@@ -174,6 +176,25 @@ def test_a_token_does_not_gather_the_table(dtype: str):
     for token in (1024, -1):
         logits = step(decoder, np.array([[1023], [token]], np.int32), cache)
         assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_row_is_multiplied_as_two_on_gpus(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """XLA for GPUs would write the products of one row to memory, and sum them in another kernel."""
+    decoder = make(natural(change(num_layers=1)))
+    tokens = np.arange(rows, dtype=np.int32)[:, None] + 3
+
+    def logits() -> tuple[Any, str]:
+        cache = decoder.empty_cache(rows, 8, scan_layers=False)
+        step = jax.jit(lambda decoder, tokens, cache: decoder.decode(tokens, cache)[0])
+        return step(decoder, tokens, cache), step.lower(decoder, tokens, cache).as_text()
+
+    want, _ = logits()
+    monkeypatch.setattr(placement, "target_of", lambda mesh: Target(platform="gpu", device_kind="", capability=None))
+    got, text = logits()
+    np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-6)
+    products = re.findall(r"contracting_dims = (?:\[2\] x \[0\]|\[3, 2\] x \[1, 0\]),.*\(tensor<(\d)x(\d)x", text)
+    assert len(products) == 7 and set(products) == ({("1", "2")} if rows == 1 else {("2", "1")})
 
 
 def test_a_layer_of_a_prompt_waits_until_the_one_before_has_written():

@@ -297,7 +297,7 @@ def _project_in(
 
     def project(name: str) -> jax.Array:
         kernel = placement.gather(weights[name]["kernel"].astype(dtype), FSDP, TENSOR, None)
-        y = placement.constrain(jnp.einsum("bte,enh->btnh", x, kernel), BATCH, SEQUENCE, TENSOR, None)
+        y = placement.constrain(placement.product("bte,enh->btnh", x, kernel), BATCH, SEQUENCE, TENSOR, None)
         return y + _spread(weights[name]["bias"].astype(dtype), 4) if "bias" in weights[name] else y
 
     query, key, value = project("query"), project("key"), project("value")
@@ -313,7 +313,7 @@ def _project_out(weights: LayerArrays, attended: jax.Array, placement: Placement
     dtype = attended.dtype
     attended = placement.constrain(attended, BATCH, SEQUENCE, TENSOR, None)
     kernel = placement.gather(weights["out"]["kernel"].astype(dtype), TENSOR, None, FSDP)
-    out = placement.stream(jnp.einsum("btnh,nhe->bte", attended, kernel))
+    out = placement.stream(placement.product("btnh,nhe->bte", attended, kernel))
     return out + _spread(weights["out"]["bias"].astype(dtype), 3) if "bias" in weights["out"] else out
 
 

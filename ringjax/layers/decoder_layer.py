@@ -120,7 +120,7 @@ class DecoderLayer(nnx.Module):
 
         def project(x: jax.Array, part: Weights, *roles: Role) -> jax.Array:
             arrays = part.arrays()
-            y = x @ placement.gather(arrays["kernel"].astype(x.dtype), *roles)
+            y = placement.product("btf,fg->btg", x, placement.gather(arrays["kernel"].astype(x.dtype), *roles))
             return y + arrays["bias"].astype(x.dtype)[None, None] if "bias" in arrays else y
 
         def norm(x: jax.Array, name: str) -> jax.Array:

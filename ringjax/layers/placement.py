@@ -1,6 +1,7 @@
 """Where a layer runs: in shard_map, on a mesh, or on one device. Shardings and positions follow from it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
@@ -13,9 +14,10 @@ from .._compat import axis_is_bound
 from ..arguments import check_max_segment_length, check_shared_length
 from ..attention import ring_attention
 from ..cache import KVCache, cached_attention
+from ..exchange import look_up_rows
 from ..layout import Contiguous, Layout, as_layout, ring_positions
-from ..partial import wide
 from ..promises import Promise, hold_against
+from ..sharded import target_of
 from . import checks
 
 AxisNames = str | tuple[str, ...] | None
@@ -29,6 +31,9 @@ SEQUENCE: Final = "sequence"
 TENSOR: Final = "tensor"
 FSDP: Final = "fsdp"
 FEATURES: Final = "features"
+
+# Numbers of a device's kernel below which XLA's simplifier for GPUs takes a product with one row apart.
+_SMALL = 10_000_000
 
 
 def as_axes(names: AxisNames) -> tuple[str, ...]:
@@ -180,6 +185,19 @@ class Placement:
         kept: list[Role] = [None if role == FSDP and not self.whole else role for role in roles]
         return self.constrain(kernel, *kept)
 
+    def product(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """einsum of activations [B, T, ...] and a kernel.
+
+        Of one row and a small kernel XLA for GPUs makes no product of matrices, but products that it writes to memory
+        and sums of them. A second row, of zeros, prevents it.
+        """
+        alone = self.whole and x.shape[0] * x.shape[1] == 1 and kernel.size < _SMALL * math.prod(self.sizes.values())
+        alone = alone and target_of(self.told.mesh).platform == "gpu"
+        if alone:
+            x = jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
+        y = jnp.einsum(equation, x, kernel)
+        return y[:, :1] if alone else y
+
     def rows(self, table: jax.Array, index: jax.Array) -> jax.Array:
         """Rows [B, T, E] of a table [V, E] of roles TENSOR and FSDP; NaN where the index is not in [0, V).
 
@@ -193,20 +211,14 @@ class Placement:
         if not self.whole or self.count(table.shape[0], TENSOR) == 1:
             return take(table, index)
 
-        def own(table: jax.Array, index: jax.Array) -> jax.Array:
-            local = index - jax.lax.axis_index(entry) * table.shape[0]
-            there = (local >= 0) & (local < table.shape[0])
-            found = take(table, jnp.where(there, local, 0))
-            found = found.astype(wide(found.dtype))  # XLA for CPUs cannot sum 16 bits in a part of a mesh
-            return jax.lax.psum(jnp.where(there[..., None], found, jnp.zeros_like(found)), entry)
-
+        look_up = functools.partial(look_up_rows, axis_name=entry)
         mesh = self.told.mesh if jax.sharding.get_abstract_mesh().empty else None
         found = jax.shard_map(
-            own, mesh=mesh, in_specs=(PartitionSpec(entry), PartitionSpec()), out_specs=PartitionSpec(),
+            look_up, mesh=mesh, in_specs=(PartitionSpec(entry), PartitionSpec()), out_specs=PartitionSpec(),
             axis_names=set(as_axes(entry)),
         )(table, index)  # fmt: skip
         known = (index >= 0) & (index < table.shape[0])
-        return jnp.where(known[..., None], found, jnp.nan).astype(table.dtype)
+        return jnp.where(known[..., None], found, jnp.asarray(jnp.nan, found.dtype))
 
     def stream(self, x: jax.Array) -> jax.Array:
         """Pins activations [B, T, E]. While decoding the features are dealt, as the kernels' FSDP part is."""
