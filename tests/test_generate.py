@@ -161,26 +161,9 @@ def test_a_token_copies_no_cache():
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < 2.5 * layer
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_token_does_not_gather_the_table(dtype: str):
-    """Where devices share the vocabulary each looks its own ids up; an id that none has gives NaN in its row alone."""
-    mesh = cube(AxisType.Auto)
-    config = change(
-        num_layers=1, batch_axis_name="data", head_axis_name="tensor", vocab_size=1024, dtype=dtype, param_dtype=dtype
-    )
-    decoder = make(config, mesh)
-    cache = decoder.empty_cache(2, 8)
-    step = jax.jit(lambda decoder, tokens, cache: decoder.decode(tokens, cache)[0])
-    text = step.lower(decoder, np.ones((2, 1), np.int32), cache).compile().as_text()
-    assert not re.findall(r"\[1024,\d+\]\S* all-gather", text)
-    for token in (1024, -1):
-        logits = step(decoder, np.array([[1023], [token]], np.int32), cache)
-        assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
-
-
 @pytest.mark.parametrize("rows", [1, 2])
-def test_one_row_is_multiplied_as_two_on_gpus(rows: int, monkeypatch: pytest.MonkeyPatch):
-    """XLA for GPUs would write the products of one row to memory, and sum them in another kernel."""
+def test_a_token_is_never_alone_on_gpus(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """XLA for GPUs would write products of one row to memory, and gather a table that devices share for one look-up."""
     decoder = make(natural(change(num_layers=1)))
     tokens = np.arange(rows, dtype=np.int32)[:, None] + 3
 
@@ -195,6 +178,20 @@ def test_one_row_is_multiplied_as_two_on_gpus(rows: int, monkeypatch: pytest.Mon
     np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-6)
     products = re.findall(r"contracting_dims = (?:\[2\] x \[0\]|\[3, 2\] x \[1, 0\]),.*\(tensor<(\d)x(\d)x", text)
     assert len(products) == 7 and set(products) == ({("1", "2")} if rows == 1 else {("2", "1")})
+    (ids,) = re.findall(rf"stablehlo.gather.*tensor<{V}x\d+xf32>, tensor<(\dx\d)x1xi32>", text)
+    assert ids == ("1x2" if rows == 1 else "2x1")
+
+
+def test_large_kernels_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    """They stay products of matrices, even of one row: XLA draws the line at ten million numbers per device."""
+    monkeypatch.setattr(placement, "target_of", lambda mesh: Target(platform="gpu", device_kind="", capability=None))
+    here = make(natural(change(num_layers=1)))._placement().decoding()
+    x = jax.ShapeDtypeStruct((1, 1, 1000), jnp.float32)
+    for width, tokens in ((9_999, 2), (10_000, 1)):
+        kernel = jax.ShapeDtypeStruct((1000, width), jnp.float32)
+        traced = jax.make_jaxpr(lambda x, kernel: here.product("bte,ef->btf", x, kernel))(x, kernel)
+        (dot,) = [eqn for eqn in traced.eqns if eqn.primitive.name == "dot_general"]
+        assert dot.outvars[0].aval.shape == (1, tokens, width)
 
 
 def test_a_layer_of_a_prompt_waits_until_the_one_before_has_written():

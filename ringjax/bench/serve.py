@@ -179,19 +179,16 @@ def mesh_of(request: Request, devices: Sequence[Any]) -> Mesh:
     return ring_mesh((ring, request.head_devices), (_SEQUENCE, _HEADS), ring_axis=_SEQUENCE, devices=devices)
 
 
-def _shared(decoder: Decoder) -> str:
-    assert decoder.mesh is not None
-    return f"sequence over {decoder.mesh.shape[_SEQUENCE]}, heads over {decoder.mesh.shape[_HEADS]}"
-
-
 def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All measurements, as they go to the JSON file; ``say`` and ``keep`` as in :func:`ringjax.bench.ring.run`."""
     devices = jax.devices() if request.devices is None else simulate_cpu_devices(request.devices)
-    decoder = Decoder.init_sharded(request.decoder_config(), mesh=mesh_of(request, devices))
+    mesh = mesh_of(request, devices)
+    decoder = Decoder.init_sharded(request.decoder_config(), mesh=mesh)
     parameters = sum(x.size for x in jax.tree.leaves(decoder))
     title = (
         f"{len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}, {request.dtype}: {request.model}, "
-        f"{parameters:,} random parameters, {size(shard_bytes(decoder))} per device; {_shared(decoder)}; "
+        f"{parameters:,} random parameters, {size(shard_bytes(decoder))} per device; "
+        f"sequence over {mesh.shape[_SEQUENCE]}, heads over {mesh.shape[_HEADS]}; "
         f"median of {request.new_tokens} tokens"
     )
     say(title)

@@ -250,8 +250,8 @@ class Decoder(nnx.Module):
 
         Args:
           batch_size: B, a multiple of the devices on the batch axes.
-          capacity: tokens that a row has room for, rounded up to 8 per device of the ring. Layers with a window keep
-            the window only.
+          capacity: tokens that a row has room for, rounded up to a multiple of 8 per device of the ring. Layers with a
+            window keep the window only.
           dtype: of keys and values: the decoder's, which is the default.
           max_new_tokens: the most tokens that one call of :meth:`decode` is given.
           scan_layers: True, layers are scanned, which compiles in the same time whatever their number, but copies each

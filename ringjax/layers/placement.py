@@ -1,7 +1,6 @@
 """Where a layer runs: in shard_map, on a mesh, or on one device. Shardings and positions follow from it."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
@@ -14,7 +13,6 @@ from .._compat import axis_is_bound
 from ..arguments import check_max_segment_length, check_shared_length
 from ..attention import ring_attention
 from ..cache import KVCache, cached_attention
-from ..exchange import look_up_rows
 from ..layout import Contiguous, Layout, as_layout, ring_positions
 from ..promises import Promise, hold_against
 from ..sharded import target_of
@@ -189,36 +187,26 @@ class Placement:
         """einsum of activations [B, T, ...] and a kernel.
 
         Of one row and a small kernel XLA for GPUs makes no product of matrices, but products that it writes to memory
-        and sums of them. A second row, of zeros, prevents it.
+        and sums of them.
         """
-        alone = self.whole and x.shape[0] * x.shape[1] == 1 and kernel.size < _SMALL * math.prod(self.sizes.values())
-        alone = alone and target_of(self.told.mesh).platform == "gpu"
-        if alone:
-            x = jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
-        y = jnp.einsum(equation, x, kernel)
-        return y[:, :1] if alone else y
+        multiply = lambda x: jnp.einsum(equation, x, kernel)  # noqa: E731
+        small = kernel.size < _SMALL * math.prod(self.sizes.values())
+        return self.never_alone(multiply, x) if small else multiply(x)
 
     def rows(self, table: jax.Array, index: jax.Array) -> jax.Array:
         """Rows [B, T, E] of a table [V, E] of roles TENSOR and FSDP; NaN where the index is not in [0, V).
 
-        While decoding each device looks its own rows up, and one sum joins them: XLA would gather the table.
+        A look-up of one row is a slice to XLA for GPUs, for which it gathers a table that devices share.
         """
         table = self.gather(table, TENSOR, FSDP)
-        take = lambda table, index: table.at[index].get(  # noqa: E731
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-        )
-        (entry,) = self.spec(table.shape[:1], TENSOR)
-        if not self.whole or self.count(table.shape[0], TENSOR) == 1:
-            return take(table, index)
+        options: dict[str, Any] = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+        return self.never_alone(lambda index: table.at[index].get(**options), index)
 
-        look_up = functools.partial(look_up_rows, axis_name=entry)
-        mesh = self.told.mesh if jax.sharding.get_abstract_mesh().empty else None
-        found = jax.shard_map(
-            look_up, mesh=mesh, in_specs=(PartitionSpec(entry), PartitionSpec()), out_specs=PartitionSpec(),
-            axis_names=set(as_axes(entry)),
-        )(table, index)  # fmt: skip
-        known = (index >= 0) & (index < table.shape[0])
-        return jnp.where(known[..., None], found, jnp.asarray(jnp.nan, found.dtype))
+    def never_alone(self, run: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """run(x) of x [B, T, ...], token by token. While decoding on GPUs a single token is joined by one of zeros."""
+        if not self.whole or x.shape[0] * x.shape[1] > 1 or target_of(self.told.mesh).platform != "gpu":
+            return run(x)
+        return run(jnp.concatenate([x, jnp.zeros_like(x)], axis=1))[:, :1]
 
     def stream(self, x: jax.Array) -> jax.Array:
         """Pins activations [B, T, E]. While decoding the features are dealt, as the kernels' FSDP part is."""

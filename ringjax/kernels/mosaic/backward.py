@@ -70,8 +70,10 @@ def _plan(
     if rows == "keys":
         group = x.q.shape[2] // x.k.shape[2]
         heads, tiles = x.k.shape[0] * x.k.shape[2], -(-lengths[1] // block_kv)
-        how = {"final": params.dkv_final, "deterministic": params.deterministic}
-        parts = gpu.parts_of(mask, heads, tiles, lengths[0], block_q, group, **how)
+        parts = gpu.parts_of(
+            mask, heads, tiles, lengths[0], block_q, group,
+            final=params.dkv_final, deterministic=params.deterministic,
+        )  # fmt: skip
     rule, arrays = prepare_mask(mask, lengths, (block_q, block_kv), rows=rows, parts=parts)
     size = x.q.shape[3]
     static = Static(
