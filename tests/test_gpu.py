@@ -225,8 +225,8 @@ def test_programs_of_backward(
     """Side by side or in turn, and of a part of the queries, as long sequences have them."""
     from ringjax.kernels.mosaic import backward_common
 
-    monkeypatch.setattr(backward_common, "heads_together", lambda kv_heads, *rest: min(together, kv_heads))
-    monkeypatch.setattr(backward_common, "parts_of", lambda *args, **options: parts)
+    programs = lambda mask, heads, *args, **options: backward_common.Programs(parts, min(together, heads[1]))  # noqa: E731
+    monkeypatch.setattr(backward_common, "programs_of", programs)
     case = enlarged(cases.BY_NAME[name], head_size)
     if name == "causal_gqa":
         case = dataclasses.replace(case, num_heads=8, num_kv_heads=4)

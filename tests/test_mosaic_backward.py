@@ -163,18 +163,36 @@ def test_lowers_under_vmap(lengths: tuple[int, int]) -> None:
 def test_programs_are_neither_long_nor_short(
     mask: Mask, kv_heads: int, queries: int, block_q: int, group: int, parts: int
 ) -> None:
-    of = functools.partial(backward_common.parts_of, mask, kv_heads, -(-queries // 128), queries, block_q, group)
-    for final in (False, True):
-        assert of(final=final, deterministic=False) == parts
-        assert of(final=final, deterministic=True) == min(parts, 2)
+    rows = -(-queries // 128)
+    for heads in ((1, kv_heads), (kv_heads, 1)):
+        of = functools.partial(backward_common.programs_of, mask, heads, rows, queries, block_q, group)
+        assert of(final=False, deterministic=False).parts == parts
+        assert of(final=False, deterministic=True).parts == min(parts, 2)
+        if not mask.has_vectors:
+            assert of(final=True, deterministic=False) == of(final=False, deterministic=False)
 
 
-@pytest.mark.parametrize(("tokens", "parts"), [(131072, 1), (65536, 4)])
-def test_the_last_programs_of_many_documents_are_short(tokens: int, parts: int) -> None:
-    """They start longest first: a second part of each would only cost sums in memory."""
-    mask = Mask(queries=Tokens(segments=jnp.zeros((1, tokens), jnp.int32)))
-    of = functools.partial(backward_common.parts_of, mask, 8, tokens // 128, tokens, 64, 4, deterministic=False)
-    assert (of(final=True), of(final=False)) == (parts, 4)
+@pytest.mark.parametrize(
+    ("tokens", "batch", "kv_heads", "parts", "together"),
+    [
+        (131072, 1, 8, 1, 1),
+        (65536, 1, 8, 1, 2),
+        (32768, 1, 8, 1, 4),
+        (32768, 2, 6, 1, 6),
+        (8192, 8, 8, 1, 4),
+        (32768, 1, 2, 8, 1),
+    ],
+)
+def test_the_last_programs_of_many_documents_are_short(
+    tokens: int, batch: int, kv_heads: int, parts: int, together: int
+) -> None:
+    """They start longest first, of so many heads that the last are short: more parts would only cost sums in memory."""
+    mask = Mask(queries=Tokens(segments=jnp.zeros((batch, tokens), jnp.int32)))
+    of = functools.partial(
+        backward_common.programs_of, mask, (batch, kv_heads), tokens // 128, tokens, 64, 4, deterministic=False
+    )
+    assert of(final=True) == (parts, together)
+    assert of(final=False).together == mosaic_tiles.heads_together(kv_heads, tokens // 128, 198)
 
 
 @pytest.mark.parametrize(

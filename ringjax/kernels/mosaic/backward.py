@@ -66,15 +66,14 @@ def _plan(
     *, rows: str, block_q: int = BLOCK_Q, block_kv: int = BLOCK_KV,
 ) -> tuple[Static, Inputs]:  # fmt: skip
     """Tiles of one kernel: rows are what its programs own."""
-    group, parts = 1, 1
+    group, programs = 1, gpu.Programs(parts=1, together=1)
     if rows == "keys":
         group = x.q.shape[2] // x.k.shape[2]
-        heads, tiles = x.k.shape[0] * x.k.shape[2], -(-lengths[1] // block_kv)
-        parts = gpu.parts_of(
-            mask, heads, tiles, lengths[0], block_q, group,
+        programs = gpu.programs_of(
+            mask, (x.k.shape[0], x.k.shape[2]), -(-lengths[1] // block_kv), lengths[0], block_q, group,
             final=params.dkv_final, deterministic=params.deterministic,
         )  # fmt: skip
-    rule, arrays = prepare_mask(mask, lengths, (block_q, block_kv), rows=rows, parts=parts)
+    rule, arrays = prepare_mask(mask, lengths, (block_q, block_kv), rows=rows, parts=programs.parts)
     size = x.q.shape[3]
     static = Static(
         params=params,
@@ -84,6 +83,7 @@ def _plan(
         stages=2 if size <= 128 or rows == "keys" else 1,
         size=size,
         group=group,
-        parts=parts,
+        parts=programs.parts,
+        together=1 if rule is None else programs.together,
     )
     return static, x._replace(mask=arrays)

@@ -35,7 +35,7 @@ GRID_NAMES = ("batch", "heads", "program")
 
 _ENOUGH = 3 * MULTIPROCESSORS // 2  # programs of heads side by side
 _PART = 256  # tiles of queries that a part has at least
-_SHORT_LAST = 7 * MULTIPROCESSORS  # programs of a head, longest first, of which the last are short
+_SHORT_LAST = 7 * MULTIPROCESSORS  # programs side by side, longest first, of which the last are short
 
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
@@ -106,6 +106,7 @@ class Static:
     size: int  # of a head, after padding
     group: int  # query heads that pass by
     parts: int = 1  # of a tile's visits, each the work of a program
+    together: int = 1  # heads side by side
 
     @property
     def masked(self) -> bool:
@@ -190,33 +191,44 @@ def visit(
     return state
 
 
-def parts_of(
-    mask: Mask, heads: int, rows: int, queries: int, block_q: int, group: int, *, final: bool, deterministic: bool
-) -> int:
-    """In how many parts to visit the queries that attend to a tile of keys, each part by a program of its own.
+class Programs(NamedTuple):
+    """How the work of a kernel that owns keys is dealt to programs."""
+
+    parts: int  # of the queries that attend to a tile of keys, each visited by a program of its own
+    together: int  # K/V heads that start side by side, see tiles.heads_together
+
+
+def programs_of(
+    mask: Mask, heads: tuple[int, int], rows: int, queries: int, block_q: int, group: int,
+    *, final: bool, deterministic: bool,
+) -> Programs:  # fmt: skip
+    """The programs of a kernel that owns keys.
 
     At the end of a call multiprocessors wait for the last programs, half of one on average: none should be long. But
     each part adds its dk and dv to sums in memory. If that takes as long as one tile of queries, the time is least for
-    the root of half of a program's tiles over the programs of a multiprocessor (docs/optimisation-log.md). Documents
-    leave most parts empty, so there are half as many, and their programs start longest first: where there are many,
-    the last are short, and one part needs no sums in memory. Sums of two are the same in either order; of more, the
-    last bits depend on it.
+    the root of half of a program's tiles over the programs of a multiprocessor (docs/optimisation-log.md). Sums of two
+    are the same in either order; of more, the last bits depend on it.
+
+    Programs of documents start longest first. Where there are many side by side, the last are short: one part of each
+    will do, which needs no sums in memory. Otherwise there are half as many parts as above, since documents leave most
+    empty.
 
     Args:
       mask: of the block.
-      heads: K/V heads of all batch rows.
+      heads: batch rows, and K/V heads of each.
       rows: tiles of keys of a head, each the program of a part.
       queries: of the shard.
       block_q: of a tile of them.
       group: query heads that pass by.
       final: nothing else is added to dk and dv.
     """
-    if mask.has_vectors and final and rows >= _SHORT_LAST:
-        return 1
+    batch, kv_heads = heads
+    if mask.has_vectors and final and kv_heads * rows >= _SHORT_LAST:
+        return Programs(parts=1, together=heads_together(kv_heads, rows, _SHORT_LAST))
     tiles = -(-common.reach(mask, queries, BLOCK_KV) // block_q) * group
-    parts = math.isqrt(MULTIPROCESSORS * tiles // (2 * heads * rows)) // (2 if mask.has_vectors else 1)
+    parts = math.isqrt(MULTIPROCESSORS * tiles // (2 * batch * kv_heads * rows)) // (2 if mask.has_vectors else 1)
     parts = max(1, min(parts, tiles // _PART))
-    return min(parts, 2) if deterministic else parts
+    return Programs(parts=min(parts, 2) if deterministic else parts, together=heads_together(kv_heads, rows, _ENOUGH))
 
 
 def head_and_tile(heads: Any, program: Any, together: int) -> tuple[Any, Any]:
@@ -254,8 +266,7 @@ def run_over_keys(
       dk, dv: types.
     """
     batch, k_length, kv_heads, _ = x.k.shape
-    tiles, parts = -(-k_length // static.block_kv), static.parts
-    together = heads_together(kv_heads, tiles, _ENOUGH) if static.masked else 1
+    tiles, parts, together = -(-k_length // static.block_kv), static.parts, static.together
     leaves, structure = jax.tree.flatten(x)
     operands = _operands(static, x)
 
