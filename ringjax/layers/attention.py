@@ -12,11 +12,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .. import partial
 from ..arguments import check_scale, check_soft_cap, check_window
 from ..cache import KVCache
 from ..config import RingConfig
 from . import checks
+from .norm import Normed, products, rms_norm, spread
 from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Placement, Role
 from .rope import Rotation, rotate, rotation
 from .rope_scaling import RopeScaling, rope_scaling
@@ -185,18 +185,6 @@ def initial_value(
     return inits[info.kind](key, matrix, dtype).reshape(info.shape)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 or better (arXiv:1910.07467)."""
-    wide = x.astype(partial.wide(x.dtype))
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * _spread(scale.astype(wide.dtype), wide.ndim)).astype(x.dtype)
-
-
-def _spread(x: jax.Array, ndim: int) -> jax.Array:
-    """Leading dimensions of size 1 until the rank is ndim (rank promotion may be an error)."""
-    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
-
-
 def layer_rotation(
     spec: AttentionSpec, placement: Placement, x: jax.Array, positions: jax.Array | None
 ) -> Rotation | None:
@@ -254,7 +242,7 @@ def apply_attention(
 
 def apply_cached_attention(
     weights: LayerArrays,
-    x: jax.Array,
+    x: jax.Array | Normed,
     spec: AttentionSpec,
     placement: Placement,
     cache: KVCache,
@@ -289,18 +277,18 @@ def _options(weights: LayerArrays, spec: AttentionSpec) -> dict[str, Any]:
 
 
 def _project_in(
-    weights: LayerArrays, x: jax.Array, spec: AttentionSpec, placement: Placement, rotated_by: Rotation | None
+    weights: LayerArrays, x: jax.Array | Normed, spec: AttentionSpec, placement: Placement, rotated_by: Rotation | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query, key and value of each head."""
-    dtype = jnp.result_type(x, weights["query"]["kernel"]) if spec.dtype is None else jnp.dtype(spec.dtype)
-    x = placement.stream(x.astype(dtype))
-
-    def project(name: str) -> jax.Array:
-        kernel = placement.gather(weights[name]["kernel"].astype(dtype), FSDP, TENSOR, None)
-        y = placement.constrain(placement.product("bte,enh->btnh", x, kernel), BATCH, SEQUENCE, TENSOR, None)
-        return y + _spread(weights[name]["bias"].astype(dtype), 4) if "bias" in weights[name] else y
-
-    query, key, value = project("query"), project("key"), project("value")
+    dtype = jnp.result_type(x.dtype, weights["query"]["kernel"]) if spec.dtype is None else jnp.dtype(spec.dtype)
+    x = x.astype(dtype)
+    x = x if isinstance(x, Normed) else placement.stream(x)
+    parts = [weights[name] for name in ("query", "key", "value")]
+    found = products(placement, x, [part["kernel"].astype(dtype) for part in parts])
+    found = [placement.constrain(y, BATCH, SEQUENCE, TENSOR, None) for y in found]
+    query, key, value = (
+        y + spread(part["bias"].astype(dtype), 4) if "bias" in part else y for y, part in zip(found, parts, strict=True)
+    )
     if spec.qk_norm:
         query = rms_norm(query, weights["query_norm"]["scale"], spec.norm_eps)
         key = rms_norm(key, weights["key_norm"]["scale"], spec.norm_eps)
@@ -311,10 +299,8 @@ def _project_in(
 
 def _project_out(weights: LayerArrays, attended: jax.Array, placement: Placement) -> jax.Array:
     dtype = attended.dtype
-    attended = placement.constrain(attended, BATCH, SEQUENCE, TENSOR, None)
-    kernel = placement.gather(weights["out"]["kernel"].astype(dtype), TENSOR, None, FSDP)
-    out = placement.stream(placement.product("btnh,nhe->bte", attended, kernel))
-    return out + _spread(weights["out"]["bias"].astype(dtype), 3) if "bias" in weights["out"] else out
+    out = placement.product_out("btnh,nhe->bte", attended, weights["out"]["kernel"].astype(dtype))
+    return out + spread(weights["out"]["bias"].astype(dtype), 3) if "bias" in weights["out"] else out
 
 
 def run_layer(

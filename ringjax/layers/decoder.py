@@ -18,12 +18,13 @@ from ..arguments import as_integers
 from ..cache import KVCache
 from ..layout import to_ring_order
 from . import checks
-from .attention import ParamInfo, layer_rotation, rms_norm
+from .attention import ParamInfo, layer_rotation
 from .decoder_config import DecoderConfig
 from .decoder_layer import DecoderLayer, LayerGroup, layers_of
 from .decoding import DecoderCache, empty_cache
 from .loss import chunked_loss, soft_cap, token_losses
 from .nnx_attention import Weights, partition_shardings, partition_specs, settle
+from .norm import rms_norm
 from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Distribution, Mesh, Placement
 from .rope import Rotation
 

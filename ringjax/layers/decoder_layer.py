@@ -8,10 +8,11 @@ import jax
 from flax import nnx
 
 from ..cache import KVCache
-from .attention import ParamInfo, rms_norm
+from .attention import ParamInfo
 from .decoder_config import DecoderConfig
 from .nnx_attention import RingAttention, Weights
-from .placement import BATCH, FSDP, SEQUENCE, TENSOR, Mesh, Placement, Role
+from .norm import Normed, normed, products, rms_norm
+from .placement import FSDP, TENSOR, Mesh, Placement, Role
 from .rope import Rotation
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -109,30 +110,31 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """The layer while prompts are read and tokens written."""
 
-        def attend(y: jax.Array) -> tuple[jax.Array, KVCache]:
+        def attend(y: jax.Array | Normed) -> tuple[jax.Array, KVCache]:
             within = self.attention.within_cached
             return within(y, placement, cache, rotated_by=rotated_by, counts=counts, prompt=prompt)
 
         return self._around(attend, x, placement)
 
-    def _around(self, attend: Callable[[jax.Array], Any], x: jax.Array, placement: Placement) -> tuple[jax.Array, Any]:
+    def _around(
+        self, attend: Callable[[jax.Array | Normed], Any], x: jax.Array, placement: Placement
+    ) -> tuple[jax.Array, Any]:
         """All but attention; and what attention returned beside its result."""
 
-        def project(x: jax.Array, part: Weights, *roles: Role) -> jax.Array:
-            arrays = part.arrays()
-            y = placement.product("btf,fg->btg", x, placement.gather(arrays["kernel"].astype(x.dtype), *roles))
-            return y + arrays["bias"].astype(x.dtype)[None, None] if "bias" in arrays else y
+        def norm(x: jax.Array, name: str, of: Callable[..., Any] = rms_norm) -> Any:
+            return of(x, getattr(self, name).arrays()["scale"], self.config.norm_eps)
 
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return rms_norm(x, getattr(self, name).arrays()["scale"], self.config.norm_eps)
+        def biased(y: jax.Array, part: Mapping[str, jax.Array]) -> jax.Array:
+            return y + part["bias"].astype(y.dtype)[None, None] if "bias" in part else y
 
-        y, kept = attend(norm(x, "attention_norm"))
+        waiting = functools.partial(normed, placement)
+        y, kept = attend(norm(x, "attention_norm", waiting))
         x = x + (norm(y, "attention_post_norm") if self.config.post_norms else y)
-        y = norm(x, "mlp_norm")
-        act = _ACTIVATIONS[self.config.activation]
-        wide = act(project(y, self.gate, FSDP, TENSOR)) * project(y, self.up, FSDP, TENSOR)
-        wide = placement.constrain(wide, BATCH, SEQUENCE, TENSOR)
-        y = placement.stream(project(wide, self.down, TENSOR, FSDP))
+        y = norm(x, "mlp_norm", waiting)
+        gate, up, down = (part.arrays() for part in (self.gate, self.up, self.down))
+        found = products(placement, y, [part["kernel"].astype(y.dtype) for part in (gate, up)])
+        wide = _ACTIVATIONS[self.config.activation](biased(found[0], gate)) * biased(found[1], up)
+        y = biased(placement.product_out("btf,fe->bte", wide, down["kernel"].astype(wide.dtype)), down)
         if self.config.post_norms:
             y = norm(y, "mlp_post_norm")
         return placement.stream(x + y), kept

@@ -24,6 +24,7 @@ from .attention import (
     initial_value,
     run_layer,
 )
+from .norm import Normed
 from .placement import AxisNames, Distribution, Mesh, Placement, fit_spec
 from .rope import Rotation
 from .rope_scaling import RopeScaling
@@ -285,7 +286,7 @@ class RingAttention(nnx.Module):
 
     def within_cached(
         self,
-        inputs: jax.Array,
+        inputs: jax.Array | Normed,
         placement: Placement,
         cache: KVCache,
         *,

@@ -23,8 +23,9 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 Names = tuple[str | tuple[str, ...] | None, ...]
 
 # What a dimension of an array can be; a Placement says which mesh axes share it. None: whole on every device.
-Role = Literal["batch", "sequence", "tensor", "fsdp", "features"] | None
+Role = Literal["batch", "rows", "sequence", "tensor", "fsdp", "features"] | None
 BATCH: Final = "batch"
+ROWS: Final = "rows"  # of the batch, outside attention
 SEQUENCE: Final = "sequence"
 TENSOR: Final = "tensor"
 FSDP: Final = "fsdp"
@@ -149,10 +150,11 @@ class Placement:
         axes = {
             None: (),
             BATCH: batch,
+            ROWS: () if self.whole else batch,
             SEQUENCE: () if self.whole else sequence,
             TENSOR: as_axes(self.told.head_axis_name),
             FSDP: batch + sequence,
-            FEATURES: sequence if self.whole else (),
+            FEATURES: batch + sequence if self.whole else (),
         }
         return tuple(_entry(axes[role]) for role in roles)
 
@@ -183,15 +185,21 @@ class Placement:
         kept: list[Role] = [None if role == FSDP and not self.whole else role for role in roles]
         return self.constrain(kernel, *kept)
 
-    def product(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """einsum of activations [B, T, ...] and a kernel.
+    def product(self, equation: str, x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+        """einsum of activations [B, T, ...] and a kernel, in this dtype; None: theirs.
 
         Of one row and a small kernel XLA for GPUs makes no product of matrices, but products that it writes to memory
-        and sums of them.
+        and sums of them. Of one row and any kernel, in another dtype, it converts the kernel first, to memory.
         """
-        multiply = lambda x: jnp.einsum(equation, x, kernel)  # noqa: E731
+        multiply = lambda x: jnp.einsum(equation, x, kernel, preferred_element_type=dtype)  # noqa: E731
         small = kernel.size < _SMALL * math.prod(self.sizes.values())
-        return self.never_alone(multiply, x) if small else multiply(x)
+        return self.never_alone(multiply, x) if small or dtype not in (None, x.dtype) else multiply(x)
+
+    def product_out(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """einsum of activations [B, T, F, ...] and a kernel [F, ..., E] of roles TENSOR and FSDP; pinned by stream."""
+        rest = [None] * (kernel.ndim - 2)
+        x = self.constrain(x, ROWS, SEQUENCE, TENSOR, *rest)
+        return self.stream(self.product(equation, x, self.gather(kernel, TENSOR, *rest, FSDP)))
 
     def rows(self, table: jax.Array, index: jax.Array) -> jax.Array:
         """Rows [B, T, E] of a table [V, E] of roles TENSOR and FSDP; NaN where the index is not in [0, V).
@@ -209,8 +217,8 @@ class Placement:
         return run(jnp.concatenate([x, jnp.zeros_like(x)], axis=1))[:, :1]
 
     def stream(self, x: jax.Array) -> jax.Array:
-        """Pins activations [B, T, E]. While decoding the features are dealt, as the kernels' FSDP part is."""
-        return self.constrain(x, BATCH, SEQUENCE, FEATURES)
+        """Pins activations [B, T, E]. While decoding, features of all rows are dealt, as the kernels' FSDP part is."""
+        return self.constrain(x, ROWS, SEQUENCE, FEATURES)
 
     def decoding(self) -> "Placement":
         """The same for the tokens of a decoding step."""
