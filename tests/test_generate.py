@@ -158,7 +158,8 @@ def test_a_token_copies_no_cache():
     (small, _), (large, cache) = compiled(2**12), compiled(2**15)
     layer = cache.layers[0].key.size * 4
     assert large.alias_size_in_bytes >= 2 * config.num_layers * layer
-    assert large.temp_size_in_bytes - small.temp_size_in_bytes < 2.5 * layer
+    # 1.75 times a layer's keys with JAX 0.10, 2.6 since; a copy of keys and values would be two more.
+    assert large.temp_size_in_bytes - small.temp_size_in_bytes < 3 * layer
 
 
 @pytest.mark.parametrize("rows", [1, 2])
