@@ -145,3 +145,12 @@ def test_how_often_a_layer_waits_for_other_devices(sizes: dict[str, int], sums: 
     added = Counter(name for name, _ in two) - Counter(name for name, _ in one)
     assert added == Counter({"all-reduce": sums, "all-gather": gathers})
     assert sum(size for _, size in two) - sum(size for _, size in one) < 64 * 256 / math.prod(sizes.values())
+
+
+def test_squares_are_summed_before_they_are_concatenated() -> None:
+    """XLA for GPUs would have one thread sum them all while the others concatenate."""
+    here = decoding(ring_mesh(4))
+    x, scale, kernels, _ = given(2, 1, (4, 2), "float32")
+    run = jax.jit(lambda x, scale, kernels: norm.products(here, norm.normed(here, x, scale, EPS), kernels))
+    text = run.lower(x, scale, kernels).as_text()
+    assert re.search(r"stablehlo.optimization_barrier %\S+ : tensor<2x1x4x1x1xf32>", text)
