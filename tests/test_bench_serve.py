@@ -17,7 +17,7 @@ from ringjax.models.generation import generate
 
 SIZES = "64,32,4,2,8,64,2"
 SMALL = ["--model", SIZES, "--dtype", "float32", "--new-tokens", "3", "--devices", "4"]
-REQUEST = serve.Request(model=SIZES, prompts=(32,), batch_size=2, new_tokens=3, dtype="float32")
+REQUEST = serve.Request(model=SIZES, prompts=(32,), batch_size=2, new_tokens=11, dtype="float32")
 
 
 def invoke(*arguments: object) -> Result:
@@ -58,11 +58,12 @@ def test_it_times_what_generate_does(head_devices: int, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(serve, "_timed", recorded)
     row = serve.measure(decoder, request, 32, print)
-    assert row.reason == "" and len(seen) == 2 + serve._UNTIMED + 3
+    assert row.reason == "" and [x.shape for x in seen] == [(2,)] * 2 + [(8, 2)] * 3
     assert seen.pop(0).tolist() == seen[0].tolist(), "the prompt is read twice"
+    got = [seen[0], *seen[1][:2], *seen[2], *seen[3][:3]]
     prompts = np.random.default_rng(0).integers(0, 64, (2, 32)).tolist()
-    wanted = list(generate(decoder, prompts, max_new_tokens=len(seen), capacity=38))
-    assert [step.tolist() for step in seen] == wanted
+    wanted = list(generate(decoder, prompts, max_new_tokens=len(got), capacity=46))
+    assert [step.tolist() for step in got] == wanted
 
 
 def test_a_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch):

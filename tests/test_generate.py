@@ -103,6 +103,12 @@ PROMPTS = ([1, 5, 9, 2, 7, 7, 3], [4, 4, 20])
 BOTH_KINDS = dataclasses.replace(WIDE["everything"], num_layers=2)  # of layers; what is left over compiles once more
 
 
+def written_on_cube(kind: AxisType) -> list[list[int | None]]:
+    config = dataclasses.replace(BOTH_KINDS, batch_axis_name="data", head_axis_name="tensor")
+    with jax.set_mesh(cube(kind)):
+        return written(cube(kind), config)
+
+
 def written(mesh: Any, config: Any = None, **options: Any) -> list[list[int | None]]:
     config = BOTH_KINDS if config is None else config
     decoder = make(natural(config) if mesh is None else config, mesh)
@@ -117,6 +123,7 @@ def test_the_same_tokens_on_every_ring():
     assert written(ring_mesh(2), config, sampling=Sampling(temperature=1.0, top_p=0.9, seed=3)) == drawn
     config = dataclasses.replace(BOTH_KINDS, layout="contiguous")
     assert written(ring_mesh(8), config) == greedy
+    assert written_on_cube(AxisType.Auto) == written_on_cube(AxisType.Explicit) == greedy
     twice = generate(make(natural(BOTH_KINDS)), [PROMPTS[0]] * 2, max_new_tokens=12)
     assert list(twice) == [[first, first] for first, _ in greedy]
 
@@ -132,8 +139,57 @@ def test_rows_end_at_their_stops():
         assert [row[1] for row in steps] == [row[1] for row in greedy]
 
 
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_the_same_text_however_many_tokens_a_call_writes(together: int, monkeypatch: pytest.MonkeyPatch):
+    """Up to the end of all rows, to stops amid a call, and not beyond."""
+    greedy = written(None)
+    counts: list[int] = []
+    call = generation.next_tokens
+
+    def counted(*args: Any) -> Any:
+        counts.append(int(args[4]))
+        return call(*args)
+
+    monkeypatch.setattr(generation, "next_tokens", counted)
+    monkeypatch.setattr(generation, "_count", lambda seconds: together)
+    assert written(None) == greedy
+    assert counts == {1: [1] * 11, 3: [1, 1, 3, 3, 3], 8: [1, 1, 8, 1]}[together]
+    for stop in {i for row in greedy for i in row}:
+        ends = [next((n for n, row in enumerate(greedy) if row[at] == stop), 11) for at in range(2)]
+        wanted = [[i if n <= end else None for i, end in zip(row, ends, strict=True)] for n, row in enumerate(greedy)]
+        assert written(None, stop_ids=[stop, -5, 2**40]) == wanted[: max(ends) + 1]
+
+
+def test_a_call_ends_with_the_last_row():
+    """No more tokens are written, and rows that have ended take no room."""
+    decoder = make(natural(BOTH_KINDS))
+    cache = decoder.empty_cache(2, 32, scan_layers=False)
+    tokens = np.array([[i for i in row[:2]] for row in PROMPTS], np.int32)
+    chosen, cache = generation.first_token(decoder, tokens, cache, np.full(2, 2, np.int32), Sampling())
+    several = lambda cache, stops: generation.next_tokens(  # noqa: E731
+        decoder, chosen, cache, np.ones(2, bool), np.int32(7), np.array(stops, np.int32), Sampling()
+    )
+    copy = lambda: jax.tree.map(jnp.copy, cache)  # noqa: E731
+    ids, full = several(copy(), [])
+    ids = np.asarray(ids)
+    assert ids.shape == (8, 2) and not ids[7].any() and full.lengths.tolist() == [9, 9]
+    stops = [int(ids[1, 0]), int(ids[3, 1])]
+    ends = [int(np.argmax(np.isin(ids[:7, row], stops))) for row in range(2)]
+    got, cut = several(copy(), stops)
+    assert cut.lengths.tolist() == [2 + 1 + end for end in ends]
+    for row, end in enumerate(ends):
+        assert np.asarray(got)[: end + 1, row].tolist() == ids[: end + 1, row].tolist()
+    assert not np.asarray(got)[max(ends) + 1 :].any()
+
+
+def test_a_call_takes_a_tenth_of_a_second_or_one_token(monkeypatch: pytest.MonkeyPatch):
+    assert [generation._count(seconds) for seconds in (1.0, 0.1, 0.049, 0.03, 0.001)] == [1, 1, 2, 3, 8]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert generation._count(1.0) == 8, "processes have clocks of their own, and must call the same"
+
+
 def test_one_program_decodes_at_every_length():
-    step: Any = generation.next_token
+    step: Any = generation.next_tokens
     before = step._cache_size()
     decoder, stats = make(natural(WIDE["plain"])), Stats()
     for length in (3, 9, 30):
@@ -147,13 +203,12 @@ def test_a_token_copies_no_cache():
     config = natural(change(num_layers=4))
     decoder = make(config)
 
-    def step(decoder: Any, tokens: Any, cache: Any) -> Any:
-        return decoder.decode(tokens, cache)
-
     def compiled(capacity: int) -> Any:
         cache = jax.eval_shape(lambda: decoder.empty_cache(2, capacity, scan_layers=False))
-        tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
-        return jax.jit(step, donate_argnums=2).lower(decoder, tokens, cache).compile().memory_analysis(), cache
+        tokens, count, none = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (), (0,)))
+        going = jax.ShapeDtypeStruct((2,), bool)
+        step = generation.next_tokens.lower(decoder, tokens, cache, going, count, none, Sampling())
+        return step.compile().memory_analysis(), cache
 
     (small, _), (large, cache) = compiled(2**12), compiled(2**15)
     layer = cache.layers[0].key.size * 4

@@ -1,9 +1,9 @@
 """`ringjax bench serve`: the first token of a long prompt and the tokens after it, by a decoder of random parameters.
 
 Prompts are read into a cache whose sequence is sharded over some devices and whose heads over the others, each prompt
-in one program, and continued token by token. Programs are compiled before anything is timed, and the prompt is read
-once before: with the first call memory is taken and collectives start. Every id goes to the host and back, as where it
-is streamed.
+in one program, and continued as by :func:`ringjax.models.generate`, some tokens a call, whose ids go to the host.
+Programs are compiled before anything is timed, and the prompt is read once before: with the first call memory is taken
+and collectives start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ringjax.bench import document
 from ringjax.layers.decoder import Decoder
 from ringjax.layers.decoder_config import DecoderConfig
 from ringjax.mesh import ring_mesh
-from ringjax.models.generation import Sampling, first_token, next_token, shard_bytes
+from ringjax.models.generation import TOGETHER, Sampling, first_token, next_tokens, shard_bytes
 from ringjax.simulate import simulate_cpu_devices
 from ringjax.training.metrics import peak_memory
 from ringjax.units import duration, size, table
@@ -98,7 +98,7 @@ class Row:
     prompt_tokens: int
     batch_size: int
     first_token_seconds: float | None  # None: see reason
-    token_seconds: float | None  # median
+    token_seconds: float | None  # of a call with some, the median
     cache_bytes: int | None  # per device
     peak_bytes: int | None  # up to now, see peak_memory
     reason: str = ""  # why it was not measured
@@ -136,26 +136,27 @@ def measure(decoder: Decoder, request: Request, prompt_tokens: int, say: Callabl
 def _measure(decoder: Decoder, request: Request, prompt_tokens: int, say: Callable[[str], None]) -> Row:
     batch, sampling = request.batch_size, Sampling()
     ids = np.random.default_rng(0).integers(0, decoder.config.vocab_size, (batch, prompt_tokens)).astype(np.int32)
-    lengths, counts = np.full(batch, prompt_tokens, np.int32), np.ones(batch, np.int32)
+    lengths, going, none = np.full(batch, prompt_tokens, np.int32), np.ones(batch, bool), np.zeros(0, np.int32)
     cache = decoder.empty_cache(batch, prompt_tokens + 1 + _UNTIMED + request.new_tokens)
     cache_bytes = shard_bytes(cache)
     start = time.perf_counter()
     first = first_token.lower(decoder, ids, cache, lengths, sampling).compile()
-    after = next_token.lower(decoder, ids[:, :1], cache, counts, sampling).compile()
+    after = next_tokens.lower(decoder, ids[:, 0], cache, going, np.int32(0), none, sampling).compile()
     compiled = time.perf_counter() - start
     say(f"{batch} x {prompt_tokens:,}: compiled in {duration(compiled)}.")
     token, cache, started = _timed(first, decoder, ids, cache, lengths)
     say(f"{batch} x {prompt_tokens:,}: the first call took {duration(started)}.")
     token, cache, first_seconds = _timed(first, decoder, ids, cache, lengths)
     took = []
-    for _ in range(_UNTIMED + request.new_tokens):
-        token, cache, seconds = _timed(after, decoder, token[:, None], cache, counts)
-        took.append(seconds)
+    for count in (_UNTIMED, *_calls(request.new_tokens)):
+        several, cache, seconds = _timed(after, decoder, token, cache, going, np.int32(count), none)
+        token = several[count - 1]
+        took.append(seconds / count)
     return Row(
         prompt_tokens=prompt_tokens,
         batch_size=batch,
         first_token_seconds=first_seconds,
-        token_seconds=statistics.median(took[_UNTIMED:]),
+        token_seconds=statistics.median(took[1:]),
         cache_bytes=cache_bytes,
         peak_bytes=peak_memory()[0],
         compile_seconds=compiled,
@@ -163,8 +164,14 @@ def _measure(decoder: Decoder, request: Request, prompt_tokens: int, say: Callab
     )
 
 
+def _calls(tokens: int) -> list[int]:
+    """How many tokens each call writes."""
+    full, rest = divmod(tokens, TOGETHER)
+    return [TOGETHER] * full + ([rest] if rest else [])
+
+
 def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, Any, float]:
-    """A token of each row, on the host, the cache, and the seconds until the token was there."""
+    """Tokens of each row, on the host, the cache, and the seconds until they were there."""
     start = time.perf_counter()
     chosen, cache = run(*arguments)
     token = np.asarray(chosen)
@@ -189,7 +196,7 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
         f"{len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}, {request.dtype}: {request.model}, "
         f"{parameters:,} random parameters, {size(shard_bytes(decoder))} per device; "
         f"sequence over {mesh.shape[_SEQUENCE]}, heads over {mesh.shape[_HEADS]}; "
-        f"median of {request.new_tokens} tokens"
+        f"{request.new_tokens} tokens, {TOGETHER} a call at most, the median of calls"
     )
     say(title)
     record: dict[str, Any] = {"title": title, "rows": []}

@@ -207,6 +207,7 @@ class Placement:
         A look-up of one row is a slice to XLA for GPUs, for which it gathers a table that devices share.
         """
         table = self.gather(table, TENSOR, FSDP)
+        index = self.constrain(index, ROWS, SEQUENCE) if self.whole else index
         options: dict[str, Any] = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
         return self.never_alone(lambda index: table.at[index].get(**options), index)
 

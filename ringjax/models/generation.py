@@ -10,13 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from ..layers import checks
 from ..layers.decoder import Decoder
 from ..layers.decoding import DecoderCache
+from ..sharded import reshard
 
 _SHORTEST = 64  # prompts are padded to this times a power of two, so that few programs are compiled
+TOGETHER = 8  # tokens of a row that devices write in one call at most
+_AT_ONCE = 0.1  # seconds that a call should take at most, so that text that is shown as it comes comes evenly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class Stats:
       prompt_tokens: of all rows.
       prefill_seconds: until the first new token, compilation included where the program is new.
       new_tokens: of all rows.
-      decode_seconds: of the steps after it, without the first of them, which compiles.
+      decode_seconds: of the tokens after it, without the first of them, whose call compiles.
       timed_tokens: those that decode_seconds are of.
       cache_bytes: per device.
     """
@@ -64,7 +68,7 @@ class Stats:
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0  # compilation included where the program is new
     new_tokens: int = 0
-    decode_seconds: float = 0.0  # without the first step, which compiles
+    decode_seconds: float = 0.0  # without the first of these, whose call compiles
     timed_tokens: int = 0
     cache_bytes: int = 0  # per device
 
@@ -89,7 +93,7 @@ def generate(
     capacity: int | None = None,
     stats: Stats | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continues prompts, a token per row and step.
+    """Continues prompts, a token per row and step. Devices write up to eight steps before the first of them is given.
 
     The same tokens on any number of devices, up to ties within rounding.
 
@@ -143,20 +147,44 @@ def _generate(
     chosen, cache = first_token(decoder, tokens, cache, lengths, sampling)
     ids = np.asarray(chosen)
     stats.prompt_tokens, stats.prefill_seconds = int(lengths.sum()), time.perf_counter() - start
-    going = np.ones(len(prompts), bool)
-    for step in range(max_new_tokens):
-        stats.new_tokens += int(going.sum())
-        yield [int(i) if there else None for i, there in zip(ids, going, strict=True)]
-        going &= ~np.isin(ids, list(stop_ids))
-        if step + 1 == max_new_tokens or not going.any():
+    # An id outside the vocabulary is never drawn.
+    stops = np.array(sorted(i for i in stop_ids if 0 <= i < decoder.config.vocab_size), np.int32)
+    going, left, together = np.ones(len(prompts), bool), max_new_tokens, 1
+    steps, going = _rows(ids[None], going, stops)
+    while True:
+        for step in steps:
+            stats.new_tokens += sum(i is not None for i in step)
+            yield step
+        left -= len(steps)
+        if not left or not going.any():
             return
+        compiles, count = left == max_new_tokens - 1, min(together, left)
         start = time.perf_counter()
-        # Rows that have ended take no room in the cache.
-        chosen, cache = next_token(decoder, ids[:, None].astype(np.int32), cache, going.astype(np.int32), sampling)
-        ids = np.asarray(chosen)
-        if step:
-            stats.decode_seconds += time.perf_counter() - start
-            stats.timed_tokens += int(going.sum())
+        chosen, cache = next_tokens(decoder, ids, cache, going, np.int32(count), stops, sampling)
+        several = np.asarray(chosen)[:count]
+        seconds = time.perf_counter() - start
+        steps, going = _rows(several, going, stops)
+        ids = several[len(steps) - 1]
+        if not compiles:
+            stats.decode_seconds += seconds
+            stats.timed_tokens += sum(i is not None for step in steps for i in step)
+            together = _count(seconds / len(steps))
+
+
+def _rows(ids: np.ndarray, going: np.ndarray, stops: np.ndarray) -> tuple[list[list[int | None]], np.ndarray]:
+    """Of ids [steps, B] those of rows that had not ended, until all have; and which rows go on."""
+    found: list[list[int | None]] = []
+    for step in ids:
+        found.append([int(i) if there else None for i, there in zip(step, going, strict=True)])
+        going = going & ~np.isin(step, stops)
+        if not going.any():
+            break
+    return found, going
+
+
+def _count(seconds: float) -> int:
+    """How many tokens the next call writes, if one takes so long. Processes must agree, and their clocks do not."""
+    return TOGETHER if jax.process_count() > 1 else max(1, min(TOGETHER, int(_AT_ONCE / seconds)))
 
 
 def shard_bytes(tree: Any) -> int:
@@ -180,10 +208,36 @@ def first_token(decoder: Decoder, tokens: Any, cache: DecoderCache, lengths: Any
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnums=2)
-def next_token(decoder: Decoder, tokens: Any, cache: DecoderCache, counts: Any, sampling: Sampling) -> Any:
-    """A token of each row with a count of 1 into the cache: the token that follows, and the cache."""
-    logits, cache = decoder.decode(tokens, cache, counts=counts)
-    return draw(logits, cache.lengths, sampling), cache
+def next_tokens(
+    decoder: Decoder, tokens: Any, cache: DecoderCache, going: Any, count: Any, stop_ids: Any, sampling: Sampling
+) -> Any:
+    """The last token of each row into the cache, the one that follows it likewise, and so on.
+
+    A loop on the device, since XLA for GPUs records its CUDA graphs anew in every call (docs/optimisation-log.md).
+
+    Args:
+      tokens: int [B].
+      cache: without them.
+      going: bool [B], rows that have not ended. The others take no room in the cache.
+      count: int, of tokens of a row, at most TOGETHER. The loop ends earlier when no row goes on.
+      stop_ids: int [K]; a row ends with one of these.
+
+    Returns:
+      (ids, cache): int [TOGETHER, B], the tokens that follow, of which the last is not in the cache; and the cache.
+    """
+
+    def write(state: Any) -> Any:
+        step, tokens, cache, going, ids = state
+        logits, cache = decoder.decode(tokens[:, None], cache, counts=going.astype(jnp.int32))
+        # On Explicit axes a loop's state has one type, and that of the logits is another.
+        mesh = jax.sharding.get_abstract_mesh()
+        tokens = reshard(draw(logits, cache.lengths, sampling), PartitionSpec(), mesh)
+        going = going & ~jnp.any(tokens[:, None] == stop_ids[None], axis=1)
+        return step + 1, tokens, cache, going, ids.at[step].set(tokens)
+
+    start = (jnp.int32(0), tokens, cache, going, jnp.zeros((TOGETHER, len(tokens)), jnp.int32))
+    *_, cache, _, ids = jax.lax.while_loop(lambda state: (state[0] < count) & jnp.any(state[3]), write, start)
+    return ids, cache
 
 
 def draw(logits: Float[Array, "B V"], positions: Int32[Array, " B"], sampling: Sampling) -> Int32[Array, " B"]:
