@@ -116,9 +116,7 @@ class DecoderLayer(nnx.Module):
 
         return self._around(attend, x, placement)
 
-    def _around(
-        self, attend: Callable[[jax.Array | Normed], Any], x: jax.Array, placement: Placement
-    ) -> tuple[jax.Array, Any]:
+    def _around(self, attend: Callable[[Any], Any], x: jax.Array, placement: Placement) -> tuple[jax.Array, Any]:
         """All but attention; and what attention returned beside its result."""
 
         def norm(x: jax.Array, name: str, of: Callable[..., Any] = rms_norm) -> Any:
