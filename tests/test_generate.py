@@ -19,7 +19,7 @@ from test_models_gguf import smol_that_reads
 
 from ringjax import models
 from ringjax.kernels.choose import Target
-from ringjax.layers import placement
+from ringjax.layers import decoder_layer, placement
 from ringjax.models import generation
 from ringjax.models.generation import Sampling, Stats, draw, generate
 from ringjax.nnx import DynamicScaling, LayerKind
@@ -259,6 +259,46 @@ def test_a_layer_of_a_prompt_waits_until_the_one_before_has_written():
     barriers = [line for line in text.splitlines() if "stablehlo.optimization_barrier" in line]
     held = "x".join(map(str, cache.layers[0].key.shape))
     assert sum(line.count(f"tensor<{held}x") >= 2 and "tensor<2x32x" in line for line in barriers) == 4
+
+
+@pytest.mark.parametrize("mesh", [None, 3, "cube"])
+def test_a_prompt_whose_mlps_take_some_tokens_at_a_time(mesh: Any, monkeypatch: pytest.MonkeyPatch):
+    """The same logits and cache, where a shard's tokens do not divide and where there are fewer than chunks."""
+    where = cube(AxisType.Auto) if mesh == "cube" else None if mesh is None else ring_mesh(mesh)
+    axes: dict[str, Any] = {"batch_axis_name": "data", "head_axis_name": "tensor"} if mesh == "cube" else {}
+    config = dataclasses.replace(BOTH_KINDS, post_norms=True, mlp_bias=True, **axes)
+    decoder = make(natural(config) if mesh is None else config, where)
+
+    def read(tokens: int) -> tuple[Any, Any]:
+        monkeypatch.setattr(decoder_layer, "_TOKENS", tokens)
+        prefill = jax.jit(lambda decoder, *rest: decoder.prefill(*rest[:2], lengths=rest[2]))
+        cache = decoder.empty_cache(2, 24, scan_layers=False)
+        assert ("while" in prefill.lower(decoder, text()[:, :13], cache, LENGTHS).as_text()) or tokens > 26
+        return prefill(decoder, text()[:, :13], cache, LENGTHS)
+
+    want = read(10**6)
+    for tokens in (5, 1):
+        for got, right in zip(jax.tree.leaves(read(tokens)), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(np.asarray(got), np.asarray(right), atol=1e-5, rtol=1e-5)
+
+
+def test_some_tokens_at_a_time_take_less_memory_and_gather_no_kernel_again(monkeypatch: pytest.MonkeyPatch):
+    config = change(num_layers=1, mlp_dim=1024)
+    decoder = make(config, ring_mesh(4))
+    cache = decoder.empty_cache(1, 4096, scan_layers=False)
+    tokens = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+
+    def compiled(at_once: int) -> Any:
+        monkeypatch.setattr(decoder_layer, "_TOKENS", at_once)
+        return jax.jit(lambda *of: of[0].prefill(*of[1:])).lower(decoder, tokens, cache).compile()
+
+    whole, cut = compiled(1024), compiled(128)
+    gathers = lambda program: program.as_text().count(" all-gather(")  # noqa: E731
+    assert gathers(cut) == gathers(whole)
+    bodies = re.findall(r"\n%?\S*(?:while|body|region)\S* \(.*?\n}", cut.as_text(), re.S)
+    assert bodies and not any(" all-gather(" in body for body in bodies if "1024" in body)
+    saved = [program.memory_analysis().temp_size_in_bytes for program in (whole, cut)]
+    assert saved[0] - saved[1] > 1024 * 1024 * 4, "of the MLP's width, of a device's tokens"
 
 
 def test_drawing():

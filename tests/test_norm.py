@@ -61,7 +61,7 @@ def oracle(x: Any, scale: Any, kernels: Any, weights: Any) -> tuple[list[np.ndar
 
 def shared(here: Placement, x: Any, kernels: Any) -> tuple[Any, Any]:
     """As a decoder has them."""
-    return here.stream(x), [here.constrain(k, FSDP, TENSOR, None) for k in kernels]
+    return here.stream(x), [here.gather(k, FSDP, TENSOR, None) for k in kernels]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -284,7 +284,8 @@ def _project_in(
     x = x.astype(dtype)
     x = x if isinstance(x, Normed) else placement.stream(x)
     parts = [weights[name] for name in ("query", "key", "value")]
-    found = products(placement, x, [part["kernel"].astype(dtype) for part in parts])
+    kernels = [placement.gather(part["kernel"].astype(dtype), FSDP, TENSOR, None) for part in parts]
+    found = products(placement, x, kernels)
     found = [placement.constrain(y, BATCH, SEQUENCE, TENSOR, None) for y in found]
     query, key, value = (
         y + spread(part["bias"].astype(dtype), 4) if "bias" in part else y for y, part in zip(found, parts, strict=True)
@@ -299,7 +300,8 @@ def _project_in(
 
 def _project_out(weights: LayerArrays, attended: jax.Array, placement: Placement) -> jax.Array:
     dtype = attended.dtype
-    out = placement.product_out("btnh,nhe->bte", attended, weights["out"]["kernel"].astype(dtype))
+    kernel = placement.gather(weights["out"]["kernel"].astype(dtype), TENSOR, None, FSDP)
+    out = placement.product_out("btnh,nhe->bte", attended, kernel)
     return out + spread(weights["out"]["bias"].astype(dtype), 3) if "bias" in weights["out"] else out
 
 

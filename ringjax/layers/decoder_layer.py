@@ -9,11 +9,14 @@ from flax import nnx
 
 from ..cache import KVCache
 from .attention import ParamInfo
+from .chunks import in_chunks
 from .decoder_config import DecoderConfig
 from .nnx_attention import RingAttention, Weights
 from .norm import Normed, normed, products, rms_norm
 from .placement import FSDP, TENSOR, Mesh, Placement, Role
 from .rope import Rotation
+
+_TOKENS = 65_536  # of a device, of whose prompt an MLP's activations exist at a time
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
@@ -114,28 +117,37 @@ class DecoderLayer(nnx.Module):
             within = self.attention.within_cached
             return within(y, placement, cache, rotated_by=rotated_by, counts=counts, prompt=prompt)
 
-        return self._around(attend, x, placement)
+        return self._around(attend, x, placement, prompt=prompt)
 
-    def _around(self, attend: Callable[[Any], Any], x: jax.Array, placement: Placement) -> tuple[jax.Array, Any]:
-        """All but attention; and what attention returned beside its result."""
+    def _around(
+        self, attend: Callable[[Any], Any], x: jax.Array, placement: Placement, *, prompt: bool = False
+    ) -> tuple[jax.Array, Any]:
+        """x + attention and x + MLP; and what attention returned beside its result."""
+        y, kept = attend(normed(placement, *self._norm_of("attention_norm", x)))
+        x = x + (rms_norm(*self._norm_of("attention_post_norm", y)) if self.config.post_norms else y)
+        mlp = self._mlp(x.dtype, placement)
+        return (in_chunks(placement, mlp, x, _TOKENS) if prompt else mlp(x)), kept
 
-        def norm(x: jax.Array, name: str, of: Callable[..., Any] = rms_norm) -> Any:
-            return of(x, getattr(self, name).arrays()["scale"], self.config.norm_eps)
+    def _mlp(self, dtype: Any, placement: Placement) -> Callable[[jax.Array], jax.Array]:
+        """x + MLP, of the stream [B, T, E]. Its kernels are gathered here, not for every chunk of tokens."""
+        gate, up, down = (part.arrays() for part in (self.gate, self.up, self.down))
+        first = [placement.gather(part["kernel"].astype(dtype), FSDP, TENSOR) for part in (gate, up)]
+        last = placement.gather(down["kernel"].astype(dtype), TENSOR, FSDP)
 
         def biased(y: jax.Array, part: Mapping[str, jax.Array]) -> jax.Array:
             return y + part["bias"].astype(y.dtype)[None, None] if "bias" in part else y
 
-        waiting = functools.partial(normed, placement)
-        y, kept = attend(norm(x, "attention_norm", waiting))
-        x = x + (norm(y, "attention_post_norm") if self.config.post_norms else y)
-        y = norm(x, "mlp_norm", waiting)
-        gate, up, down = (part.arrays() for part in (self.gate, self.up, self.down))
-        found = products(placement, y, [part["kernel"].astype(y.dtype) for part in (gate, up)])
-        wide = _ACTIVATIONS[self.config.activation](biased(found[0], gate)) * biased(found[1], up)
-        y = biased(placement.product_out("btf,fe->bte", wide, down["kernel"].astype(wide.dtype)), down)
-        if self.config.post_norms:
-            y = norm(y, "mlp_post_norm")
-        return placement.stream(x + y), kept
+        def run(x: jax.Array) -> jax.Array:
+            gated, plain = products(placement, normed(placement, *self._norm_of("mlp_norm", x)), first)
+            wide = _ACTIVATIONS[self.config.activation](biased(gated, gate)) * biased(plain, up)
+            y = biased(placement.product_out("btf,fe->bte", wide, last), down)
+            return placement.stream(x + (rms_norm(*self._norm_of("mlp_post_norm", y)) if self.config.post_norms else y))
+
+        return run
+
+    def _norm_of(self, name: str, x: jax.Array) -> tuple[jax.Array, jax.Array, float]:
+        """What a norm of this name is of."""
+        return x, getattr(self, name).arrays()["scale"], self.config.norm_eps
 
 
 class LayerGroup(nnx.Module):

@@ -1,6 +1,5 @@
 """Cross entropy of a sharded sequence, a chunk of every shard at a time, so that the logits never exist whole."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 
 from .. import partial
 from . import checks
+from .chunks import Chunks
 from .placement import BATCH, SEQUENCE, TENSOR, Placement
 
 
@@ -47,7 +47,7 @@ def chunked_loss(
       chunk: tokens of one shard and sequence at a time.
       output_soft_cap: the cap, or None.
     """
-    chunks = _Chunks.of(placement, targets.shape, chunk)
+    chunks = Chunks.of(placement, targets.shape, chunk)
     wide = partial.wide(x.dtype)
     weights = jnp.ones(targets.shape, wide) if weights is None else weights.astype(wide)
     cross_entropy = _cross_entropy(placement, chunks, table, output_soft_cap)
@@ -76,47 +76,15 @@ def token_losses(
     output_soft_cap: float | None = None,
 ) -> jax.Array:
     """The cross entropy of each token, [B, T], by chunks as :func:`chunked_loss`; NaN for a target outside [0, V)."""
-    chunks = _Chunks.of(placement, targets.shape, chunk)
+    chunks = Chunks.of(placement, targets.shape, chunk)
     cross_entropy = _cross_entropy(placement, chunks, table, output_soft_cap)
     parts = (chunks.cut(x), chunks.cut(checks.as_index(targets)))
     _, losses = jax.lax.scan(lambda _, part: (None, cross_entropy(*part)), None, parts)
     return placement.constrain(chunks.joined(losses), BATCH, SEQUENCE)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chunks:
-    """How [B, T, ...] is cut: every shard into chunks, of which a scan takes one of every shard at a time."""
-
-    placement: Placement
-    batch: int
-    length: int
-    groups: int  # shards of the batch
-    shards: int  # of the sequence
-    chunk: int
-
-    @classmethod
-    def of(cls, placement: Placement, shape: tuple[int, ...], chunk: int) -> "_Chunks":
-        batch, length = shape
-        # A length that does not divide has no local parts (one shard): its chunks are whole on every device.
-        groups, shards = placement.count(batch, BATCH), placement.count(length, SEQUENCE)
-        return cls(placement, batch, length, groups, shards, min(chunk, length // shards))
-
-    def cut(self, a: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [chunks, batch shards, B / batch shards, C, chunk, ...]; only local dimensions are cut."""
-        per_shard, rest = self.length // self.shards, a.shape[2:]
-        a = a.reshape(self.groups, self.batch // self.groups, self.shards, per_shard, *rest)
-        a = _pad(a, 3, -(-per_shard // self.chunk) * self.chunk)
-        a = jnp.moveaxis(a.reshape(*a.shape[:3], -1, self.chunk, *rest), 3, 0)
-        return self.placement.constrain(a, None, BATCH, None, SEQUENCE, *(None for _ in a.shape[4:]))
-
-    def joined(self, a: jax.Array) -> jax.Array:
-        """The inverse of cut, for arrays [B, T]."""
-        a = jnp.moveaxis(a, 0, 3).reshape(self.groups, self.batch // self.groups, self.shards, -1)
-        return a[..., : self.length // self.shards].reshape(self.batch, self.length)
-
-
 def _cross_entropy(
-    placement: Placement, chunks: _Chunks, table: jax.Array, output_soft_cap: float | None
+    placement: Placement, chunks: Chunks, table: jax.Array, output_soft_cap: float | None
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """(x, targets) of one chunk of every shard -> the cross entropy of each token."""
     # One copy of the table for every shard of the tokens. Nothing is copied (each device has its own), but its gradient
@@ -137,9 +105,3 @@ def _cross_entropy(
         return jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - hit, jnp.nan)
 
     return of_chunk
-
-
-def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Zeros at the end of an axis: tokens of weight 0."""
-    extra = size - x.shape[axis]
-    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)]) if extra else x

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import partial
-from .placement import FEATURES, FSDP, ROWS, SEQUENCE, TENSOR, Placement, Role
+from .placement import FEATURES, ROWS, SEQUENCE, TENSOR, Placement
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -56,19 +56,13 @@ def normed(placement: Placement, x: jax.Array, scale: jax.Array, eps: float) -> 
 
 
 def products(placement: Placement, x: jax.Array | Normed, kernels: Sequence[jax.Array]) -> list[jax.Array]:
-    """x W, [B, T, F, ...], of x [B, T, E] and each kernel W [E, F, ...] with the roles FSDP and TENSOR."""
+    """x W, [B, T, F, ...], of x [B, T, E] and each kernel W [E, F, ...], gathered, of roles FSDP and TENSOR."""
     if isinstance(x, Normed):
         shards = {placement.count(kernel.shape[1], TENSOR) for kernel in kernels}
         if len(shards) == 1:
             return _summed_at_once(placement, x, kernels, *shards)
         x = x.value()
-    gathered = [placement.gather(kernel, FSDP, *_roles(kernel)) for kernel in kernels]
-    return [placement.product("bte,e...->bt...", x, kernel) for kernel in gathered]
-
-
-def _roles(kernel: jax.Array) -> list[Role]:
-    """Of all dimensions but the first."""
-    return [TENSOR, *[None] * (kernel.ndim - 2)]
+    return [placement.product("bte,e...->bt...", x, kernel) for kernel in kernels]
 
 
 def _summed_at_once(placement: Placement, x: Normed, kernels: Sequence[jax.Array], shards: int) -> list[jax.Array]:
@@ -81,7 +75,7 @@ def _summed_at_once(placement: Placement, x: Normed, kernels: Sequence[jax.Array
 
     def of_parts(kernel: jax.Array) -> jax.Array:
         there = kernel.reshape(parts, embed // parts, *kernel.shape[1:])
-        there = placement.constrain(there, FEATURES, None, *_roles(kernel))
+        there = placement.constrain(there, FEATURES, None, TENSOR, *[None] * (kernel.ndim - 2))
         y = placement.product("btpe,pe...->btp...", scaled.reshape(split), there, wide.dtype)
         return placement.constrain(y.reshape(batch, length, parts, shards, -1), ROWS, SEQUENCE, FEATURES, TENSOR, None)
 

@@ -186,7 +186,7 @@ class Placement:
         return self.constrain(kernel, *kept)
 
     def product(self, equation: str, x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
-        """einsum of activations [B, T, ...] and a kernel, in this dtype; None: theirs.
+        """einsum of activations [B, T, ...] and a gathered kernel, in this dtype; None: theirs.
 
         Of one row and a small kernel XLA for GPUs makes no product of matrices, but products that it writes to memory
         and sums of them. Of one row and any kernel, in another dtype, it converts the kernel first, to memory.
@@ -196,10 +196,12 @@ class Placement:
         return self.never_alone(multiply, x) if small or dtype not in (None, x.dtype) else multiply(x)
 
     def product_out(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """einsum of activations [B, T, F, ...] and a kernel [F, ..., E] of roles TENSOR and FSDP; pinned by stream."""
-        rest = [None] * (kernel.ndim - 2)
-        x = self.constrain(x, ROWS, SEQUENCE, TENSOR, *rest)
-        return self.stream(self.product(equation, x, self.gather(kernel, TENSOR, *rest, FSDP)))
+        """einsum of activations [B, T, F, ...] and a gathered kernel [F, ..., E], pinned as the stream is.
+
+        F is of the role TENSOR.
+        """
+        x = self.constrain(x, ROWS, SEQUENCE, TENSOR, *[None] * (kernel.ndim - 2))
+        return self.stream(self.product(equation, x, kernel))
 
     def rows(self, table: jax.Array, index: jax.Array) -> jax.Array:
         """Rows [B, T, E] of a table [V, E] of roles TENSOR and FSDP; NaN where the index is not in [0, V).
