@@ -184,7 +184,7 @@ def _rows(ids: np.ndarray, going: np.ndarray, stops: np.ndarray) -> tuple[list[l
 
 def _count(seconds: float) -> int:
     """How many tokens the next call writes, if one takes so long. Processes must agree, and their clocks do not."""
-    return TOGETHER if jax.process_count() > 1 else max(1, min(TOGETHER, int(_AT_ONCE / seconds)))
+    return TOGETHER if jax.process_count() > 1 else max(1, int(_AT_ONCE / max(seconds, _AT_ONCE / TOGETHER)))
 
 
 def shard_bytes(tree: Any) -> int:
