@@ -154,3 +154,13 @@ def test_squares_are_summed_before_they_are_concatenated() -> None:
     run = jax.jit(lambda x, scale, kernels: norm.products(here, norm.normed(here, x, scale, EPS), kernels))
     text = run.lower(x, scale, kernels).as_text()
     assert re.search(r"stablehlo.optimization_barrier %\S+ : tensor<2x1x4x1x1xf32>", text)
+
+
+def test_kernels_are_not_transposed() -> None:
+    """They are the second operand of every product. XLA for CPUs copies the first, of which a row is not contiguous."""
+    here = decoding(ring_mesh(4))
+    x, scale, kernels, _ = given(2, 1, (4, 2), "float32")
+    run = jax.jit(lambda x, scale, kernels: norm.products(here, norm.normed(here, x, scale, EPS), kernels))
+    products = re.findall(r"stablehlo.dot_general.*", run.lower(x, scale, kernels).as_text())
+    assert len(products) == 2
+    assert all(": (tensor<2x1x4x4xf32>, tensor<4x4x" in product for product in products), products

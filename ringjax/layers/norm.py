@@ -76,7 +76,14 @@ def _summed_at_once(placement: Placement, x: Normed, kernels: Sequence[jax.Array
     def of_parts(kernel: jax.Array) -> jax.Array:
         there = kernel.reshape(parts, embed // parts, *kernel.shape[1:])
         there = placement.constrain(there, FEATURES, None, TENSOR, *[None] * (kernel.ndim - 2))
-        y = placement.product("btpe,pe...->btp...", scaled.reshape(split), there, wide.dtype)
+
+        def multiply(x: jax.Array) -> jax.Array:
+            # To "btp..." einsum would multiply the kernel with x, for which XLA for CPUs transposes kernels.
+            y = jnp.einsum("btpe,pe...->pbt...", x, there, preferred_element_type=wide.dtype)
+            return jnp.moveaxis(y, 0, 2)
+
+        # Of one row, in another dtype, XLA for GPUs converts kernels of any size first, to memory.
+        y = placement.never_alone(multiply, scaled.reshape(split))
         return placement.constrain(y.reshape(batch, length, parts, shards, -1), ROWS, SEQUENCE, FEATURES, TENSOR, None)
 
     there = [of_parts(kernel) for kernel in kernels]

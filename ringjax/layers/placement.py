@@ -185,15 +185,15 @@ class Placement:
         kept: list[Role] = [None if role == FSDP and not self.whole else role for role in roles]
         return self.constrain(kernel, *kept)
 
-    def product(self, equation: str, x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
-        """einsum of activations [B, T, ...] and a gathered kernel, in this dtype; None: theirs.
+    def product(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """einsum of activations [B, T, ...] and a gathered kernel.
 
         Of one row and a small kernel XLA for GPUs makes no product of matrices, but products that it writes to memory
-        and sums of them. Of one row and any kernel, in another dtype, it converts the kernel first, to memory.
+        and sums of them.
         """
-        multiply = lambda x: jnp.einsum(equation, x, kernel, preferred_element_type=dtype)  # noqa: E731
+        multiply = lambda x: jnp.einsum(equation, x, kernel)  # noqa: E731
         small = kernel.size < _SMALL * math.prod(self.sizes.values())
-        return self.never_alone(multiply, x) if small or dtype not in (None, x.dtype) else multiply(x)
+        return self.never_alone(multiply, x) if small else multiply(x)
 
     def product_out(self, equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """einsum of activations [B, T, F, ...] and a gathered kernel [F, ..., E], pinned as the stream is.
