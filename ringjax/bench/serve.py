@@ -1,7 +1,7 @@
 """`ringjax bench serve`: the first token of a long prompt and the tokens after it, by a decoder of random parameters.
 
 Prompts are read into a cache whose sequence is sharded over some devices and whose heads over the others, each prompt
-in one program, and continued as by :func:`ringjax.models.generate`, some tokens a call, whose ids go to the host.
+in one program, and continued as by :func:`ringjax.models.generate`: some tokens per call, whose ids go to the host.
 Programs are compiled before anything is timed, and the prompt is read once before: with the first call memory is taken
 and collectives start.
 """
@@ -98,7 +98,7 @@ class Row:
     prompt_tokens: int
     batch_size: int
     first_token_seconds: float | None  # None: see reason
-    token_seconds: float | None  # of a call with some, the median
+    token_seconds: float | None  # the median over calls of their mean
     cache_bytes: int | None  # per device
     peak_bytes: int | None  # up to now, see peak_memory
     reason: str = ""  # why it was not measured
@@ -196,7 +196,7 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
         f"{len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}, {request.dtype}: {request.model}, "
         f"{parameters:,} random parameters, {size(shard_bytes(decoder))} per device; "
         f"sequence over {mesh.shape[_SEQUENCE]}, heads over {mesh.shape[_HEADS]}; "
-        f"{request.new_tokens} tokens, {TOGETHER} a call at most, the median of calls"
+        f"{request.new_tokens} tokens, at most {TOGETHER} per call, median of calls"
     )
     say(title)
     record: dict[str, Any] = {"title": title, "rows": []}

@@ -46,7 +46,7 @@ class Chunks:
 def in_chunks(
     placement: Placement, run: Callable[[jax.Array], jax.Array], x: Float[Array, "B T E"], tokens: int
 ) -> Float[Array, "B T E"]:
-    """run(x), where run maps [B, t, E] to the same shape token by token: at most so many of a device at a time.
+    """run(x), where run maps [B, t, E] to the same shape token by token: at most so many per device at a time.
 
     Results replace what they are of. XLA would make room for those of a scan for all layers at once, when they begin.
     """

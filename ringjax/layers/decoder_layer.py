@@ -16,7 +16,7 @@ from .norm import Normed, normed, products, rms_norm
 from .placement import FSDP, TENSOR, Mesh, Placement, Role
 from .rope import Rotation
 
-_TOKENS = 65_536  # of a device, of whose prompt an MLP's activations exist at a time
+_TOKENS = 65_536  # per device, of a prompt, for which an MLP's activations exist at a time
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 

@@ -20,7 +20,7 @@ from ..sharded import reshard
 
 _SHORTEST = 64  # prompts are padded to this times a power of two, so that few programs are compiled
 TOGETHER = 8  # tokens of a row that devices write in one call at most
-_AT_ONCE = 0.1  # seconds that a call should take at most, so that text that is shown as it comes comes evenly
+_AT_ONCE = 0.1  # seconds that a call should take at most, so that text appears evenly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
