@@ -75,10 +75,10 @@ def program(graphdef: Any, state: Any, tokens: Any, targets: Any, mask: Any) -> 
     return jax.value_and_grad(lambda s: nnx.merge(graphdef, s).loss(tokens, targets, loss_mask=mask)[0])(state)
 
 
-def dense(case: str, params: Any) -> Any:
+def dense(case: str, params: Any, **options: Any) -> Any:
     """((loss, logits), gradients) in float64."""
     fields, kinds, told = CASES[case]
-    config = change(**fields)
+    config = change(**fields, **options)
 
     def loss(params: Any, tokens: Any, targets: Any, mask: Any) -> Any:
         layers = []
@@ -121,6 +121,28 @@ def test_options_equal_dense(case: str, num_shards: int):
     assert_close(nnx.to_pure_dict(grads), want_grads)
     if num_shards == 1:  # logits of the same stack of layers, with the cap of their own
         assert_close(jax.jit(lambda d, t: d(t))(decoder, batch()[0]), want_logits)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_layers_apart_equal_dense(num_shards: int):
+    """Each with arrays of its own, in the order of the pattern; and back, bit by bit."""
+    case = next(iter(CASES))
+    config = change(num_shards=num_shards, **CASES[case][0])
+    stacked = make(config, None if num_shards == 1 else ring_mesh(num_shards))
+    decoder = stacked.with_scan_layers(False)
+    graphdef, state = nnx.split(decoder)
+    params = nnx.to_pure_dict(state)
+    assert "blocks" not in params and list(params["rest"]) == ["layer_0", "layer_1", "layer_2"]
+    order = ring_order(T, config.layout, num_shards)
+    loss, grads = program(graphdef, state, *(x[:, order] for x in batch()))
+    (want, _), want_grads = dense(case, params, scan_layers=False)
+    assert_close(loss, want)
+    assert_close(nnx.to_pure_dict(grads), want_grads)
+    assert_close(loss, wanted(case)[0][0])
+    again = nnx.state(decoder.with_scan_layers(True))
+    for got, given in zip(jax.tree.leaves(again), jax.tree.leaves(nnx.state(stacked)), strict=True):
+        assert got.sharding == given.sharding
+        np.testing.assert_array_equal(got, given)
 
 
 def test_a_pattern_is_stacked_and_what_is_left_is_not():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,12 @@ def text(length: int = 24) -> np.ndarray:
         ("everything", 3, False),
         ("plain", 8, None),
         ("everything", "cube", False),
+        ("everything", "cube", "apart"),
         ("plain", "typed", None),
     ],
     ids=lambda x: str(x),
 )
-def test_logits_are_those_of_the_whole_text(name: str, mesh: Any, scan: bool | None):
+def test_logits_are_those_of_the_whole_text(name: str, mesh: Any, scan: Any):
     """Ragged prompts, then one and two tokens at a time."""
     axes: dict[str, Any] = {}
     where = mesh
@@ -73,6 +76,8 @@ def test_logits_are_those_of_the_whole_text(name: str, mesh: Any, scan: bool | N
     want = np.asarray(jax.jit(lambda d, t: d(t))(make(natural(WIDE[name])), tokens))
     config = natural(WIDE[name]) if mesh is None else dataclasses.replace(WIDE[name], **axes)
     decoder = make(config, where)
+    if scan == "apart":
+        decoder, scan = decoder.with_scan_layers(False), None
 
     def run() -> None:
         cache = decoder.empty_cache(2, 24, max_new_tokens=2, scan_layers=scan)
@@ -217,6 +222,31 @@ def test_a_token_copies_no_cache():
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < 3 * layer
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_loop_takes_no_layer_out_of_a_stack(stacked: bool):
+    """XLA for GPUs copies what is cut out of an array in a loop, all parameters for every token."""
+    config = natural(change(num_layers=3, scan_layers=stacked))
+    decoder = make(config)
+    cache = jax.eval_shape(lambda: decoder.empty_cache(2, 64, scan_layers=False))
+    tokens, count, none = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (), (0,)))
+    going = jax.ShapeDtypeStruct((2,), bool)
+    text = generation.next_tokens.lower(decoder, tokens, cache, going, count, none, Sampling()).as_text()
+    cuts = re.findall(r"stablehlo\.(?:dynamic_)?slice .*-> tensor<((?:\d+x)+)", text)
+    sizes = [math.prod(int(n) for n in shape.split("x")[:-1]) for shape in cuts]
+    assert any(size >= config.embed_dim * config.mlp_dim for size in sizes) == stacked, cuts
+
+
+def test_generating_from_a_stack_on_a_gpu_warns(monkeypatch: pytest.MonkeyPatch):
+    decoder = make(natural(WIDE["plain"]))
+    apart = decoder.with_scan_layers(False)
+    monkeypatch.setattr(generation, "target_of", lambda mesh: Target(platform="gpu", device_kind="", capability=None))
+    with pytest.warns(UserWarning, match=r"layers are stacked.* decoder\.with_scan_layers\(False\)"):
+        want = list(generate(decoder, PROMPTS, max_new_tokens=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(generate(apart, PROMPTS, max_new_tokens=2)) == want
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_token_is_never_alone_on_gpus(rows: int, monkeypatch: pytest.MonkeyPatch):
     """XLA for GPUs would write products of one row to memory, and gather a table that devices share for one look-up."""
@@ -338,6 +368,15 @@ WRONG: dict[str, tuple[Any, str]] = {
     "rows": (lambda d: d.decode(np.ones((2, 1), np.int32), d.empty_cache(1, 4)), "tokens must have the 1 rows"),
     "no cache": (lambda d: d.decode(np.ones((2, 1), np.int32), {}), "cache must be of empty_cache. Got dict"),
     "scan_layers": (lambda d: d.empty_cache(1, 4, scan_layers=1), "scan_layers must be True or False. Got 1"),
+    "layers that are apart": (
+        lambda d: d.with_scan_layers(False).empty_cache(1, 4, scan_layers=True),
+        "scan_layers must be False or None, as the decoder's layers are not stacked. Got True",
+    ),
+    "a stacked cache": (
+        lambda d: d.with_scan_layers(False).decode(np.ones((1, 1), np.int32), d.empty_cache(1, 4, scan_layers=True)),
+        "cache must be of this decoder's empty_cache. Got one of layers that are stacked",
+    ),
+    "with_scan_layers": (lambda d: d.with_scan_layers(0), "scan_layers must be True or False. Got 0"),
     "dtype": (lambda d: d.empty_cache(1, 4, dtype="bfloat16"), "dtype must be that of the decoder, float32. Got bfl"),
 }  # fmt: skip
 

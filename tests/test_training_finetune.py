@@ -418,8 +418,9 @@ def test_an_export_replaces_an_earlier_one_of_the_same_run_alone(model: Path, tm
 
 
 def test_checkpoints_of_before_a_key_was_there_go_on():
-    new = {"config": json.loads(json.dumps({"optimizer": {"steps": 3, "b1": 0.9, "accumulate": 1}})), "text": "0"}
-    old = {"config": {"optimizer": {"steps": 3, "b1": 0.9}}, "text": "0"}
+    options = {"optimizer": {"steps": 3, "b1": 0.9, "accumulate": 1}, "decoder": {"num_layers": 2, "scan_layers": True}}
+    new = {"config": json.loads(json.dumps(options)), "text": "0"}
+    old = {"config": {"optimizer": {"steps": 3, "b1": 0.9}, "decoder": {"num_layers": 2}}, "text": "0"}
 
     class Kept:
         directory = Path("out")
@@ -430,3 +431,6 @@ def test_checkpoints_of_before_a_key_was_there_go_on():
 
     (note,) = check_resume(Kept(), 2, new, "auto")
     assert re.match("resuming after step 2", note)
+    new["config"]["decoder"]["scan_layers"] = False
+    with pytest.raises(CheckpointError, match=r"decoder\.scan_layers = false \(was true\)"):
+        check_resume(Kept(), 2, new, "auto")

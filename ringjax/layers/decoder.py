@@ -3,6 +3,8 @@
 Public as ringjax.nnx. Letters: B batch, T length, E embedding, M width of the MLP, V vocabulary, C devices on the ring.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +22,7 @@ from ..layout import to_ring_order
 from . import checks
 from .attention import ParamInfo, layer_rotation
 from .decoder_config import DecoderConfig
-from .decoder_layer import DecoderLayer, LayerGroup, layers_of
+from .decoder_layer import DecoderLayer, LayerGroup, layers_of, restacked
 from .decoding import DecoderCache, empty_cache
 from .loss import chunked_loss, soft_cap, token_losses
 from .nnx_attention import Weights, partition_shardings, partition_specs, settle
@@ -37,11 +39,11 @@ class Decoder(nnx.Module):
 
     Tokens, targets, segment ids and masks [B, T] are in the ring order that :func:`ringjax.to_ring_order` makes for
     ``config.layout`` and ``config.num_shards``. They and all activations are sharded over ``config.batch_axis_name``
-    and ``config.axis_name``. Layers are stacked and scanned, so compile time does not grow with depth (but for
-    decoding on accelerators, see :meth:`empty_cache`); where ``config.layer_pattern`` has several kinds, whole periods
-    of it are, and the layers after the last whole period follow one by one. Parameters name their mesh axes in their
-    metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP width and vocabulary over
-    ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one device.
+    and ``config.axis_name``. Layers are stacked and scanned, unless ``config.scan_layers`` is False, so that compile time
+    does not grow with depth (but for decoding on accelerators, see :meth:`empty_cache`); where ``config.layer_pattern``
+    has several kinds, whole periods of it are, and the layers after the last whole period follow one by one. Parameters
+    name their mesh axes in their metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP width
+    and vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one device.
 
     Every token id lies in [0, V), padding and masked tokens included. Ids that can be seen are checked. Under ``jit``
     they cannot be: an id outside makes the logits of every token that attends to it NaN, and so the loss.
@@ -59,8 +61,8 @@ class Decoder(nnx.Module):
         self.config = config
         self.mesh = mesh
 
-        kinds = len(config.period)
-        periods, rest = divmod(config.num_layers, kinds)
+        kinds, periods = len(config.period), config.num_stacked
+        rest = config.num_layers - periods * kinds
 
         @nnx.split_rngs(splits=periods)
         @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
@@ -76,7 +78,8 @@ class Decoder(nnx.Module):
 
         rows = ParamInfo((config.vocab_size, config.embed_dim), "kernel", (TENSOR, FSDP))
         self.embedding = weights(kernel=rows)
-        self.blocks = stack(rngs)
+        if periods:
+            self.blocks = stack(rngs)
         if rest:
             self.rest = LayerGroup(config, rest, mesh=mesh, rngs=rngs)
         self.norm = weights(scale=ParamInfo((config.embed_dim,), "ones", (None,)))
@@ -99,6 +102,21 @@ class Decoder(nnx.Module):
             out_shardings=partition_shardings(abstract, mesh),
         )
         return nnx.merge(graphdef, make())
+
+    def with_scan_layers(self, scan_layers: bool) -> "Decoder":
+        """A Decoder of the same parameters, their layers stacked or each by itself, see ``config.scan_layers``.
+
+        For what was trained with scanned layers and is to write on GPUs. The layers' parameters are copied: while this
+        Decoder is kept, they exist twice.
+        """
+        config = dataclasses.replace(self.config, scan_layers=scan_layers)
+        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, mesh=self.mesh, rngs=nnx.Rngs(0))))
+        held = {path: jax.tree.leaves(leaf)[0] for path, leaf in nnx.to_flat_state(nnx.state(self))}
+        found = jax.jit(functools.partial(restacked, before=self.config, after=config))(held)
+        state = [(path, leaf.replace(found[path])) for path, leaf in nnx.to_flat_state(abstract)]
+        decoder = nnx.merge(graphdef, nnx.from_flat_state(state))
+        settle(decoder, self.mesh)
+        return decoder
 
     def __call__(
         self,
@@ -334,6 +352,8 @@ class Decoder(nnx.Module):
         self._check(tokens)
         if not isinstance(cache, DecoderCache):
             raise ValueError(f"cache must be of empty_cache. Got {type(cache).__name__}.")
+        if cache.scanned and not self.config.scan_layers:
+            raise ValueError("cache must be of this decoder's empty_cache. Got one of layers that are stacked.")
         batch, length = tokens.shape
         if cache.lengths.shape != (batch,):
             raise ValueError(f"tokens must have the {cache.lengths.shape[0]} rows of the cache. Got {batch}.")
@@ -371,6 +391,8 @@ class Decoder(nnx.Module):
         x = self._embedded(placement, tokens)
         rotations = self._rotations(placement, x, positions)
 
+        scanned = cache.scanned
+
         def run(graphdef: Any, arrays: Any, x: jax.Array, own: KVCache, by: Any, counts: Any) -> Any:
             layer: DecoderLayer = nnx.merge(graphdef, arrays)
             return layer.cached(x, placement, own, rotated_by=by, counts=counts, prompt=prompt)
@@ -378,21 +400,22 @@ class Decoder(nnx.Module):
         def run_all(run: Any, layers: list[DecoderLayer], x: jax.Array, caches: tuple[KVCache, ...]) -> Any:
             grown = []
             for layer, own in zip(layers, caches, strict=True):
+                own = own if scanned else dataclasses.replace(own, lengths=cache.lengths)  # what comes of them, once
                 x, own = run(*nnx.split(layer), x, own, rotations[_rope_of(layer)], counts)
                 if prompt:  # or XLA for GPUs writes the keys of all layers at the end, and keeps them until then
                     x, own = jax.lax.optimization_barrier((x, own))
                 grown.append(own)
             return x, tuple(grown)
 
-        scanned = cache.scanned
-        graphdef, stacked = nnx.split(self.blocks)
-        if scanned:
-            body = lambda x, each: run_all(run, layers_of(nnx.merge(graphdef, each[0])), x, each[1])  # noqa: E731
-            x, scanned = jax.lax.scan(body, x, (stacked, scanned))
-            blocks = []
-        else:
-            periods = range(self.config.num_layers // len(self.config.period))
-            blocks = [nnx.merge(graphdef, jax.tree.map(lambda x, at=at: x[at], stacked)) for at in periods]
+        blocks = []
+        if self.config.num_stacked:
+            graphdef, stacked = nnx.split(self.blocks)
+            if scanned:
+                body = lambda x, each: run_all(run, layers_of(nnx.merge(graphdef, each[0])), x, each[1])  # noqa: E731
+                x, scanned = jax.lax.scan(body, x, (stacked, scanned))
+            else:
+                periods = range(self.config.num_stacked)
+                blocks = [nnx.merge(graphdef, jax.tree.map(lambda x, at=at: x[at], stacked)) for at in periods]
         blocks += [self.rest] if hasattr(self, "rest") else []
         # A function of its own, traced and lowered once for all layers of a kind.
         layers = [layer for block in blocks for layer in layers_of(block)]
@@ -484,8 +507,9 @@ class Decoder(nnx.Module):
                 x = layer(x, arrays)
             return x
 
-        graphdef, stacked = nnx.split(self.blocks)
-        x, _ = jax.lax.scan(lambda x, arrays: (run(nnx.merge(graphdef, arrays), x), None), x, stacked)
+        if self.config.num_stacked:
+            graphdef, stacked = nnx.split(self.blocks)
+            x, _ = jax.lax.scan(lambda x, arrays: (run(nnx.merge(graphdef, arrays), x), None), x, stacked)
         if hasattr(self, "rest"):
             x = run(self.rest, x)
         return rms_norm(x, self.norm.arrays()["scale"], self.config.norm_eps)
@@ -495,7 +519,7 @@ class Decoder(nnx.Module):
     ) -> dict[tuple[Any, ...], Rotation | None]:
         """The rotation of every RoPE that a layer has, computed once."""
         made: dict[tuple[Any, ...], Rotation | None] = {}
-        for layer in layers_of(self.blocks):
+        for layer in layers_of(self.blocks if self.config.num_stacked else self.rest):
             rope = _rope_of(layer)
             if rope in made:
                 continue

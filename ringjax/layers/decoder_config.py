@@ -60,6 +60,9 @@ class DecoderConfig:
       norm_eps: of every RMSNorm.
       loss_chunk: tokens of one shard, of each sequence of the batch, whose logits exist at a time in the loss.
       remat: recompute layers in backward, all but what the ring returned.
+      scan_layers: True, layers are stacked and scanned, and compile time does not grow with their number. False, each
+        has arrays of its own and follows the one before: what is written token by token on a GPU reads them in place,
+        where a loop copies each layer out of a stack. See :meth:`Decoder.with_scan_layers`.
       dtype, param_dtype: of the computation and of the parameters, by name.
       axis_name: mesh axis of the sequence.
       batch_axis_name: mesh axis or axes of the batch.
@@ -100,6 +103,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     loss_chunk: int = 512
     remat: bool = True
+    scan_layers: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
     axis_name: str = "sp"
@@ -123,7 +127,7 @@ class DecoderConfig:
             checked["attention_scale"] = checks.finite_number("attention_scale", self.attention_scale, " or None")
         checked["attention_bias"] = checks.bias("attention_bias", self.attention_bias)
         checks.one_of("activation", self.activation, ACTIVATIONS)
-        for name in ("tie_embeddings", "remat", "qk_norm", "use_sinks", "mlp_bias", "post_norms"):
+        for name in ("tie_embeddings", "remat", "scan_layers", "qk_norm", "use_sinks", "mlp_bias", "post_norms"):
             checks.flag(name, getattr(self, name))
         for name in ("dtype", "param_dtype"):
             checks.one_of(name, getattr(self, name), checks.FLOATS)
@@ -167,6 +171,11 @@ class DecoderConfig:
         for kind in given:
             if kind.rope is not None:
                 checks.rotary_dim("layer_pattern: rotary_dim", kind.rope.rotary_dim, self.head_dim)
+
+    @property
+    def num_stacked(self) -> int:
+        """Periods whose layers are stacked."""
+        return self.num_layers // len(self.period) if self.scan_layers else 0
 
     @property
     def period(self) -> tuple[tuple[int | tuple[int | None, int | None] | None, RopeConfig], ...]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..cache import KVCache
@@ -17,6 +18,8 @@ from .placement import FSDP, TENSOR, Mesh, Placement, Role
 from .rope import Rotation
 
 _TOKENS = 65_536  # per device, of a prompt, for which an MLP's activations exist at a time
+
+_Path = tuple[Any, ...]  # of a parameter, in a Decoder's state
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
@@ -151,16 +154,16 @@ class DecoderLayer(nnx.Module):
 
 
 class LayerGroup(nnx.Module):
-    """The first layers of a period of the pattern, one after the other: layer_0, layer_1, ..."""
+    """Layers of the pattern from its beginning, one after the other: layer_0, layer_1, ..."""
 
     def __init__(self, config: DecoderConfig, count: int, *, mesh: Mesh | None, rngs: nnx.Rngs):
         self.count = count
         for place in range(count):
-            setattr(self, f"layer_{place}", DecoderLayer(config, place, mesh=mesh, rngs=rngs))
+            setattr(self, f"layer_{place}", DecoderLayer(config, place % len(config.period), mesh=mesh, rngs=rngs))
 
 
 def layers_of(block: DecoderLayer | LayerGroup) -> list[DecoderLayer]:
-    """The layers of a period, in order."""
+    """Its layers, in order."""
     if isinstance(block, DecoderLayer):
         return [block]
     return [getattr(block, f"layer_{place}") for place in range(block.count)]
@@ -170,7 +173,24 @@ def layer_path(config: DecoderConfig, layer: int) -> tuple[tuple[str, ...], int 
     """Where layer number i is in a Decoder's state: its path, and its index there or None where it is no stack."""
     kinds = len(config.period)
     period, place = divmod(layer, kinds)
-    if kinds == 1:
-        return ("blocks",), period
-    stacked = period < config.num_layers // kinds
-    return ("blocks" if stacked else "rest", f"layer_{place}"), period if stacked else None
+    if period >= config.num_stacked:
+        return ("rest", f"layer_{layer - config.num_stacked * kinds}"), None
+    return ("blocks",) if kinds == 1 else ("blocks", f"layer_{place}"), period
+
+
+def restacked(arrays: Mapping[_Path, jax.Array], before: DecoderConfig, after: DecoderConfig) -> dict[_Path, jax.Array]:
+    """The parameters of a Decoder of the first configuration, by their paths, for one of the second.
+
+    These differ in ``scan_layers`` alone.
+    """
+    moved = {path: x for path, x in arrays.items() if path[0] not in ("blocks", "rest")}
+    stacks: dict[_Path, list[jax.Array]] = {}
+    for layer in range(before.num_layers):
+        (old, at), (new, to) = layer_path(before, layer), layer_path(after, layer)
+        for path in [path for path in arrays if path[: len(old)] == old]:
+            value, there = arrays[path] if at is None else arrays[path][at], (*new, *path[len(old) :])
+            if to is None:
+                moved[there] = value
+            else:
+                stacks.setdefault(there, []).append(value)
+    return moved | {path: jnp.stack(layers) for path, layers in stacks.items()}

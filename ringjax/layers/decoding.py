@@ -70,9 +70,11 @@ def empty_cache(
     checks.positive_integer("capacity", capacity)
 
     if scan_layers is None:
-        scan_layers = target_of(placement.told.mesh).platform == "cpu"
+        scan_layers = config.scan_layers and target_of(placement.told.mesh).platform == "cpu"
+    if checks.flag("scan_layers", scan_layers) and not config.scan_layers:
+        raise ValueError("scan_layers must be False or None, as the decoder's layers are not stacked. Got True.")
     kinds = len(config.period)
-    periods = config.num_layers // kinds if checks.flag("scan_layers", scan_layers) else 0
+    periods = config.num_stacked if scan_layers else 0
 
     def one(layer: int) -> KVCache:
         return KVCache.empty(

@@ -41,7 +41,7 @@ def run(
     """
     words = tokenizer(path)
     ids = [_encode(words, prompt, chat) for prompt in prompts]
-    decoder = _decoder(path, words, dtype, say)
+    decoder = _decoder(path, words, dtype, say, scan_layers=jax.default_backend() == "cpu")
     stats = Stats()
     rows = [_Text(words) for _ in ids]
     steps = generate(
@@ -103,12 +103,12 @@ def evaluate(
     return whole, ranges
 
 
-def _decoder(path: Path, words: Tokenizer, dtype: str, say: Write) -> Decoder:
+def _decoder(path: Path, words: Tokenizer, dtype: str, say: Write, *, scan_layers: bool = True) -> Decoder:
     """The model, sharded over all of JAX's devices."""
     start = time.perf_counter()
     mesh = ring_mesh(jax.device_count())
     try:
-        decoder = load(path, mesh=mesh, layout="striped", dtype=dtype, param_dtype=dtype)
+        decoder = load(path, mesh=mesh, layout="striped", dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
     except jax.errors.JaxRuntimeError as error:
         raise ModelError(f"{path}: must fit the memory of {mesh.size} devices. Got {_first_line(error)}.") from error
     if words.vocab_size > decoder.config.vocab_size:

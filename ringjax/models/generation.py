@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from ..layers import checks
 from ..layers.decoder import Decoder
 from ..layers.decoding import DecoderCache
-from ..sharded import reshard
+from ..sharded import reshard, target_of
 
 _SHORTEST = 64  # prompts are padded to this times a power of two, so that few programs are compiled
 TOGETHER = 8  # tokens of a row that devices write in one call at most
@@ -95,7 +96,8 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continues prompts, a token per row and step. Devices write up to eight steps before the first of them is given.
 
-    The same tokens on any number of devices, up to ties within rounding.
+    The same tokens on any number of devices, up to ties within rounding. On GPUs a decoder whose layers are stacked
+    warns: every token copies them.
 
     Args:
       decoder: on any mesh.
@@ -122,6 +124,12 @@ def generate(
         raise ValueError(
             f"capacity must have room for the longest prompt and max_new_tokens, {longest} + {max_new_tokens} tokens. "
             f"Got {capacity}."
+        )
+    if decoder.config.scan_layers and target_of(decoder.mesh).platform == "gpu":
+        warnings.warn(
+            "decoder: its layers are stacked, and on GPUs every token copies all of them. Load it with "
+            "scan_layers=False, or give decoder.with_scan_layers(False), to read them where they are.",
+            stacklevel=2,
         )
     return _generate(decoder, prompts, lengths, max_new_tokens, sampling, set(stop_ids), capacity, stats or Stats())
 

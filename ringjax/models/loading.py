@@ -33,6 +33,7 @@ def load(
     head_axis_name: str | None = None,
     loss_chunk: int = 512,
     remat: bool = True,
+    scan_layers: bool = True,
     ring: RingConfig | None = None,
 ) -> Decoder:
     """A pretrained decoder, read tensor by tensor straight to where its shards belong.
@@ -45,6 +46,7 @@ def load(
       mesh: where the parameters go; None is the mesh of the context, or one device if there is none.
       layout, num_shards, dtype, param_dtype, axis_name, batch_axis_name, head_axis_name, loss_chunk, remat, ring: as in
         :class:`ringjax.nnx.DecoderConfig`.
+      scan_layers: likewise. To write tokens on GPUs, False.
 
     Raises:
       ModelError: a file that is damaged or misses something, tensors that are not those of the configuration, and
@@ -64,6 +66,7 @@ def load(
         head_axis_name=head_axis_name,
         loss_chunk=loss_chunk,
         remat=remat,
+        scan_layers=scan_layers,
         ring=RingConfig() if ring is None else ring,
     )
     return fill(config, mesh, tensors(config, scheme), source)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from ringjax.nnx import DecoderConfig
+
 from .checkpoints import CheckpointError, Checkpoints, DamagedError
 from .config import Config
 from .loading import flatten, to_table
@@ -97,7 +99,7 @@ def check_resume(
         raise DamagedError("its about lacks the configuration or the fingerprint of the text")
     # A key that an older checkpoint lacks is new since then, and had its default.
     old, new = flatten(then["config"]), flatten(about["config"])
-    old |= {key: value for key, value in flatten(to_table(Config())).items() if key in new and key not in old}
+    old |= {key: value for key, value in _defaults().items() if key in new and key not in old}
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     lines = [f"{key} = {json.dumps(new.get(key))} (was {json.dumps(old.get(key))})" for key in differing]
     # Packed documents are dealt for so many devices, and to sequences with that in mind.
@@ -113,6 +115,12 @@ def check_resume(
     notes = [f"resuming after step {done} from {where}"]
     changed = [line for line in lines if not line.startswith("output =")]
     return notes + ([f"changed since then: {'; '.join(changed)}"] if changed else [])
+
+
+def _defaults() -> dict[str, Any]:
+    """Of the keys of a run's configuration, and of the decoder that `fit` was given."""
+    fields = {f.name: f.default for f in dataclasses.fields(DecoderConfig) if f.default is not dataclasses.MISSING}
+    return flatten(to_table(Config())) | flatten({"decoder": json.loads(json.dumps(fields, default=repr))})
 
 
 def _refusal(
