@@ -74,6 +74,18 @@ def test_one_tensor_is_read_at_a_time(monkeypatch: pytest.MonkeyPatch):
     assert events == ["read", "put"] * len(tensors(FOLDER / NAME))
 
 
+def test_layers_apart_are_loaded_and_saved(tmp_path: Path):
+    """Each tensor goes to an array of its own; what is saved of them is the file that was read."""
+    decoder = models.load(FOLDER / NAME, scan_layers=False)
+    for name, value in state_of(models.load(FOLDER / NAME).with_scan_layers(False)).items():
+        np.testing.assert_array_equal(state_of(decoder)[name], value)
+    models.save(decoder, tmp_path / "saved")
+    given, saved = tensors(FOLDER / NAME), tensors(tmp_path / "saved")
+    assert given.keys() == saved.keys()
+    for name, value in given.items():
+        np.testing.assert_array_equal(saved[name], value)
+
+
 def test_files_of_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     decoder = models.load(FOLDER / NAME)
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
