@@ -387,6 +387,16 @@ def test_logits_never_exist_whole():
         assert max(sizes) == max(B * shards * 2 * 1009, shards * 1009 * config.embed_dim) < B * 64 * 1009
 
 
+def test_logits_are_not_transposed():
+    """Products have the vocabulary last, as the softmax wants it: XLA for CPUs would move all logits for it."""
+    products = [
+        eqn.outvars[0].aval.shape
+        for eqn, _ in equations(gradient_jaxpr(change(vocab_size=1009, num_shards=1), None, length=64))
+        if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.size == B * 2 * 1009
+    ]
+    assert len(products) == 2 and all(shape[-1] == 1009 for shape in products), "forward, and again in backward"
+
+
 def test_program_does_not_grow_with_depth():
     sizes = {n: sum(1 for _ in equations(gradient_jaxpr(change(num_layers=n), ring_mesh(4)))) for n in (2, 9)}
     assert sizes[2] == sizes[9]

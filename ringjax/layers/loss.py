@@ -95,8 +95,9 @@ def _cross_entropy(
 
     def of_chunk(x: jax.Array, targets: jax.Array) -> jax.Array:
         wide = partial.wide(x.dtype)
-        logits = jnp.einsum("gbcte,gcve->gbctv", x, copies.astype(x.dtype), preferred_element_type=wide)
-        logits = soft_cap(logits, output_soft_cap)
+        # To "gbctv" einsum would multiply the table with x, for which XLA for CPUs transposes the logits.
+        logits = jnp.einsum("gbcte,gcve->gcbtv", x, copies.astype(x.dtype), preferred_element_type=wide)
+        logits = soft_cap(jnp.swapaxes(logits, 1, 2), output_soft_cap)
         logits = placement.constrain(logits, BATCH, None, SEQUENCE, None, TENSOR)
         words = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, None, None, :]
         # A masked sum, not a gather: it stays local where the vocabulary is sharded.
