@@ -39,9 +39,9 @@ class Decoder(nnx.Module):
 
     Tokens, targets, segment ids and masks [B, T] are in the ring order that :func:`ringjax.to_ring_order` makes for
     ``config.layout`` and ``config.num_shards``. They and all activations are sharded over ``config.batch_axis_name``
-    and ``config.axis_name``. Layers are stacked and scanned unless ``config.scan_layers`` is False, so compile time does
-    not grow with depth (but for decoding on accelerators, see :meth:`empty_cache`); where ``config.layer_pattern`` has
-    several kinds, whole periods of it are, and the layers after the last whole period follow one by one. Parameters
+    and ``config.axis_name``. Layers are stacked and scanned unless ``config.scan_layers`` is False, so compile time
+    does not grow with depth (but for decoding on accelerators, see :meth:`empty_cache`); where ``config.layer_pattern``
+    has several kinds, whole periods of it are, and the layers after the last whole period follow one by one. Parameters
     name their mesh axes in their metadata: embedding features over the batch and sequence axes (FSDP), heads, MLP width
     and vocabulary over ``config.head_axis_name``. Works with Auto and Explicit axes, and without a mesh on one device.
 
