@@ -190,7 +190,8 @@ def run(request: Request, say: Callable[[str], None], keep: Callable[[dict[str, 
     """All measurements, as they go to the JSON file; ``say`` and ``keep`` as in :func:`ringjax.bench.ring.run`."""
     devices = jax.devices() if request.devices is None else simulate_cpu_devices(request.devices)
     mesh = mesh_of(request, devices)
-    config = dataclasses.replace(request.decoder_config(), scan_layers=devices[0].platform == "cpu")  # as `ringjax generate`
+    # As `ringjax generate` loads one.
+    config = dataclasses.replace(request.decoder_config(), scan_layers=devices[0].platform == "cpu")
     decoder = Decoder.init_sharded(config, mesh=mesh)
     parameters = sum(x.size for x in jax.tree.leaves(decoder))
     title = (

@@ -62,7 +62,7 @@ class DecoderConfig:
       remat: recompute layers in backward, all but what the ring returned.
       scan_layers: True, layers are stacked and scanned, and compile time does not grow with their number. False, each
         has arrays of its own and follows the one before: what is written token by token on a GPU reads them in place,
-        where a loop copies each layer out of a stack. See :meth:`Decoder.with_scan_layers`.
+        where a loop copies each layer out of a stack. See :meth:`ringjax.nnx.Decoder.with_scan_layers`.
       dtype, param_dtype: of the computation and of the parameters, by name.
       axis_name: mesh axis of the sequence.
       batch_axis_name: mesh axis or axes of the batch.
