@@ -236,6 +236,18 @@ def test_a_loop_takes_no_layer_out_of_a_stack(stacked: bool):
     assert any(size >= config.embed_dim * config.mlp_dim for size in sizes) == stacked, cuts
 
 
+def test_lengths_are_those_of_the_first_layer():
+    """So that XLA computes once, and not in each layer, what depends on them."""
+    decoder = make(natural(WIDE["plain"]))
+    cache = decoder.empty_cache(2, 24, scan_layers=False)
+    _, cache = jax.jit(lambda d, *rest: d.prefill(*rest[:2], lengths=rest[2]))(decoder, text()[:, :13], cache, LENGTHS)
+    first, second = cache.layers
+    other = dataclasses.replace(cache, layers=(first, dataclasses.replace(second, lengths=second.lengths * 0)))
+    decode = jax.jit(lambda d, tokens, cache: d.decode(tokens, cache))
+    for got, want in zip(*(jax.tree.leaves(decode(decoder, text()[:, :1], x)) for x in (other, cache)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_generating_from_a_stack_on_a_gpu_warns(monkeypatch: pytest.MonkeyPatch):
     decoder = make(natural(WIDE["plain"]))
     apart = decoder.with_scan_layers(False)

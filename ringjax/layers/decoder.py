@@ -400,7 +400,8 @@ class Decoder(nnx.Module):
         def run_all(run: Any, layers: list[DecoderLayer], x: jax.Array, caches: tuple[KVCache, ...]) -> Any:
             grown = []
             for layer, own in zip(layers, caches, strict=True):
-                own = own if scanned else dataclasses.replace(own, lengths=cache.lengths)  # what comes of them, once
+                if not scanned:  # all have the same, and so XLA computes once what depends on them
+                    own = dataclasses.replace(own, lengths=cache.lengths)
                 x, own = run(*nnx.split(layer), x, own, rotations[_rope_of(layer)], counts)
                 if prompt:  # or XLA for GPUs writes the keys of all layers at the end, and keeps them until then
                     x, own = jax.lax.optimization_barrier((x, own))
